@@ -1,0 +1,42 @@
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+# Two OpenMP threads that spin on a busy machine can be far slower than one that sleeps.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help train test lint format tensorboard clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+	@echo 'ARGS="..." goes on to train, test and tensorboard; PYTHON=... picks the interpreter.'
+
+train: .venv/.stamp ## train the smallest example
+	$(BIN)/python -m tre_lightning fit --config configs/countdown_tiny.yaml $(ARGS)
+
+test: .venv/.stamp ## run the tests; fails under 90 % line coverage
+	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=90 $(ARGS)
+
+lint: .venv/.stamp ## check style, format and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: .venv/.stamp ## apply the style fixes and the format
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+tensorboard: .venv/.stamp ## show the curves under runs/
+	$(BIN)/tensorboard --logdir runs $(ARGS)
+
+clean: ## remove .venv, caches and build output; runs/ stays
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov build dist
+	find src tests -type d -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/.stamp: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo "error: Python 3.11 or newer is needed, but '$(PYTHON)' is: $$($(PYTHON) --version 2>&1); pass PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,6 @@
+"""``python -m tre_lightning``: the same as the console script ``tre-lightning``."""
+
+from tre_lightning.cli import run
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,172 @@
+"""The options of a run, a unit under each; every ``__post_init__`` refuses what cannot work."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from tre_lightning.entropy import check_region
+
+
+@dataclass(frozen=True)
+class RolloutArgs:
+    """How responses are sampled.
+
+    Args:
+        num_responses: responses a prompt.
+        max_new_tokens: longest response, tokens.
+        temperature: of the sampling policy, > 0; log-probabilities are taken at it too.
+    """
+
+    num_responses: int = 8
+    max_new_tokens: int = 1024
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        at_least("rollout.num_responses", self.num_responses, 1)
+        at_least("rollout.max_new_tokens", self.max_new_tokens, 1)
+        positive("rollout.temperature", self.temperature)
+
+
+@dataclass(frozen=True)
+class EvaluationArgs:
+    """How responses to held-out prompts are sampled.
+
+    Args:
+        num_responses: responses a prompt; pass@1 and pass@k with k = num_responses are reported.
+        temperature: of the sampling, > 0.
+        top_p: nucleus to sample from, in (0, 1]; 1 = the whole distribution.
+        num_samples_logged: responses logged as text after every validation.
+    """
+
+    num_responses: int = 8
+    temperature: float = 1.0
+    top_p: float = 1.0
+    num_samples_logged: int = 4
+
+    def __post_init__(self) -> None:
+        at_least("evaluation.num_responses", self.num_responses, 1)
+        positive("evaluation.temperature", self.temperature)
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(
+                f"evaluation.top_p={self.top_p} must lie in (0, 1]; 1 samples from all"
+            )
+
+
+@dataclass(frozen=True)
+class PPOArgs:
+    """The update.
+
+    Args:
+        num_epochs: passes over the rollout an iteration.
+        num_minibatches: optimiser steps a pass.
+        micro_batch_size: responses a forward and backward pass on one device; changes memory and
+            speed, not the result.
+        clip_eps_low: the probability ratio is clipped at 1 - clip_eps_low.
+        clip_eps_high: the probability ratio is clipped at 1 + clip_eps_high.
+        dual_clip: bound of the loss at negative advantages, in advantages, > 1; none = unbounded.
+        value_clip_eps: values are clipped to this distance of the old ones; none = unclipped.
+        value_coef: weight of the value loss; matters for a shared trunk.
+        gamma: discount a token.
+        gae_lambda: lambda of generalised advantage estimation.
+        whiten_advantages: zero mean and unit variance over the global batch.
+        kl_coef: weight of the token-wise KL to the initial policy in the reward; 0 = no reference.
+    """
+
+    num_epochs: int = 1
+    num_minibatches: int = 4
+    micro_batch_size: int = 64
+    clip_eps_low: float = 0.2
+    clip_eps_high: float = 0.2
+    dual_clip: float | None = None
+    value_clip_eps: float | None = 0.5
+    value_coef: float = 1.0
+    gamma: float = 1.0
+    gae_lambda: float = 1.0
+    whiten_advantages: bool = True
+    kl_coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("num_epochs", "num_minibatches", "micro_batch_size"):
+            at_least(f"ppo.{name}", getattr(self, name), 1)
+        for name in ("gamma", "gae_lambda"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"ppo.{name}={getattr(self, name)} must lie in [0, 1]")
+        if not 0.0 < self.clip_eps_low < 1.0:
+            raise ValueError(f"ppo.clip_eps_low={self.clip_eps_low} must lie between 0 and 1")
+        positive("ppo.clip_eps_high", self.clip_eps_high)
+        if self.dual_clip is not None and self.dual_clip <= 1.0:
+            raise ValueError(f"ppo.dual_clip={self.dual_clip} must be above 1, or none")
+        if self.kl_coef < 0.0:
+            raise ValueError(f"ppo.kl_coef={self.kl_coef} must be 0 (off) or positive")
+
+
+@dataclass(frozen=True)
+class OptimArgs:
+    """One AdamW with a group for the policy and one for the critic.
+
+    Args:
+        lr: peak learning rate of the policy.
+        critic_lr: peak learning rate of the critic and the value head.
+        warmup_iterations: PPO iterations of linear warm-up from 0.
+        final_lr_share: share of the peak at the last iteration, linear in between; 1 = constant.
+        betas: of AdamW.
+        weight_decay: of AdamW.
+        max_grad_norm: longest gradient of each group; longer ones are scaled down.
+    """
+
+    lr: float = 1e-6
+    critic_lr: float = 1e-5
+    warmup_iterations: int = 0
+    final_lr_share: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "critic_lr", "max_grad_norm"):
+            positive(f"optim.{name}", getattr(self, name))
+        at_least("optim.warmup_iterations", self.warmup_iterations, 0)
+
+    def lr_share(self, iteration: int, total_iterations: float) -> float:
+        """Share of the peak learning rate at a PPO iteration."""
+        if iteration < self.warmup_iterations:
+            return (iteration + 1) / self.warmup_iterations
+        left = max(total_iterations - self.warmup_iterations - 1, 1)
+        done = min((iteration - self.warmup_iterations) / left, 1.0)
+        return 1.0 - (1.0 - self.final_lr_share) * done
+
+
+@dataclass(frozen=True)
+class DiagnosticsArgs:
+    """The trust region that the entropy diagnostics describe, whatever the method trains.
+
+    Args:
+        top_k: region of this many most probable tokens.
+        top_p: region of the smallest nucleus of this mass.
+    """
+
+    top_k: int | None = None
+    top_p: float | None = 0.99
+
+    def __post_init__(self) -> None:
+        check_region(self.top_k, self.top_p)
+
+
+Options = TypeVar("Options")
+
+
+def options(kind: type[Options], value: Options | Mapping[str, Any]) -> Options:
+    """Options as given, or as ``load_from_checkpoint`` finds them, a plain mapping."""
+    return kind(**value) if isinstance(value, Mapping) else value
+
+
+def at_least(name: str, value: int, least: int) -> None:
+    """Raise ValueError for a value below the least."""
+    if value < least:
+        raise ValueError(f"{name}={value} must be at least {least}")
+
+
+def positive(name: str, value: float) -> None:
+    """Raise ValueError unless the value is above 0."""
+    if not value > 0.0:
+        raise ValueError(f"{name}={value} must be above 0")

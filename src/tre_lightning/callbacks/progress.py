@@ -1,0 +1,108 @@
+"""One progress bar over the whole run, with the numbers that matter."""
+
+import math
+import sys
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+_SHOWN = {
+    "rollout/score": "score",
+    "entropy/full": "entropy",
+    "entropy/region_size": "region",
+    "val/pass@1": "val pass@1",
+    "sft/loss": "loss",
+}
+
+
+class RunProgress(ProgressBar):
+    """Iterations done, time left, and score, entropy and region size.
+
+    On a terminal a live bar; elsewhere a line now and then.
+    """
+
+    def __init__(self, name: str = "ppo", lines: int = 20) -> None:
+        """Keep the options.
+
+        Args:
+            name: what the bar is called.
+            lines: lines of a run whose output is not a terminal.
+        """
+        super().__init__()
+        self.name = name
+        self.lines = max(lines, 1)
+        self._enabled = True
+        self._bar: Progress | None = None
+        self._total: float = math.inf
+
+    def disable(self) -> None:
+        """Show nothing (ranks other than the first)."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Show the bar."""
+        self._enabled = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the bar where the run starts or goes on."""
+        epochs = trainer.max_epochs
+        self._total = (
+            math.inf if epochs is None or epochs < 0 else epochs * trainer.num_training_batches
+        )
+        if not self._enabled or not sys.stdout.isatty():
+            return
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}"),
+        )
+        self._bar.start()
+        total = None if math.isinf(self._total) else self._total
+        self._bar.add_task(self.name, total=total, completed=self._done(trainer), numbers="")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Show this iteration's numbers."""
+        done = self._done(trainer)
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, numbers=_numbers(trainer))
+        elif self._enabled:
+            every = 50 if math.isinf(self._total) else max(int(self._total) // self.lines, 1)
+            if done % every == 0 or done == self._total:
+                total = "" if math.isinf(self._total) else f"/{int(self._total)}"
+                print(f"{self.name} {done}{total}  {_numbers(trainer)}", flush=True)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Give the terminal back."""
+        self.teardown(trainer, pl_module, "fit")
+
+    @staticmethod
+    def _done(trainer: Trainer) -> int:
+        return trainer.fit_loop.epoch_loop.total_batch_idx + 1
+
+
+def _numbers(trainer: Trainer) -> str:
+    values = trainer.callback_metrics
+    return "  ".join(f"{label} {values[tag]:.3f}" for tag, label in _SHOWN.items() if tag in values)

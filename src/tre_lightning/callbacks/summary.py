@@ -1,0 +1,117 @@
+"""The closing table of a run, its export, and predictions as JSONL."""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback
+from rich.console import Console
+from rich.table import Table
+
+from tre_lightning.policy import save_pretrained
+
+
+class RunSummary(Callback):
+    """Remembers the scores before and after; prints them and exports the policy at the end."""
+
+    def __init__(self, export: bool = True) -> None:
+        """``export`` writes the policy as a Hugging Face directory ``model`` in the run directory."""
+        self.export = export
+        self.before: dict[str, float] = {}
+        self.after: dict[str, float] = {}
+        self.seconds = 0.0
+        self._started = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the scores; the first ones, from before training, stay."""
+        self.after = {
+            tag: float(value)
+            for tag, value in trainer.callback_metrics.items()
+            if tag.startswith("val") and "pass@" in tag
+        }
+        self.before = self.before or self.after
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._started = time.perf_counter()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock and export the policy."""
+        self.seconds += time.perf_counter() - self._started
+        if self.export and trainer.is_global_zero:
+            policy, tokenizer = pl_module.actor_critic.policy, pl_module.tokenizer
+            save_pretrained(policy, tokenizer, self.model_dir(trainer))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scores, and the seconds trained so far."""
+        running = time.perf_counter() - self._started
+        return {"before": self.before, "after": self.after, "seconds": self.seconds + running}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the scores and seconds of the resumed run."""
+        self.before = state_dict["before"]
+        self.after = state_dict["after"]
+        self.seconds = state_dict["seconds"]
+
+    @staticmethod
+    def model_dir(trainer: Trainer) -> Path:
+        """Where the policy is exported."""
+        return Path(trainer.default_root_dir) / "model"
+
+    def print_table(self, trainer: Trainer, warm_start_seconds: float | None) -> None:
+        """Print what changed, where everything lies, and how to look at it."""
+        table = Table("held-out prompts", "before", "after")
+        for tag, after in self.after.items():
+            before = self.before.get(tag)
+            table.add_row(tag, "" if before is None else f"{before:.3f}", f"{after:.3f}")
+        console = Console()
+        console.print(table)
+        trained = f"trained {self.seconds:.0f} s"
+        if warm_start_seconds is not None:
+            trained += f" after a warm start of {warm_start_seconds:.0f} s"
+        run_dir = trainer.default_root_dir
+        console.print(f"{trained}\nlogs         {run_dir}", soft_wrap=True, highlight=False)
+        if self.export:
+            console.print(f"model        {self.model_dir(trainer)}", soft_wrap=True, highlight=False)
+        console.print(
+            f"look at it   tensorboard --logdir {run_dir}", soft_wrap=True, highlight=False
+        )
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Writes the records of ``predict`` to ``predictions.jsonl`` in the run directory."""
+
+    def __init__(self) -> None:
+        super().__init__("batch")
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Start with an empty file."""
+        if stage == "predict":
+            path = self.path(trainer)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("")
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Sequence[dict[str, Any]],
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Append the records of a batch."""
+        with self.path(trainer).open("a") as file:
+            file.writelines(json.dumps(record) + "\n" for record in prediction)
+
+    @staticmethod
+    def path(trainer: Trainer) -> Path:
+        """The file of this rank."""
+        name = "predictions.jsonl"
+        if trainer.world_size > 1:
+            name = f"predictions-{trainer.global_rank}.jsonl"
+        return Path(trainer.default_root_dir) / name

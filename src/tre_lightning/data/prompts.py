@@ -1,0 +1,245 @@
+"""Prompts and scores of a task, as a LightningDataModule.
+
+A task is a subclass with three things: the stream of training prompts, the held-out prompts, and
+the scorer.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from tre_lightning.policy import load_tokenizer
+from tre_lightning.rollout import PromptBatch
+
+_CHECKED_TRAIN_PROMPTS = 256  # prompts of the endless training stream whose length is checked first
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt and what the scorer needs to judge a response to it."""
+
+    text: str
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+class PromptDataModule(LightningDataModule, ABC):
+    """Base of the tasks: batches of prompts that depend only on the seed and the iteration."""
+
+    def __init__(
+        self,
+        tokenizer: str | None = None,
+        batch_size: int = 64,
+        iterations_per_epoch: int = 10,
+        eval_batch_size: int = 64,
+        max_prompt_length: int = 512,
+        seed: int = 42,
+    ) -> None:
+        """Keep the options.
+
+        Args:
+            tokenizer: directory or hub name; the command line sets it to the policy's.
+            batch_size: prompts an iteration, over all devices.
+            iterations_per_epoch: PPO iterations an epoch; validation runs between epochs.
+            eval_batch_size: held-out prompts a batch, on one device.
+            max_prompt_length: longest prompt, tokens; a longer one is an error.
+            seed: of the prompts and their order.
+        """
+        super().__init__()
+        named = {
+            "batch_size": batch_size,
+            "iterations_per_epoch": iterations_per_epoch,
+            "eval_batch_size": eval_batch_size,
+            "max_prompt_length": max_prompt_length,
+        }
+        for name, value in named.items():
+            if value < 1:
+                raise ValueError(f"data.{name}={value} must be at least 1")
+        self.tokenizer_source = tokenizer
+        self.batch_size = batch_size
+        self.iterations_per_epoch = iterations_per_epoch
+        self.eval_batch_size = eval_batch_size
+        self.max_prompt_length = max_prompt_length
+        self.seed = seed
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    # ----- what a task defines
+
+    @abstractmethod
+    def train_prompt(self, index: int) -> Prompt:
+        """Prompt number ``index`` of an endless training stream; a pure function."""
+
+    @abstractmethod
+    def heldout_prompts(self, stage: str) -> dict[str, list[Prompt]]:
+        """Held-out prompts by the name their metrics carry.
+
+        Args:
+            stage: ``val`` or ``test``.
+        """
+
+    @abstractmethod
+    def score(self, responses: Sequence[str], prompts: PromptBatch) -> Tensor:
+        """Scores ``[len(prompts) * n]`` of n responses a prompt; NaN = could not be scored."""
+
+    def vocabulary(self) -> list[str]:
+        """Words that a tokenizer from scratch needs; only for tasks of a closed vocabulary."""
+        raise ValueError(
+            f"{type(self).__name__} has no closed vocabulary; give model.policy.model or "
+            "model.policy.tokenizer a pretrained tokenizer"
+        )
+
+    # ----- what Lightning asks
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the tokenizer, read the files, and check every prompt's length."""
+        if self._tokenizer is None:
+            if self.tokenizer_source is None:
+                raise ValueError("data.tokenizer is not set; give a directory or hub name")
+            self.check(load_tokenizer(self.tokenizer_source))
+
+    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Use this tokenizer; refuse data that cannot be read and prompts that are too long."""
+        prompts = [self.train_prompt(i) for i in range(_CHECKED_TRAIN_PROMPTS)]
+        for stage in ("val", "test"):
+            for held_out in self.heldout_prompts(stage).values():
+                prompts += held_out
+        self._tokenizer = tokenizer
+        self.longest_prompt = self._encode(prompts)[1].shape[1]
+
+    def train_dataloader(self) -> "IterationLoader":
+        """One batch an iteration; it knows where to go on after a resume."""
+        return IterationLoader(self._train_batch, self.iterations_per_epoch)
+
+    def val_dataloader(self) -> list["BatchList"]:
+        """A loader for each held-out set."""
+        return self._heldout_loaders("val")
+
+    def test_dataloader(self) -> list["BatchList"]:
+        """A loader for each test set."""
+        return self._heldout_loaders("test")
+
+    def predict_dataloader(self) -> list["BatchList"]:
+        """The test sets."""
+        return self._heldout_loaders("test")
+
+    # ----- batches
+
+    def render(self, prompt: Prompt) -> str:
+        """The prompt in the tokenizer's chat template, where it has one."""
+        if self._tokenizer is None or self._tokenizer.chat_template is None:
+            return prompt.text
+        chat = [{"role": "user", "content": prompt.text}]
+        text = self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        assert isinstance(text, str)
+        return text
+
+    def _train_batch(self, iteration: int) -> PromptBatch:
+        rank, ranks = self._world()
+        first, end = (self.batch_size * r // ranks for r in (rank, rank + 1))
+        start = iteration * self.batch_size
+        prompts = [self.train_prompt(start + row) for row in range(first, end)]
+        return self._batch(prompts, "train", iteration, first, self.batch_size)
+
+    def _heldout_loaders(self, stage: str) -> list["BatchList"]:
+        rank, ranks = self._world()
+        loaders = []
+        for split, prompts in self.heldout_prompts(stage).items():
+            batches = []
+            size = self.eval_batch_size * ranks
+            for index, start in enumerate(range(0, len(prompts), size)):
+                rows = prompts[start : start + size]
+                # Every rank takes part in every batch; the last one may hold a few more each.
+                first, end = (len(rows) * r // ranks for r in (rank, rank + 1))
+                batches.append((rows[first:end], split, index, first, len(rows)))
+            loaders.append(BatchList(batches, self._batch))
+        return loaders
+
+    def _batch(
+        self, prompts: list[Prompt], split: str, index: int, first_row: int, total_rows: int
+    ) -> PromptBatch:
+        texts, ids, mask = self._encode(prompts)
+        return PromptBatch(
+            prompt_ids=ids,
+            prompt_mask=mask,
+            texts=texts,
+            extras=tuple(prompt.extra for prompt in prompts),
+            split=split,
+            index=index,
+            first_row=first_row,
+            total_rows=total_rows,
+        )
+
+    def _encode(self, prompts: list[Prompt]) -> tuple[tuple[str, ...], Tensor, Tensor]:
+        tokenizer = self._tokenizer
+        assert tokenizer is not None, "setup() comes first"
+        texts = tuple(self.render(prompt) for prompt in prompts)
+        # A chat template writes the special tokens itself.
+        encoded = tokenizer(
+            list(texts),
+            padding=True,
+            return_tensors="pt",
+            add_special_tokens=tokenizer.chat_template is None,
+        )
+        ids, mask = encoded["input_ids"], encoded["attention_mask"].bool()
+        if ids.shape[1] > self.max_prompt_length:
+            row = int(mask.sum(1).argmax())
+            raise ValueError(
+                f"data.max_prompt_length={self.max_prompt_length} is too short for the prompt "
+                f"{texts[row][:80]!r} of {int(mask[row].sum())} tokens; raise it or drop the prompt"
+            )
+        return texts, ids, mask
+
+    def _world(self) -> tuple[int, int]:
+        trainer = self.trainer
+        return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+
+
+class IterationLoader:
+    """Batches of one epoch, from the iteration it has reached on."""
+
+    def __init__(self, batch: Callable[[int], PromptBatch], iterations_per_epoch: int) -> None:
+        """``batch`` makes the batch of an iteration."""
+        self._batch = batch
+        self._length = iterations_per_epoch
+        self._iteration = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[PromptBatch]:
+        while True:
+            self._iteration += 1
+            yield self._batch(self._iteration - 1)
+            if self._iteration % self._length == 0:
+                return
+
+    def state_dict(self) -> dict[str, int]:
+        """The next iteration."""
+        return {"iteration": self._iteration}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from the saved iteration."""
+        self._iteration = state["iteration"]
+
+
+class BatchList:
+    """A fixed list of batches, each made when it is asked for."""
+
+    def __init__(
+        self,
+        batches: list[tuple[list[Prompt], str, int, int, int]],
+        make: Callable[..., PromptBatch],
+    ) -> None:
+        """``make`` turns an entry into a batch."""
+        self._batches = batches
+        self._make = make
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[PromptBatch]:
+        return (self._make(*batch) for batch in self._batches)

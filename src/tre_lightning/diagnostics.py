@@ -1,0 +1,172 @@
+"""What a run logs, as collections of torchmetrics; docs/metrics.md defines every tag."""
+
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric, SumMetric
+
+from tre_lightning.entropy import EntropyStats
+from tre_lightning.experience import Experience, TrainingBatch
+from tre_lightning.losses import policy_ratio
+from tre_lightning.metrics import (
+    MaskedExplainedVariance,
+    MaskedMean,
+    PassAtK,
+    approx_kl,
+    clipped,
+    cumulative_tail_risk,
+)
+
+
+class _Collection(nn.Module):
+    """Named metrics that are computed and reset together."""
+
+    def __init__(self, metrics: dict[str, Metric]) -> None:
+        super().__init__()
+        # Module names may not hold dots or collide with attributes, so the tags stay a list.
+        self.tags = list(metrics)
+        self.metrics = nn.ModuleList(metrics.values())
+
+    def __getitem__(self, tag: str) -> Metric:
+        metric = self.metrics[self.tags.index(tag)]
+        assert isinstance(metric, Metric)
+        return metric
+
+    def flush(self) -> dict[str, Tensor]:
+        """Values over all ranks, then empty; what nothing was counted for is left out."""
+        values = {tag: self[tag].compute().float() for tag in self.tags}
+        for tag in self.tags:
+            self[tag].reset()
+        return {tag: value for tag, value in values.items() if not value.isnan()}
+
+
+class RolloutMetrics(_Collection):
+    """Scores and entropies of this rank's responses, before the update."""
+
+    def __init__(self, num_responses: int) -> None:
+        """``num_responses`` is k of the reported pass@k."""
+        self.num_responses = num_responses
+        tokens = ["full", "region", "region_scaled", "region_size", "single_token_share"]
+        super().__init__(
+            {
+                "rollout/score": MaskedMean(),
+                **{f"rollout/pass@{k}": PassAtK(k) for k in sorted({1, num_responses})},
+                "rollout/response_length": MaskedMean(),
+                "rollout/finished_share": MaskedMean(),
+                "rollout/unscorable_share": MaskedMean(),
+                "rollout/ref_kl": MaskedMean(),
+                **{f"entropy/{name}": MaskedMean() for name in tokens},
+                "entropy/tail_mass": MaskedMean(),
+                "entropy/cumulative_tail_risk": MaskedMean(),
+            }
+        )
+
+    def update_scores(self, experience: Experience) -> None:
+        """Count one rollout (rows of one prompt side by side)."""
+        grouped = experience.scores.view(-1, self.num_responses)
+        scored = ~experience.scores.isnan()
+        self["rollout/score"].update(experience.scores, scored)
+        for k in sorted({1, self.num_responses}):
+            self[f"rollout/pass@{k}"].update(grouped)
+        self["rollout/response_length"].update(experience.response_mask.sum(1), scored)
+        self["rollout/finished_share"].update(experience.finished)
+        self["rollout/unscorable_share"].update(~scored)
+        if experience.ref_logprobs is not None:
+            kl = approx_kl(experience.ref_logprobs, experience.old_logprobs)
+            self["rollout/ref_kl"].update(kl, experience.response_mask)
+
+    def update_entropy(self, stats: EntropyStats, mask: Tensor) -> None:
+        """Count the entropies of some responses, ``[B, T]`` each."""
+        self["entropy/full"].update(stats.full, mask)
+        self["entropy/region"].update(stats.region, mask)
+        self["entropy/region_scaled"].update(stats.scaled, mask)
+        self["entropy/region_size"].update(stats.size, mask)
+        self["entropy/single_token_share"].update(stats.size == 1, mask)
+        self["entropy/tail_mass"].update(stats.tail_mass, mask)
+        self["entropy/cumulative_tail_risk"].update(cumulative_tail_risk(stats.tail_mass, mask))
+
+
+class UpdateMetrics(_Collection):
+    """Losses, step sizes and critic of one iteration's updates."""
+
+    def __init__(self) -> None:
+        """Losses are sums over micro-batches and ranks; ``flush`` of them is a mean per step."""
+        super().__init__(
+            {
+                "policy/approx_kl": MaskedMean(),
+                "policy/clip_fraction": MaskedMean(),
+                "policy/grad_norm": MeanMetric(),
+                "value/grad_norm": MeanMetric(),
+                "value/explained_variance": MaskedExplainedVariance(),
+                "value/mean": MaskedMean(),
+                "value/return_mean": MaskedMean(),
+            }
+        )
+        self.losses = nn.ModuleDict()
+        self.steps = 0
+
+    def update_targets(self, batch: TrainingBatch) -> None:
+        """Count the critic's predictions of the whole (global) rollout."""
+        mask = batch.response_mask
+        self["value/explained_variance"].update(batch.values, batch.returns, mask)
+        self["value/mean"].update(batch.values, mask)
+        self["value/return_mean"].update(batch.returns, mask)
+
+    def update_policy(
+        self, logprobs: Tensor, batch: TrainingBatch, clip_eps_low: float, clip_eps_high: float
+    ) -> None:
+        """Count one micro-batch of this rank."""
+        logprobs = logprobs.detach()
+        ratio = policy_ratio(logprobs, batch.old_logprobs)
+        hit = clipped(ratio, batch.advantages, clip_eps_low, clip_eps_high)
+        self["policy/approx_kl"].update(
+            approx_kl(logprobs, batch.old_logprobs), batch.response_mask
+        )
+        self["policy/clip_fraction"].update(hit, batch.response_mask)
+
+    def add_loss(self, name: str, part: Tensor) -> None:
+        """Add a part of a loss, already divided by the minibatch's global token count."""
+        if name not in self.losses:
+            self.losses[name] = SumMetric().to(part.device)
+        loss = self.losses[name]
+        assert isinstance(loss, SumMetric)
+        loss.update(part.detach())
+
+    def end_step(self, policy_norm: Tensor, critic_norm: Tensor) -> None:
+        """Count one optimiser step and its gradient norms before clipping."""
+        self["policy/grad_norm"].update(policy_norm)
+        self["value/grad_norm"].update(critic_norm)
+        self.steps += 1
+
+    def flush(self) -> dict[str, Tensor]:
+        """Values over all ranks, then empty."""
+        values = super().flush()
+        for name, loss in self.losses.items():
+            assert isinstance(loss, SumMetric)
+            values[f"loss/{name}"] = loss.compute() / self.steps
+            loss.reset()
+        self.steps = 0
+        return values
+
+
+class EvaluationMetrics(_Collection):
+    """Scores of the responses to held-out prompts."""
+
+    def __init__(self, num_responses: int) -> None:
+        """``num_responses`` is k of the reported pass@k."""
+        self.num_responses = num_responses
+        super().__init__(
+            {
+                "score": MaskedMean(),
+                **{f"pass@{k}": PassAtK(k) for k in sorted({1, num_responses})},
+                "response_length": MaskedMean(),
+                "finished_share": MaskedMean(),
+            }
+        )
+
+    def update(self, scores: Tensor, response_mask: Tensor, finished: Tensor) -> None:
+        """Count some responses (rows of one prompt side by side)."""
+        grouped = scores.view(-1, self.num_responses)
+        self["score"].update(scores, ~scores.isnan())
+        for k in sorted({1, self.num_responses}):
+            self[f"pass@{k}"].update(grouped)
+        self["response_length"].update(response_mask.sum(1))
+        self["finished_share"].update(finished)

@@ -1,0 +1,144 @@
+r"""Trust Region Entropy, the paper in one file.
+
+Source: "Encouraging Exploration in the Trust Region", arXiv 2602.03635. An entropy bonus over the
+whole vocabulary pushes probability onto every token; over a response of T tokens the mass that
+reaches the tail accumulates ("cumulative tail risk"). TRE raises entropy only inside a region
+A of plausible tokens:
+
+* region A: the ``top_k`` most probable tokens (TRE-K), or the smallest nucleus whose mass reaches
+  ``top_p``, the token that crosses it included (TRE-P);
+* q = softmax of the logits over A alone, H = -sum_A q log q;
+* scaled by log|V| / log|A|, so that a uniform q scores log|V| whatever |A|; 0 where |A| = 1.
+
+The region is a constant of the gradient: dH/dz_i = -q_i (log q_i + H) inside A, times the scale,
+and 0 outside.
+
+Deviations from the paper's code: the nucleus is exact (theirs stops at 256 tokens), and ties at its
+edge go to the lower token id. Tokens with a logit of -inf do not exist: they are never in A. |V| is
+the size of the last axis, masked tokens included, so that the scale does not vary by position. A
+row with NaN, or with nothing but -inf, gives NaN.
+
+All functions take logits ``[..., V]`` in any float dtype, compute in float32 (float64 stays) and
+return ``[...]`` in nats.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_FIRST_LOOK = 64  # sorted head of the vocabulary; only rows whose nucleus is wider are fully sorted
+
+
+class EntropyStats(NamedTuple):
+    """Entropies and region of every position, each ``[...]``."""
+
+    full: Tensor  # entropy over the whole vocabulary, nats
+    region: Tensor  # entropy of q, the softmax over the region alone, nats
+    scaled: Tensor  # region entropy times the scale, nats
+    scale: Tensor  # log|V| / log|A|, 0 where |A| = 1
+    size: Tensor  # |A|, tokens (int64)
+    tail_mass: Tensor  # probability outside the region
+
+
+def trust_region_entropy(
+    logits: Tensor, *, top_k: int | None = None, top_p: float | None = None, rescale: bool = True
+) -> Tensor:
+    """Entropy inside the trust region, ``[..., V] -> [...]`` nats; ``rescale`` applies the scale.
+
+    Raises:
+        ValueError: unless exactly one of ``top_k`` (>= 1) and ``top_p`` (in (0, 1)) is given.
+    """
+    size, mask = _region(logits, top_k, top_p)
+    entropy = _entropy(_upcast(logits).masked_fill(~mask, -math.inf))
+    return entropy * _scale(size, logits.shape[-1]) if rescale else entropy
+
+
+def trust_region_mask(
+    logits: Tensor, *, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
+    """The region A, ``[..., V] -> [..., V]`` bool. Same arguments and errors as the entropy."""
+    return _region(logits, top_k, top_p)[1]
+
+
+def full_entropy(logits: Tensor) -> Tensor:
+    """Entropy over the whole vocabulary, ``[..., V] -> [...]`` nats."""
+    return _entropy(_upcast(logits))
+
+
+def entropy_stats(
+    logits: Tensor, *, top_k: int | None = None, top_p: float | None = None
+) -> EntropyStats:
+    """Everything that the diagnostics show, from one search of the region; no gradient."""
+    with torch.no_grad():
+        size, mask = _region(logits, top_k, top_p)
+        z = _upcast(logits)
+        inside = z.masked_fill(~mask, -math.inf)
+        region, scale = _entropy(inside), _scale(size, z.shape[-1])
+        log_mass = inside.logsumexp(-1) - z.logsumexp(-1)
+        tail_mass = -torch.expm1(log_mass.clamp(max=0.0))
+        return EntropyStats(_entropy(z), region, region * scale, scale, size, tail_mass)
+
+
+def check_region(top_k: int | None, top_p: float | None) -> None:
+    """Raise ValueError unless exactly one of ``top_k`` >= 1 and 0 < ``top_p`` < 1 is given."""
+    if (top_k is None) == (top_p is None):
+        raise ValueError(f"give exactly one of top_k and top_p, not top_k={top_k}, top_p={top_p}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k={top_k} must be at least 1 token")
+    if top_p is not None and not 0.0 < top_p < 1.0:
+        raise ValueError(f"top_p={top_p} must lie between 0 and 1, both excluded")
+
+
+def _region(logits: Tensor, top_k: int | None, top_p: float | None) -> tuple[Tensor, Tensor]:
+    """Size ``[...]`` and mask ``[..., V]`` of the region: the ``size`` largest logits."""
+    check_region(top_k, top_p)
+    z = _upcast(logits.detach())
+    possible = (z > -math.inf).sum(-1)
+    if top_k is not None:
+        size = possible.clamp(1, top_k)
+        head = z.topk(min(top_k, z.shape[-1])).values
+        threshold = head.gather(-1, (size - 1).unsqueeze(-1))
+    else:
+        assert top_p is not None
+        size, threshold = _nucleus(z, top_p, possible)
+    above, tied = z > threshold, z == threshold
+    places_left = size.unsqueeze(-1) - above.sum(-1, keepdim=True)
+    return size, above | (tied & (tied.cumsum(-1) <= places_left))
+
+
+def _nucleus(z: Tensor, top_p: float, possible: Tensor) -> tuple[Tensor, Tensor]:
+    """Size ``[...]`` of the nucleus and its smallest logit ``[..., 1]``."""
+    log_norm = z.logsumexp(-1, keepdim=True)
+
+    def search(head: Tensor, norm: Tensor, limit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        reached = (head - norm).exp().cumsum(-1, dtype=torch.float64)
+        size = ((reached < top_p).sum(-1) + 1).minimum(limit).clamp(min=1)
+        found = size <= head.shape[-1]
+        index = (size - 1).clamp(max=head.shape[-1] - 1).unsqueeze(-1)
+        return size, head.gather(-1, index), found
+
+    size, threshold, found = search(
+        z.topk(min(_FIRST_LOOK, z.shape[-1])).values, log_norm, possible
+    )
+    wide = ~found
+    if wide.any():
+        ordered = z[wide].sort(-1, descending=True).values
+        size[wide], threshold[wide], _ = search(ordered, log_norm[wide], possible[wide])
+    return size, threshold
+
+
+def _entropy(z: Tensor) -> Tensor:
+    """Entropy ``[...]`` of softmax(z); tokens at -inf add nothing to value and gradient."""
+    log_q = z.log_softmax(-1)
+    return -(log_q.exp() * log_q.masked_fill(z == -math.inf, 0.0)).sum(-1)
+
+
+def _scale(size: Tensor, vocabulary: int) -> Tensor:
+    """log|V| / log|A|, and 0 where |A| = 1."""
+    return torch.where(size > 1, math.log(vocabulary) / size.clamp(min=2).log(), 0.0)
+
+
+def _upcast(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()

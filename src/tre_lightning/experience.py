@@ -1,0 +1,163 @@
+"""rollout -> scores -> advantages -> minibatches.
+
+After scoring, the rows of all ranks are gathered: every rank computes the same advantages over the
+global batch (so whitening is global), draws the same minibatches, and trains on its share of each.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from tre_lightning.distributed import gather_rows
+from tre_lightning.metrics import approx_kl
+from tre_lightning.rollout import Rollout
+from tre_lightning.seeding import permutation
+
+
+@dataclass(frozen=True)
+class Experience(Rollout):
+    """A scored rollout under the policy that sampled it.
+
+    ``response_mask`` excludes every token of a response that could not be scored.
+    """
+
+    scores: Tensor  # [B] float32, one a sequence; NaN = could not be scored
+    old_logprobs: Tensor  # [B, T] float32
+    ref_logprobs: Tensor | None  # [B, T] float32, of the reference policy where there is one
+    values: Tensor  # [B, T] float32
+
+    def gathered(self) -> "Experience":
+        """The same with the rows of all ranks, in rank order."""
+        return map_rows(
+            self,
+            lambda name, rows: (
+                gather_rows(rows.flip(1), 0).flip(1)
+                if name.startswith("prompt_")
+                else gather_rows(rows, 0)
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class TrainingBatch(Experience):
+    """Experience with the targets of the update."""
+
+    rewards: Tensor  # [B, T] float32, one a token
+    advantages: Tensor  # [B, T] float32
+    returns: Tensor  # [B, T] float32
+
+    def __len__(self) -> int:
+        return len(self.response_ids)
+
+    def __getitem__(self, rows: Tensor | slice) -> "TrainingBatch":
+        return map_rows(self, lambda _, tensor: tensor[rows])
+
+    def micro_batches(self, size: int) -> Iterator["TrainingBatch"]:
+        """Consecutive slices of at most ``size`` rows, without columns that all of them pad."""
+        for start in range(0, len(self), size):
+            yield self[start : start + size].trimmed()
+
+    def trimmed(self) -> "TrainingBatch":
+        """Without the columns that are padding in every row."""
+        longest_prompt = int(self.prompt_mask.any(0).sum())
+        # A fully masked response still needs a column for the model to run on.
+        longest = max(1, int(self.response_mask.any(0).long().cumsum(0).argmax()) + 1)
+
+        def cut(name: str, rows: Tensor) -> Tensor:
+            if rows.dim() == 1:
+                return rows
+            return rows[:, -longest_prompt:] if name.startswith("prompt_") else rows[:, :longest]
+
+        return map_rows(self, cut)
+
+
+def map_rows(batch, change):  # type: ignore[no-untyped-def]
+    """A new batch whose tensors are ``change(name, tensor)``."""
+    values = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    return replace(batch, **{k: change(k, v) for k, v in values.items() if v is not None})
+
+
+def build_experience(
+    rollout: Rollout,
+    scores: Tensor,
+    old_logprobs: Tensor,
+    ref_logprobs: Tensor | None,
+    values: Tensor,
+) -> Experience:
+    """Join a rollout with its scores ``[B]`` and what the models say of it, each ``[B, T]``."""
+    scored = ~scores.isnan()
+    mask = rollout.response_mask & scored.unsqueeze(1)
+    return Experience(
+        prompt_ids=rollout.prompt_ids,
+        prompt_mask=rollout.prompt_mask,
+        response_ids=rollout.response_ids,
+        response_mask=mask,
+        finished=rollout.finished,
+        scores=scores,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        values=values,
+    )
+
+
+def compute_targets(
+    experience: Experience, *, gamma: float, gae_lambda: float, kl_coef: float, whiten: bool
+) -> TrainingBatch:
+    """Token rewards, advantages (whitened over the whole batch) and returns."""
+    rewards = token_rewards(experience, kl_coef)
+    advantages, returns = gae(
+        rewards, experience.values, experience.response_mask, gamma=gamma, gae_lambda=gae_lambda
+    )
+    if whiten:
+        advantages = whitened(advantages, experience.response_mask)
+    known = {f.name: getattr(experience, f.name) for f in fields(experience)}
+    return TrainingBatch(**known, rewards=rewards, advantages=advantages, returns=returns)
+
+
+def token_rewards(experience: Experience, kl_coef: float) -> Tensor:
+    """Score at the last token, minus ``kl_coef`` times the k3 KL to the reference, ``[B, T]``."""
+    mask = experience.response_mask
+    rewards = torch.zeros_like(experience.old_logprobs)
+    if experience.ref_logprobs is not None:
+        penalty = approx_kl(experience.ref_logprobs, experience.old_logprobs)
+        rewards = torch.where(mask, -kl_coef * penalty, rewards)
+    last = (mask.sum(1) - 1).clamp(min=0).unsqueeze(1)
+    scores = experience.scores.nan_to_num(0.0).unsqueeze(1)
+    return rewards.scatter_add(1, last, scores.to(rewards) * mask.any(1, keepdim=True))
+
+
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (Schulman et al. 2016), all ``[B, T]``; 0 outside the mask.
+
+    The value after the last token is 0: a response ends its episode, cut ones included.
+
+    Returns:
+        advantages, and returns = advantages + values.
+    """
+    values = values * mask
+    advantages = torch.zeros_like(values)
+    following = torch.zeros_like(values[:, 0])
+    for t in range(values.shape[1] - 1, -1, -1):
+        next_value = values[:, t + 1] if t + 1 < values.shape[1] else torch.zeros_like(following)
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        following = (delta + gamma * gae_lambda * following) * mask[:, t]
+        advantages[:, t] = following
+    return advantages, advantages + values
+
+
+def whitened(values: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
+    """Zero mean and unit variance over the True entries of ``mask``; 0 elsewhere."""
+    counted = values[mask]
+    mean, variance = counted.mean(), counted.var(unbiased=False)
+    return torch.where(mask, (values - mean) * torch.rsqrt(variance + eps), 0.0)
+
+
+def minibatches(batch: TrainingBatch, number: int, *key: int | str) -> Iterator[TrainingBatch]:
+    """``number`` random minibatches of nearly equal size, shuffled by ``key``."""
+    order = permutation(len(batch), *key).to(batch.response_ids.device)
+    for rows in order.tensor_split(number):
+        yield batch[rows]

@@ -1,0 +1,319 @@
+"""Metrics of a run: masked means, explained variance, pass@k and the pure functions they log.
+
+The metrics keep sums in float64 and counts in int64, reduced over devices, so a value does not
+depend on how the data was cut into updates or spread over ranks. A metric that has counted nothing
+computes NaN.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+_CONSTANT = 1e-6  # relative spread up to which returns are a constant plus float32 rounding
+
+
+def approx_kl(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
+    """Per-token k3 estimate of KL(old || new): r - 1 - log r, log r = logprobs - old_logprobs.
+
+    Unbiased for tokens sampled from the old policy, and never negative. Infinite where r overflows
+    the result's dtype; NaN where both logprobs are -inf (padding: mask it out).
+
+    Source: Schulman 2020, "Approximating KL divergence" (joschu.net/blog/kl-approx.html).
+
+    Args:
+        logprobs: log-probability of each token under the new policy, nats, ``[B, T]``.
+        old_logprobs: the same tokens under the policy that sampled them, nats, ``[B, T]``.
+
+    Returns:
+        The estimate, nats, ``[B, T]``; float32, or float64 if either input is.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    _check_shape("old_logprobs", old_logprobs, "logprobs", logprobs)
+    log_ratio = logprobs.double() - old_logprobs.double()
+    # clamp: near 0 an expm1 that is off by one rounding may fall below its argument
+    return _like(torch.expm1(log_ratio) - log_ratio, logprobs, old_logprobs).clamp(min=0)
+
+
+def cumulative_tail_risk(tail_mass: Tensor, response_mask: Tensor) -> Tensor:
+    """Probability that a response has at least one tail token: 1 - prod_t (1 - tail_t).
+
+    For a constant tail this is 1 - (1 - tail)^T (cumulative tail risk, arXiv 2602.03635).
+
+    Args:
+        tail_mass: probability outside the region at each token, clamped to [0, 1], ``[B, T]``.
+        response_mask: bool, True = counts, ``[B, T]``; ``tail_mass`` may be NaN elsewhere.
+
+    Returns:
+        Risk in [0, 1], ``[B]``, 0 for a response without counted tokens; float64 if ``tail_mass``
+        is, else float32.
+
+    Raises:
+        ValueError: if the mask is not bool or its shape differs.
+    """
+    _check_mask("response_mask", response_mask, "tail_mass", tail_mass)
+    tail = torch.where(response_mask, tail_mass.double(), 0.0)
+    return _like(_any_of(tail), tail_mass)
+
+
+def pass_at_k(num_correct: Tensor, num_samples: int, k: int) -> Tensor:
+    """Unbiased pass@k, 1 - C(n - c, k) / C(n, k) for c correct of n responses.
+
+    Source: Chen et al. 2021, "Evaluating Large Language Models Trained on Code", eq. 1.
+
+    Args:
+        num_correct: c of each prompt, whole numbers in [0, ``num_samples``], any shape.
+        num_samples: n, responses sampled for every prompt.
+        k: responses drawn without replacement.
+
+    Returns:
+        Probability that at least one of the k is correct, shape of ``num_correct``; float64 if
+        ``num_correct`` is, else float32.
+
+    Raises:
+        ValueError: unless 1 <= k <= ``num_samples`` and 0 <= ``num_correct`` <= ``num_samples``.
+    """
+    _check_k(k)
+    if k > num_samples:
+        raise ValueError(f"k={k} exceeds num_samples={num_samples}; sample at least k responses")
+    if not ((num_correct >= 0) & (num_correct <= num_samples)).all():
+        raise ValueError(
+            f"num_correct spans {num_correct.min().item()} to {num_correct.max().item()}; "
+            f"pass counts in [0, num_samples={num_samples}]"
+        )
+    correct = num_correct.double()
+    return _like(_pass_at_k(correct, torch.full_like(correct, num_samples), k), num_correct)
+
+
+def clipped(ratio: Tensor, advantages: Tensor, clip_eps_low: float, clip_eps_high: float) -> Tensor:
+    """Tokens whose clipped surrogate is the active one, so that they give no policy gradient.
+
+    True where (A > 0 and r > 1 + high) or (A < 0 and r < 1 - low); their share is the clip
+    fraction: ``MaskedMean().update(clipped(...), response_mask)``.
+
+    Source: the minimum in PPO's objective, Schulman et al. 2017, eq. 7.
+
+    Args:
+        ratio: new over old probability of each token, ``[B, T]``.
+        advantages: advantage of each token, ``[B, T]``.
+        clip_eps_low: how far the ratio may fall below 1, >= 0.
+        clip_eps_high: how far the ratio may rise above 1, >= 0.
+
+    Returns:
+        Bool, ``[B, T]``; False where an input is NaN.
+
+    Raises:
+        ValueError: if the shapes differ or a bound is negative.
+    """
+    _check_shape("advantages", advantages, "ratio", ratio)
+    for name, bound in (("clip_eps_low", clip_eps_low), ("clip_eps_high", clip_eps_high)):
+        if not bound >= 0:
+            raise ValueError(f"{name}={bound} is not a distance from 1; pass a number >= 0")
+    rises = (advantages > 0) & (ratio > 1 + clip_eps_high)
+    falls = (advantages < 0) & (ratio < 1 - clip_eps_low)
+    return rises | falls
+
+
+class _Float64Metric(Metric):
+    """Metric whose states keep their dtype.
+
+    ``Module.to(torch.bfloat16)``, as Lightning's "bf16-true" does, would turn torchmetrics' states
+    into bfloat16, and a sum would stop growing after a few hundred tokens.
+    """
+
+    is_differentiable = False
+    full_state_update = False
+
+    # Any, as in torchmetrics' own signature: the functions nn.Module passes are untyped
+    def _apply(self, fn: Callable[..., Any], exclude_state: Any = "") -> Any:
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), exclude_state)
+
+    def _add_sum(self, name: str, dtype: torch.dtype = torch.float64) -> None:
+        self.add_state(name, torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
+
+
+class _RunningMean(_Float64Metric):
+    """Total over count."""
+
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._add_sum("total")
+        self._add_sum("count", torch.int64)
+
+    def compute(self) -> Tensor:
+        """Mean of everything counted so far, a float64 scalar; NaN if nothing was."""
+        return self.total / self.count
+
+
+class MaskedMean(_RunningMean):
+    """Mean over the True entries of a mask, over all updates and devices.
+
+    Example: the clip fraction of an epoch is a ``MaskedMean`` of :func:`clipped`.
+    """
+
+    def update(self, values: Tensor, mask: Tensor | None = None) -> None:
+        """Count the entries of ``values`` where ``mask`` is True; all of them without a mask.
+
+        Args:
+            values: numbers or bools, any shape; may be NaN or infinite outside the mask.
+            mask: bool, True = counts, same shape.
+
+        Raises:
+            ValueError: if the mask is not bool or its shape differs.
+        """
+        if mask is None:
+            mask = torch.ones_like(values, dtype=torch.bool)
+        _check_mask("mask", mask, "values", values)
+        self.total = self.total + torch.where(mask, values.detach().double(), 0.0).sum()
+        self.count = self.count + mask.sum()
+
+
+class PassAtK(_RunningMean):
+    """Mean unbiased pass@k over prompts; see :func:`pass_at_k`.
+
+    Args:
+        k: responses drawn without replacement, >= 1.
+        kwargs: options of ``torchmetrics.Metric``.
+
+    Raises:
+        ValueError: if k < 1.
+    """
+
+    higher_is_better = True
+
+    def __init__(self, k: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        _check_k(k)
+        self.k = k
+
+    def update(self, correct: Tensor) -> None:
+        """Count G prompts with n responses each; n may differ between updates.
+
+        A score >= 1.0 is correct. A NaN score ("could not be scored") is left out, so that prompt's
+        n is smaller; prompts with fewer than k scored responses are skipped.
+
+        Args:
+            correct: bool or score of each response, ``[G, n]``, n >= k.
+
+        Raises:
+            ValueError: if ``correct`` is not ``[G, n]`` or n < k.
+        """
+        if correct.ndim != 2:
+            raise ValueError(f"correct has shape {list(correct.shape)}; pass [prompts, responses]")
+        if correct.shape[1] < self.k:
+            raise ValueError(
+                f"correct has {correct.shape[1]} responses per prompt; "
+                f"pass@{self.k} needs at least {self.k}"
+            )
+        scored = (~correct.isnan()).sum(dim=1)
+        enough = scored >= self.k
+        num_correct = (correct >= 1).sum(dim=1)[enough]
+        self.total = self.total + _pass_at_k(num_correct, scored[enough], self.k).sum()
+        self.count = self.count + enough.sum()
+
+
+class MaskedExplainedVariance(_Float64Metric):
+    """Share of the returns' variance the values explain, 1 - Var(returns - values) / Var(returns).
+
+    1 is a perfect critic (up to a constant), 0 one no better than a constant. NaN where the returns
+    are constant (all within a relative 1e-6, float32 rounding): torchmetrics' ExplainedVariance
+    reports 0 or 1 there, and loses float32 returns far from 0 to rounding.
+    """
+
+    higher_is_better = True
+
+    count: Tensor
+    error_sum: Tensor
+    error_squares: Tensor
+    return_sum: Tensor
+    return_squares: Tensor
+    return_min: Tensor
+    return_max: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._add_sum("count", torch.int64)
+        for name in ("error_sum", "error_squares", "return_sum", "return_squares"):
+            self._add_sum(name)
+        # rounding leaves the variance of a constant just off 0; its spread is exactly 0
+        infinity = torch.tensor(torch.inf, dtype=torch.float64)
+        self.add_state("return_min", infinity, dist_reduce_fx="min")
+        self.add_state("return_max", -infinity, dist_reduce_fx="max")
+
+    def update(self, values: Tensor, returns: Tensor, mask: Tensor) -> None:
+        """Count the tokens where ``mask`` is True.
+
+        Args:
+            values: the critic's predictions, ``[B, T]``.
+            returns: what they predict, ``[B, T]``.
+            mask: bool, True = counts, ``[B, T]``; the others may be NaN elsewhere.
+
+        Raises:
+            ValueError: if the mask is not bool or the shapes differ.
+        """
+        _check_shape("returns", returns, "values", values)
+        _check_mask("mask", mask, "values", values)
+        target = returns.detach()[mask].double()
+        if target.numel() == 0:
+            return
+        error = target - values.detach()[mask]
+        self.count = self.count + target.numel()
+        self.error_sum = self.error_sum + error.sum()
+        self.error_squares = self.error_squares + error.square().sum()
+        self.return_sum = self.return_sum + target.sum()
+        self.return_squares = self.return_squares + target.square().sum()
+        self.return_min = torch.minimum(self.return_min, target.min())
+        self.return_max = torch.maximum(self.return_max, target.max())
+
+    def compute(self) -> Tensor:
+        """Explained variance so far, a float64 scalar <= 1; NaN if empty or returns constant."""
+        magnitude = torch.maximum(self.return_min.abs(), self.return_max.abs())
+        varies = self.return_max - self.return_min > _CONSTANT * magnitude
+        unexplained = self._variance(self.error_sum, self.error_squares)
+        variance = self._variance(self.return_sum, self.return_squares)
+        return torch.where(varies & (variance > 0), 1 - unexplained / variance, torch.nan)
+
+    def _variance(self, total: Tensor, squares: Tensor) -> Tensor:
+        return (squares / self.count - (total / self.count).square()).clamp(min=0)
+
+
+def _any_of(probability: Tensor) -> Tensor:
+    """1 - prod(1 - p) over the last axis; log1p and expm1 keep small p exact, p = 1 gives 1."""
+    return -torch.expm1(torch.log1p(-probability.clamp(0, 1)).sum(dim=-1))
+
+
+def _pass_at_k(num_correct: Tensor, num_samples: Tensor, k: int) -> Tensor:
+    """pass@k in float64 with n per prompt, n >= k: C(n-c, k) / C(n, k) = prod_j<k 1 - c / (n-j)."""
+    drawn = torch.arange(k, device=num_correct.device)
+    # where c > n - k some factor is <= 0: clamped, it makes the result exactly 1
+    return _any_of(num_correct.double().unsqueeze(-1) / (num_samples.unsqueeze(-1) - drawn))
+
+
+def _like(result: Tensor, *inputs: Tensor) -> Tensor:
+    """The result in float64 if an input is, else in float32."""
+    return result if any(x.dtype == torch.float64 for x in inputs) else result.float()
+
+
+def _check_k(k: int) -> None:
+    if k < 1:
+        raise ValueError(f"k={k} draws no response; pass k >= 1")
+
+
+def _check_shape(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.shape != other.shape:
+        raise ValueError(
+            f"{name} has shape {list(tensor.shape)}; pass {list(other.shape)}, as {other_name} has"
+        )
+
+
+def _check_mask(name: str, mask: Tensor, other_name: str, other: Tensor) -> None:
+    if mask.dtype != torch.bool:
+        raise ValueError(f"{name} is {mask.dtype}; pass torch.bool (True = counts)")
+    _check_shape(name, mask, other_name, other)

@@ -1,0 +1,204 @@
+"""The policy (a Hugging Face causal language model) and its critic."""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from tre_lightning.rollout import Rollout, positions
+
+
+@dataclass(frozen=True)
+class PolicyArgs:
+    """Which model is trained.
+
+    Args:
+        model: directory or hub name of a causal language model; its tokenizer comes with it.
+        architecture: instead of ``model``, build one from scratch: a Hugging Face configuration as
+            a mapping with ``model_type`` (for example qwen2, hidden_size, vocab_size).
+        tokenizer: directory or hub name of the tokenizer; none = the model's.
+        critic: ``separate`` = a model of its own (the paper's choice), ``shared`` = a value head on
+            the policy's trunk.
+        critic_model: directory or hub name the separate critic starts from; none = a copy of the
+            policy.
+    """
+
+    model: str | None = None
+    architecture: dict[str, Any] | None = None
+    tokenizer: str | None = None
+    critic: Literal["separate", "shared"] = "separate"
+    critic_model: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.architecture is not None and "model_type" not in self.architecture:
+            raise ValueError(
+                "policy.architecture needs a model_type (for example model_type: qwen2), it has "
+                f"{sorted(self.architecture)}"
+            )
+        if self.critic == "shared" and self.critic_model is not None:
+            raise ValueError(
+                f"policy.critic_model={self.critic_model} needs critic: separate, not critic: shared"
+            )
+
+    @property
+    def tokenizer_source(self) -> str | None:
+        """Directory or hub name of the tokenizer; None while no model is named."""
+        return self.tokenizer or self.model
+
+
+class ActorCritic(nn.Module):
+    """A causal language model with a value for every response token."""
+
+    def __init__(self, policy: PreTrainedModel, critic: PreTrainedModel | None) -> None:
+        """``critic`` is a trunk without a head, or None to share the policy's."""
+        super().__init__()
+        self.policy = policy
+        self.critic = critic
+        hidden = (critic or policy).config.get_text_config().hidden_size
+        self.value_head = nn.Linear(hidden, 1)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+        self.to(dtype=next(policy.parameters()).dtype)
+
+    @classmethod
+    def load(cls, args: PolicyArgs) -> "ActorCritic":
+        """Read the policy and its critic.
+
+        Raises:
+            ValueError: if neither or both of ``model`` and ``architecture`` are given, or the
+                directory holds no model.
+        """
+        policy = load_language_model(args)
+        critic: PreTrainedModel | None = None
+        if args.critic == "separate":
+            critic = (
+                AutoModel.from_pretrained(args.critic_model)
+                if args.critic_model
+                else copy.deepcopy(policy.base_model)
+            )
+        return cls(policy, critic)
+
+    def forward(
+        self, input_ids: Tensor, mask: Tensor, response_length: int
+    ) -> tuple[Tensor, Tensor]:
+        """Logits ``[B, T, V]`` and values ``[B, T]`` (float32) that precede each response token.
+
+        Args:
+            input_ids: ``[B, P + T]`` prompt and response.
+            mask: ``[B, P + T]`` bool, True = a real token.
+            response_length: T.
+        """
+        keep = response_positions(mask, response_length)
+        inputs = _inputs(input_ids, mask)
+        if self.critic is None:
+            out = self.policy(**inputs, logits_to_keep=keep, output_hidden_states=True)
+            hidden = out.hidden_states[-1]
+        else:
+            out = self.policy(**inputs, logits_to_keep=keep)
+            hidden = self.critic(**inputs).last_hidden_state
+        values = self.value_head(hidden[:, keep]).squeeze(-1)
+        return out.logits, values.float()
+
+    def policy_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the language model (a shared trunk included)."""
+        return list(self.policy.parameters())
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the value head and the separate critic."""
+        trunk = [] if self.critic is None else list(self.critic.parameters())
+        return trunk + list(self.value_head.parameters())
+
+
+def response_logits(
+    policy: PreTrainedModel, input_ids: Tensor, mask: Tensor, response_length: int
+) -> Tensor:
+    """The logits ``[B, T, V]`` of :meth:`ActorCritic.forward` alone."""
+    keep = response_positions(mask, response_length)
+    return cast(Tensor, policy(**_inputs(input_ids, mask), logits_to_keep=keep).logits)
+
+
+def response_positions(mask: Tensor, response_length: int) -> Tensor:
+    """Columns whose outputs predict the T response tokens: each one's predecessor, ``[T]``."""
+    end = mask.shape[1] - 1
+    return torch.arange(end - response_length, end, device=mask.device)
+
+
+def _inputs(input_ids: Tensor, mask: Tensor) -> dict[str, Any]:
+    return {
+        "input_ids": input_ids,
+        "attention_mask": mask.long(),
+        "position_ids": positions(mask),
+        "use_cache": False,
+    }
+
+
+def sequence_inputs(rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """Prompt and response side by side: input_ids and mask, each ``[B, P + T]``."""
+    ids = torch.cat([rollout.prompt_ids, rollout.response_ids], dim=1)
+    return ids, torch.cat([rollout.prompt_mask, rollout.response_mask], dim=1)
+
+
+def load_language_model(args: PolicyArgs) -> PreTrainedModel:
+    """The causal language model that ``args`` name, from a directory, the hub or from scratch."""
+    if (args.model is None) == (args.architecture is None):
+        raise ValueError(
+            "give exactly one of model.policy.model (a directory or hub name) and "
+            f"model.policy.architecture, not model={args.model}, architecture={args.architecture}"
+        )
+    if args.architecture is not None:
+        options = dict(args.architecture)
+        config = AutoConfig.for_model(options.pop("model_type"), **options)
+        model = AutoModelForCausalLM.from_config(config)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(args.model)
+    # The ratio of new to old probability must not carry dropout noise.
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return cast(PreTrainedModel, model)
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model, padding on the left, with a pad token."""
+    tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(model))
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that end a response: those of the model's generation settings and the tokenizer's."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    return sorted({int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None})
+
+
+def parameter_shapes(module: nn.Module) -> dict[str, list[int]]:
+    """Shape of every parameter by name."""
+    return {name: list(p.shape) for name, p in module.named_parameters()}
+
+
+def save_pretrained(
+    policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path
+) -> None:
+    """Write a plain Hugging Face model directory."""
+    policy.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Longest sequence of the model in tokens, where its configuration says so."""
+    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return None if length is None else int(length)

@@ -1,0 +1,400 @@
+"""PPO as a LightningModule: one ``training_step`` is one PPO iteration.
+
+prompts -> rollout -> scores -> advantages -> minibatches -> loss terms -> metrics. The module knows
+no entropy method: methods are :class:`~tre_lightning.callbacks.LossTerm` callbacks.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from typing import Any, Protocol
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tre_lightning.args import (
+    DiagnosticsArgs,
+    EvaluationArgs,
+    OptimArgs,
+    PPOArgs,
+    RolloutArgs,
+    options,
+)
+from tre_lightning.callbacks.loss_term import LossTerm, PolicyOutputs, find_loss_terms
+from tre_lightning.diagnostics import EvaluationMetrics, RolloutMetrics, UpdateMetrics
+from tre_lightning.distributed import world
+from tre_lightning.entropy import entropy_stats
+from tre_lightning.experience import (
+    Experience,
+    TrainingBatch,
+    build_experience,
+    compute_targets,
+    map_rows,
+    minibatches,
+)
+from tre_lightning.losses import label_logprobs, masked_sum, policy_loss, value_loss
+from tre_lightning.metrics import MaskedMean
+from tre_lightning.policy import (
+    ActorCritic,
+    PolicyArgs,
+    end_tokens,
+    load_tokenizer,
+    parameter_shapes,
+    response_logits,
+    sequence_inputs,
+)
+from tre_lightning.rollout import PromptBatch, Rollout, generate
+from tre_lightning.seeding import uniforms
+
+
+class Task(Protocol):
+    """What the module asks of the data module besides prompts."""
+
+    def score(self, responses: Sequence[str], prompts: PromptBatch) -> Tensor:
+        """One score a response ``[len(prompts) * n]``; NaN = could not be scored."""
+
+
+class PPOModule(LightningModule):
+    """Proximal policy optimisation of a causal language model with a critic.
+
+    The model is built in ``configure_model``; until then ``actor_critic`` does not exist.
+    """
+
+    actor_critic: ActorCritic
+    tokenizer: PreTrainedTokenizerBase
+
+    def __init__(
+        self,
+        policy: PolicyArgs = PolicyArgs(),
+        rollout: RolloutArgs = RolloutArgs(),
+        evaluation: EvaluationArgs = EvaluationArgs(),
+        ppo: PPOArgs = PPOArgs(),
+        optim: OptimArgs = OptimArgs(),
+        diagnostics: DiagnosticsArgs = DiagnosticsArgs(),
+        seed: int = 42,
+    ) -> None:
+        """Keep the options; nothing is loaded yet.
+
+        Args:
+            policy: which model is trained.
+            rollout: how responses are sampled.
+            evaluation: how held-out prompts are answered.
+            ppo: the update.
+            optim: the optimiser.
+            diagnostics: the region of the entropy diagnostics.
+            seed: of sampling and shuffling.
+        """
+        super().__init__()
+        self.automatic_optimization = False
+        self.policy_args = options(PolicyArgs, policy)
+        self.rollout_args = options(RolloutArgs, rollout)
+        self.evaluation_args = options(EvaluationArgs, evaluation)
+        self.ppo_args = options(PPOArgs, ppo)
+        self.optim_args = options(OptimArgs, optim)
+        self.diagnostics_args = options(DiagnosticsArgs, diagnostics)
+        self.seed = seed
+        self.iteration = 0  # finished PPO iterations
+        self._reference: list[PreTrainedModel] = []  # a list, so that no checkpoint holds it
+        self._rollout_metrics = RolloutMetrics(self.rollout_args.num_responses)
+        self._update_metrics = UpdateMetrics()
+        self._evaluations = nn.ModuleDict()
+        self._samples: list[str] = []
+        groups = ("policy", "rollout", "evaluation", "ppo", "optim", "diagnostics")
+        plain = {name: asdict(getattr(self, f"{name}_args")) for name in groups}
+        self.save_hyperparameters({**plain, "seed": seed}, logger=False)
+
+    # ----- model and optimiser
+
+    def configure_model(self) -> None:
+        """Load the policy, its tokenizer, the critic and, for a KL reward, the reference."""
+        if hasattr(self, "actor_critic"):
+            return
+        self.actor_critic = ActorCritic.load(self.policy_args)
+        self.tokenizer = load_tokenizer(self.policy_args.tokenizer_source)
+        if self.ppo_args.kl_coef > 0.0:
+            reference = copy.deepcopy(self.actor_critic.policy).requires_grad_(False)
+            self._reference = [reference]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """One optimiser, so that ``global_step`` counts every step once."""
+        optim = self.optim_args
+        groups = [
+            {"params": self.actor_critic.policy_parameters(), "lr": optim.lr},
+            {"params": self.actor_critic.critic_parameters(), "lr": optim.critic_lr},
+        ]
+        return torch.optim.AdamW(groups, betas=optim.betas, weight_decay=optim.weight_decay)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the iteration and the model's shape."""
+        checkpoint["tre_lightning"] = {
+            "iteration": self.iteration,
+            "shapes": parameter_shapes(self.actor_critic),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the iteration; refuse a checkpoint of another model."""
+        state = checkpoint.get("tre_lightning")
+        if state is None:
+            raise ValueError("ckpt_path holds no PPO run of tre_lightning; give one that fit wrote")
+        shapes = parameter_shapes(self.actor_critic)
+        for name in sorted(shapes.keys() | state["shapes"].keys()):
+            ours, theirs = shapes.get(name), state["shapes"].get(name)
+            if ours != theirs:
+                raise ValueError(
+                    f"ckpt_path is a checkpoint of another model: {name} has shape {theirs} there "
+                    f"and {ours} in model.policy; give the checkpoint's own configuration"
+                )
+        self.iteration = state["iteration"]
+
+    # ----- one iteration
+
+    def training_step(self, prompts: PromptBatch, batch_idx: int) -> None:
+        """One PPO iteration."""
+        started = time.perf_counter()
+        terms = find_loss_terms(self.trainer.callbacks)  # type: ignore[attr-defined]
+        share = self.optim_args.lr_share(self.iteration, self.total_iterations)
+        rollout = self._sample(prompts, self.rollout_args)
+        scores = self._score(self._texts(rollout), prompts)
+        sampled = time.perf_counter()
+
+        experience, effective = self._judge(rollout, scores, terms)
+        self._rollout_metrics.update_scores(experience)
+        batch = compute_targets(
+            experience.gathered(),
+            gamma=self.ppo_args.gamma,
+            gae_lambda=self.ppo_args.gae_lambda,
+            kl_coef=self.ppo_args.kl_coef,
+            whiten=self.ppo_args.whiten_advantages,
+        )
+        self._update_metrics.update_targets(batch)
+        for epoch in range(self.ppo_args.num_epochs):
+            key = ("minibatches", self.seed, self.iteration, epoch)
+            for minibatch in minibatches(batch, self.ppo_args.num_minibatches, *key):
+                self._update(minibatch, terms, share)
+
+        values = {**self._rollout_metrics.flush(), **self._update_metrics.flush(), **effective}
+        values["policy/lr"] = torch.tensor(share * self.optim_args.lr)
+        values["value/lr"] = torch.tensor(share * self.optim_args.critic_lr)
+        values["rollout/seconds"] = torch.tensor(sampled - started)
+        values["policy/update_seconds"] = torch.tensor(time.perf_counter() - sampled)
+        self.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
+        self.iteration += 1
+
+    @property
+    def total_iterations(self) -> float:
+        """Iterations of the whole run; infinite where the trainer has no end."""
+        epochs = self.trainer.max_epochs
+        if epochs is None or epochs < 0:
+            return math.inf
+        return epochs * self.trainer.num_training_batches
+
+    def _sample(self, prompts: PromptBatch, how: RolloutArgs | EvaluationArgs) -> Rollout:
+        policy, n = self.actor_critic.policy, how.num_responses
+        numbers = uniforms(
+            prompts.total_rows * n,
+            self.rollout_args.max_new_tokens,
+            *("responses", self.seed, prompts.split, prompts.index),
+        )
+        first = prompts.first_row * n
+        return generate(
+            policy,
+            prompts,
+            num_responses=n,
+            uniforms=numbers[first : first + len(prompts) * n],
+            eos_token_ids=end_tokens(policy, self.tokenizer),
+            pad_token_id=int(self.tokenizer.pad_token_id),
+            temperature=how.temperature,
+            top_p=how.top_p if isinstance(how, EvaluationArgs) else 1.0,
+        )
+
+    def _texts(self, rollout: Rollout) -> list[str]:
+        rows = zip(
+            rollout.response_ids.tolist(), rollout.response_mask.sum(1).tolist(), strict=True
+        )
+        ids = [row[:length] for row, length in rows]
+        return list(self.tokenizer.batch_decode(ids, skip_special_tokens=True))
+
+    def _score(self, responses: Sequence[str], prompts: PromptBatch) -> Tensor:
+        task: Task = self.trainer.datamodule  # type: ignore[attr-defined]
+        scores = task.score(responses, prompts)
+        if scores.shape != (len(responses),):
+            raise ValueError(
+                f"the scorer gave {list(scores.shape)} scores for {len(responses)} responses"
+            )
+        return scores.to(self.device, torch.float32)
+
+    @torch.no_grad()
+    def _judge(
+        self, rollout: Rollout, scores: Tensor, terms: Sequence[LossTerm]
+    ) -> tuple[Experience, dict[str, Tensor]]:
+        """Log-probabilities, values and entropies of the policy that sampled."""
+        pieces: list[tuple[Tensor, ...]] = []
+        scales = {term.name: MaskedMean().to(self.device) for term in terms}
+        size = self.ppo_args.micro_batch_size
+        for start in range(0, len(rollout.response_ids), size):
+            micro = map_rows(rollout, lambda _, rows, start=start: rows[start : start + size])
+            outputs, values = self._forward(micro)
+            piece = [outputs.logprobs, values]
+            if self._reference:
+                piece.append(self._reference_logprobs(micro))
+            pieces.append(tuple(piece))
+            mask = micro.response_mask
+            self._rollout_metrics.update_entropy(
+                entropy_stats(
+                    outputs.logits,
+                    top_k=self.diagnostics_args.top_k,
+                    top_p=self.diagnostics_args.top_p,
+                ),
+                mask,
+            )
+            for term in terms:
+                scales[term.name].update(term.scale(outputs), mask)
+        columns = [torch.cat(column) for column in zip(*pieces, strict=True)]
+        logprobs, values, *rest = columns
+        experience = build_experience(rollout, scores, logprobs, rest[0] if rest else None, values)
+        effective: dict[str, Tensor] = {}
+        for term in terms:
+            coef = term.coef_at(self.iteration)
+            effective[f"loss/{term.name}_coef"] = torch.tensor(coef)
+            effective[f"loss/{term.name}_effective_coef"] = (
+                coef * scales[term.name].compute().float()
+            )
+        return experience, effective
+
+    def _forward(self, batch: Rollout) -> tuple[PolicyOutputs, Tensor]:
+        ids, mask = sequence_inputs(batch)
+        logits, values = self.actor_critic(ids, mask, batch.response_ids.shape[1])
+        logits = logits / self.rollout_args.temperature
+        outputs = PolicyOutputs(
+            logits=logits,
+            logprobs=label_logprobs(logits, batch.response_ids),
+            response_mask=batch.response_mask,
+        )
+        return outputs, values
+
+    def _reference_logprobs(self, batch: Rollout) -> Tensor:
+        ids, mask = sequence_inputs(batch)
+        reference = self._reference[0].to(self.device)
+        logits = response_logits(reference, ids, mask, batch.response_ids.shape[1])
+        return label_logprobs(logits / self.rollout_args.temperature, batch.response_ids)
+
+    def _update(self, minibatch: TrainingBatch, terms: Sequence[LossTerm], share: float) -> None:
+        """One optimiser step on this rank's share of a global minibatch."""
+        ppo, optim = self.ppo_args, self.optim_args
+        rank, ranks = world()
+        tokens = minibatch.response_mask.sum().clamp(min=1)
+        local = minibatch[slice(rank, None, ranks)]
+        micros = list(local.micro_batches(ppo.micro_batch_size))
+        optimizer = self.optimizers(use_pl_optimizer=True)
+        assert isinstance(optimizer, LightningOptimizer)
+        optimizer.zero_grad()
+        for number, micro in enumerate(micros, start=1):
+            with self._gradient_sync(number == len(micros)):
+                loss = self._loss(micro, terms, tokens)
+                # Data-parallel strategies average over ranks; the token count is global already.
+                self.manual_backward(loss * ranks)
+        groups = (self.actor_critic.policy_parameters(), self.actor_critic.critic_parameters())
+        norms = [nn.utils.clip_grad_norm_(group, optim.max_grad_norm) for group in groups]
+        for group, lr in zip(optimizer.param_groups, (optim.lr, optim.critic_lr), strict=True):
+            group["lr"] = lr * share
+        optimizer.step()
+        self._update_metrics.end_step(*norms)
+
+    def _loss(self, micro: TrainingBatch, terms: Sequence[LossTerm], tokens: Tensor) -> Tensor:
+        """This micro-batch's part of the minibatch's loss; the parts add up to the whole."""
+        ppo, mask = self.ppo_args, micro.response_mask
+        outputs, values = self._forward(micro)
+        per_token = {
+            "policy": policy_loss(
+                outputs.logprobs,
+                micro.old_logprobs,
+                micro.advantages,
+                clip_eps_low=ppo.clip_eps_low,
+                clip_eps_high=ppo.clip_eps_high,
+                dual_clip=ppo.dual_clip,
+            ),
+            "value": ppo.value_coef
+            * value_loss(values, micro.values, micro.returns, value_clip_eps=ppo.value_clip_eps),
+        }
+        for term in terms:
+            if (coef := term.coef_at(self.iteration)) > 0.0:
+                per_token[term.name] = coef * term.per_token(outputs)
+        parts = {name: masked_sum(loss, mask) / tokens for name, loss in per_token.items()}
+        total = torch.stack(list(parts.values())).sum()
+        for name, part in (*parts.items(), ("total", total)):
+            self._update_metrics.add_loss(name, part)
+        self._update_metrics.update_policy(
+            outputs.logprobs, micro, ppo.clip_eps_low, ppo.clip_eps_high
+        )
+        return total
+
+    def _gradient_sync(self, last: bool) -> AbstractContextManager[None]:
+        """Ranks exchange gradients once a step, with the last micro-batch."""
+        wrapped = self.trainer.strategy.model
+        if last or not isinstance(wrapped, DistributedDataParallel):
+            return nullcontext()
+        return wrapped.no_sync()
+
+    # ----- held-out prompts
+
+    def validation_step(
+        self, prompts: PromptBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Sample and score responses; the same random numbers at every validation."""
+        rollout, texts, scores = self._answer(prompts)
+        if prompts.split not in self._evaluations:
+            metrics = EvaluationMetrics(self.evaluation_args.num_responses)
+            self._evaluations[prompts.split] = metrics.to(self.device)
+        metrics = self._evaluations[prompts.split]
+        assert isinstance(metrics, EvaluationMetrics)
+        metrics.update(scores, rollout.response_mask, rollout.finished)
+        if batch_idx == 0:
+            self._log_samples(prompts, texts, scores)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores of every set."""
+        for split, metrics in self._evaluations.items():
+            assert isinstance(metrics, EvaluationMetrics)
+            self.log_dict({f"{split}/{tag}": value for tag, value in metrics.flush().items()})
+
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
+
+    def predict_step(self, prompts: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """One record a prompt: prompt, responses and scores."""
+        _, texts, scores = self._answer(prompts)
+        n = self.evaluation_args.num_responses
+        return [
+            {
+                "prompt": prompt,
+                "responses": texts[i * n : (i + 1) * n],
+                "scores": scores[i * n : (i + 1) * n].tolist(),
+            }
+            for i, prompt in enumerate(prompts.texts)
+        ]
+
+    def _answer(self, prompts: PromptBatch) -> tuple[Rollout, list[str], Tensor]:
+        rollout = self._sample(prompts, self.evaluation_args)
+        texts = self._texts(rollout)
+        return rollout, texts, self._score(texts, prompts)
+
+    def _log_samples(self, prompts: PromptBatch, texts: Sequence[str], scores: Tensor) -> None:
+        n = self.evaluation_args.num_responses
+        shown = min(self.evaluation_args.num_samples_logged, len(prompts))
+        lines = [
+            f"**{prompts.texts[i]}**  \n{texts[i * n]}  \nscore {scores[i * n]:g}"
+            for i in range(shown)
+        ]
+        for logger in self.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text(
+                    f"{prompts.split}/samples", "\n\n".join(lines), self.iteration
+                )

@@ -1,0 +1,114 @@
+"""Supervised training on demonstrations, as a LightningModule."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tre_lightning.args import options, positive
+from tre_lightning.losses import label_logprobs
+from tre_lightning.policy import (
+    PolicyArgs,
+    load_language_model,
+    load_tokenizer,
+    save_pretrained,
+)
+from tre_lightning.tokenizer import word_tokenizer
+
+
+class SFTModule(LightningModule):
+    """Cross-entropy of the response tokens; writes a Hugging Face model directory at the end."""
+
+    policy: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    def __init__(
+        self,
+        output_dir: str,
+        policy: PolicyArgs = PolicyArgs(),
+        lr: float = 1e-5,
+        final_lr_share: float = 0.1,
+    ) -> None:
+        """Keep the options; nothing is loaded yet.
+
+        Args:
+            output_dir: where the trained model is written.
+            policy: which model is trained; its critic is not used.
+            lr: learning rate of AdamW at the start.
+            final_lr_share: share of ``lr`` at the last step, linear in between.
+        """
+        super().__init__()
+        positive("lr", lr)
+        self.output_dir = output_dir
+        self.policy_args = options(PolicyArgs, policy)
+        self.lr = lr
+        self.final_lr_share = final_lr_share
+        plain = {"lr": lr, "final_lr_share": final_lr_share, "output_dir": output_dir}
+        self.save_hyperparameters({**plain, "policy": asdict(self.policy_args)}, logger=False)
+
+    def configure_model(self) -> None:
+        """Load or build the model; a new architecture without a tokenizer gets the task's words."""
+        if hasattr(self, "policy"):
+            return
+        self.policy = load_language_model(self.policy_args)
+        source = self.policy_args.tokenizer_source
+        if source is not None:
+            self.tokenizer = load_tokenizer(source)
+        else:
+            words = self.trainer.datamodule.vocabulary()  # type: ignore[attr-defined]
+            self.tokenizer = word_tokenizer(words, self.policy.config.vocab_size)
+        for name in ("eos_token_id", "pad_token_id"):
+            setattr(self.policy.config, name, getattr(self.tokenizer, name))
+            setattr(self.policy.generation_config, name, getattr(self.tokenizer, name))
+
+    def configure_optimizers(self) -> Mapping[str, Any]:
+        """AdamW, decaying linearly."""
+        optimizer = torch.optim.AdamW(self.policy.parameters(), lr=self.lr, weight_decay=0.0)
+        total = max(int(self.trainer.estimated_stepping_batches) - 1, 1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: 1.0 - (1.0 - self.final_lr_share) * min(step / total, 1.0)
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def training_step(self, batch: Sequence[tuple[str, str]], batch_idx: int) -> Tensor:
+        """Mean cross-entropy of the response tokens and the end token, nats."""
+        ids, attention, response = self.encode(batch)
+        logits = self.policy(input_ids=ids, attention_mask=attention, use_cache=False).logits
+        logprobs = label_logprobs(logits[:, :-1][response[:, 1:]], ids[:, 1:][response[:, 1:]])
+        loss = -logprobs.mean()
+        self.log("sft/loss", loss, batch_size=len(batch))
+        return loss
+
+    def encode(self, batch: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids, attention mask and response mask (bool), each ``[B, T]``, padded right."""
+        prompts = self.tokenizer([prompt for prompt, _ in batch])["input_ids"]
+        answers = self.tokenizer([response for _, response in batch], add_special_tokens=False)[
+            "input_ids"
+        ]
+        end = [int(self.tokenizer.eos_token_id)]
+        width = max(len(p) + len(a) + 1 for p, a in zip(prompts, answers, strict=True))
+        ids = torch.full((len(batch), width), int(self.tokenizer.pad_token_id))
+        attention = torch.zeros(len(batch), width, dtype=torch.bool)
+        response = torch.zeros_like(attention)
+        for row, (p, a) in enumerate(zip(prompts, answers, strict=True)):
+            tokens = p + a + end
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            attention[row, : len(tokens)] = True
+            response[row, len(p) : len(tokens)] = True
+        return ids.to(self.device), attention.to(self.device), response.to(self.device)
+
+    def on_train_end(self) -> None:
+        """Write the model; the directory appears only when it is whole."""
+        if self.trainer.is_global_zero:
+            target = Path(self.output_dir)
+            partial = target.with_name(target.name + ".partial")
+            save_pretrained(self.policy, self.tokenizer, partial)
+            partial.rename(target)

@@ -1,0 +1,555 @@
+"""Tests of tre_lightning.metrics."""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.multiprocessing.spawn import spawn
+from torchmetrics import ExplainedVariance, Metric
+
+from tre_lightning.metrics import (
+    MaskedExplainedVariance,
+    MaskedMean,
+    PassAtK,
+    approx_kl,
+    clipped,
+    cumulative_tail_risk,
+    pass_at_k,
+)
+
+NAN, INF = math.nan, math.inf
+Update = tuple[Tensor, ...]
+
+
+def fed(metric: Metric, updates: Sequence[Update]) -> Metric:
+    for update in updates:
+        metric.update(*update)
+    return metric
+
+
+def value(metric: Metric) -> float:
+    return float(metric.compute())
+
+
+# --- approx_kl ---
+
+
+def test_approx_kl_by_hand() -> None:
+    # r = 2: 2 - 1 - log 2;  r = 1/2: 1/2 - 1 + log 2;  r = 1: 0
+    logprobs = torch.tensor([[math.log(0.5), math.log(0.25), -3.0]])
+    old = torch.tensor([[math.log(0.25), math.log(0.5), -3.0]])
+    expected = torch.tensor([[1 - math.log(2), math.log(2) - 0.5, 0.0]])
+    torch.testing.assert_close(approx_kl(logprobs, old), expected)
+
+
+def test_approx_kl_is_unbiased_for_kl_of_old_from_new() -> None:
+    old = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
+    new = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+    estimate = (old * approx_kl(new.log(), old.log())).sum()
+    torch.testing.assert_close(estimate, (old * (old / new).log()).sum())
+
+
+@given(st.floats(-20, 20), st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+def test_approx_kl_is_never_negative(log_ratio: float, dtype: torch.dtype) -> None:
+    assert approx_kl(torch.tensor(log_ratio, dtype=dtype), torch.zeros((), dtype=dtype)) >= 0
+
+
+@given(st.floats(1e-7, 1e-3))
+def test_approx_kl_of_a_small_step_keeps_its_digits(log_ratio: float) -> None:
+    # exp(x) - 1 - x = x^2/2 + x^3/6 + ...; exp(x) in place of expm1 loses all of it below 1e-6
+    step = torch.tensor(log_ratio, dtype=torch.float64)
+    result = approx_kl(step, torch.zeros_like(step))
+    assert float(result) == pytest.approx(log_ratio**2 / 2 + log_ratio**3 / 6, rel=1e-4, abs=1e-22)
+
+
+def test_approx_kl_upcasts_before_the_difference() -> None:
+    # both are exact in bfloat16, their difference is not
+    logprobs, old = torch.tensor([-1.5 * 2**-8]), torch.tensor([-4.0])
+    expected = approx_kl(logprobs, old)
+    assert expected.dtype == torch.float32
+    torch.testing.assert_close(approx_kl(logprobs.bfloat16(), old.bfloat16()), expected)
+    assert approx_kl(logprobs, old.double()).dtype == torch.float64
+
+
+def test_approx_kl_rejects_a_shape_that_would_broadcast() -> None:
+    with pytest.raises(ValueError, match=r"old_logprobs has shape \[2\]; pass \[2, 2\]"):
+        approx_kl(torch.zeros(2, 2), torch.zeros(2))
+
+
+# --- cumulative_tail_risk ---
+
+
+def test_tail_risk_by_hand() -> None:
+    tail = torch.tensor([[0.5, 0.25, NAN], [0.1, INF, NAN], [0.5, 0.5, 0.5]])
+    mask = torch.tensor([[True, True, False], [True, False, False], [False, False, False]])
+    expected = torch.tensor([1 - 0.5 * 0.75, 0.1, 0.0])
+    torch.testing.assert_close(cumulative_tail_risk(tail, mask), expected)
+
+
+def test_tail_risk_of_certain_and_out_of_range_tails() -> None:
+    tail = torch.tensor([[1.0, 0.3], [1.0 + 1e-6, 0.3], [-1e-7, 0.3], [1.0, 1.0]])
+    result = cumulative_tail_risk(tail, torch.ones(4, 2, dtype=torch.bool))
+    torch.testing.assert_close(result, torch.tensor([1.0, 1.0, 0.3, 1.0]))
+
+
+@given(st.floats(0, 0.5), st.integers(1, 200))
+def test_tail_risk_of_a_constant_tail(tail: float, length: int) -> None:
+    masses = torch.full((1, length), tail, dtype=torch.float64)
+    risk = cumulative_tail_risk(masses, torch.ones_like(masses, dtype=torch.bool))
+    assert float(risk) == pytest.approx(1 - (1 - tail) ** length, abs=1e-12)
+
+
+def test_tail_risk_keeps_tiny_tails() -> None:
+    # 1 - 1e-9 is 1 in float32: a plain product would report no risk at all
+    risk = cumulative_tail_risk(torch.full((1, 1000), 1e-9), torch.ones(1, 1000).bool())
+    torch.testing.assert_close(risk, torch.tensor([1e-6]), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [(torch.bfloat16, torch.float32), (torch.float32,) * 2, (torch.float64,) * 2],
+)
+def test_tail_risk_dtype(dtype: torch.dtype, expected: torch.dtype) -> None:
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    assert cumulative_tail_risk(torch.zeros(1, 2, dtype=dtype), mask).dtype == expected
+
+
+def test_tail_risk_rejects_other_masks() -> None:
+    with pytest.raises(ValueError, match=r"response_mask is torch\.int64; pass torch\.bool"):
+        cumulative_tail_risk(torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"response_mask has shape \[2\]"):
+        cumulative_tail_risk(torch.zeros(2, 2), torch.ones(2, dtype=torch.bool))
+
+
+# --- pass_at_k ---
+
+
+def brute_force(num_correct: int, num_samples: int, k: int) -> float:
+    draws = list(itertools.combinations(range(num_samples), k))
+    return sum(any(i < num_correct for i in draw) for draw in draws) / len(draws)
+
+
+@st.composite
+def pass_at_k_cases(draw: st.DrawFn) -> tuple[int, int, int]:
+    n = draw(st.integers(1, 9))
+    return draw(st.integers(0, n)), n, draw(st.integers(1, n))
+
+
+@given(pass_at_k_cases())
+def test_pass_at_k_is_the_share_of_subsets_with_a_correct_one(case: tuple[int, int, int]) -> None:
+    c, n, k = case
+    result = pass_at_k(torch.tensor([c], dtype=torch.float64), n, k)
+    assert result.tolist() == pytest.approx([brute_force(c, n, k)], abs=1e-14)
+
+
+def test_pass_at_k_of_large_counts() -> None:
+    # C(10000, 5000) overflows a float
+    n, k = 10_000, 5_000
+    counts = torch.tensor([0, 1, 2, n - k, n - k + 1, n])
+    two = 1 - (n - k) * (n - k - 1) / (n * (n - 1))
+    expected = torch.tensor([0.0, 0.5, two, 1.0, 1.0, 1.0])
+    torch.testing.assert_close(pass_at_k(counts, n, k), expected)
+
+
+def test_pass_at_k_keeps_shape_and_dtype() -> None:
+    assert pass_at_k(torch.zeros(2, 3, dtype=torch.int64), 4, 2).shape == (2, 3)
+    assert pass_at_k(torch.zeros(1, dtype=torch.int64), 4, 2).dtype == torch.float32
+    assert pass_at_k(torch.zeros(0, dtype=torch.float64), 4, 2).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("c", "n", "k", "message"),
+    [
+        (1, 4, 5, "k=5 exceeds num_samples=4"),
+        (1, 4, 0, "k=0 draws no response"),
+        (5, 4, 1, r"num_correct spans 5 to 5; pass counts in \[0, num_samples=4\]"),
+        (-1, 4, 1, "num_correct spans -1 to -1"),
+    ],
+)
+def test_pass_at_k_rejects(c: int, n: int, k: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pass_at_k(torch.tensor([c]), n, k)
+
+
+# --- clipped ---
+
+
+def test_clipped_by_hand() -> None:
+    ratio = torch.tensor([[1.3, 1.3, 0.7, 0.7, 1.1, 0.9, 1.3, NAN]])
+    advantages = torch.tensor([[1.0, -1.0, 1.0, -1.0, 1.0, -1.0, 0.0, 1.0]])
+    expected = torch.tensor([[True, False, False, True, False, False, False, False]])
+    assert torch.equal(clipped(ratio, advantages, 0.2, 0.2), expected)
+
+
+def test_clipped_takes_each_bound_on_its_own_side() -> None:
+    ratio, advantages = torch.tensor([[1.25, 0.75]]), torch.tensor([[1.0, -1.0]])
+    assert clipped(ratio, advantages, 0.2, 0.28).tolist() == [[False, True]]
+    assert clipped(ratio, advantages, 0.28, 0.2).tolist() == [[True, False]]
+
+
+@given(
+    st.floats(0.05, 3),
+    st.floats(-2, 2).filter(lambda a: abs(a) > 1e-3),
+    st.floats(0, 0.9),
+    st.floats(0, 0.9),
+)
+def test_clipped_tokens_are_those_without_gradient(
+    ratio: float, advantage: float, low: float, high: float
+) -> None:
+    if min(abs(ratio - (1 - low)), abs(ratio - (1 + high))) < 1e-9:
+        return  # on the edge the gradient is not defined
+    r = torch.tensor(ratio, dtype=torch.float64, requires_grad=True)
+    a = torch.tensor(advantage, dtype=torch.float64)
+    torch.minimum(r * a, r.clamp(1 - low, 1 + high) * a).backward()
+    assert r.grad is not None
+    assert bool(clipped(r, a, low, high)) == (float(r.grad) == 0)
+
+
+def test_clipped_rejects() -> None:
+    ones = torch.ones(2, 2)
+    with pytest.raises(ValueError, match=r"advantages has shape \[2\]"):
+        clipped(ones, torch.ones(2), 0.2, 0.2)
+    with pytest.raises(ValueError, match=r"clip_eps_low=-0\.2"):
+        clipped(ones, ones, -0.2, 0.2)
+    with pytest.raises(ValueError, match="clip_eps_high=nan"):
+        clipped(ones, ones, 0.2, NAN)
+
+
+# --- every metric ---
+
+FACTORIES: dict[str, Callable[[], Metric]] = {
+    "mean": MaskedMean,
+    "pass": partial(PassAtK, k=2),
+    "variance": MaskedExplainedVariance,
+}
+
+
+def random_updates(name: str, seed: int, count: int) -> list[Update]:
+    """Updates of different sizes; seeds share no data."""
+    generator = torch.Generator().manual_seed(seed)
+    updates: list[Update] = []
+    for i in range(count):
+        shape = (i + 1, i + 3)
+        x, y = torch.randn(2, *shape, generator=generator)
+        mask = torch.rand(shape, generator=generator) < 0.7
+        if name == "pass":
+            scores = (torch.rand(shape, generator=generator) < 0.4).float()
+            updates.append((scores.masked_fill(~mask, NAN),))
+        else:
+            returns = 3 * x + i  # batches differ in mean: averaging their results would be wrong
+            guess = 2 * x + y
+            updates.append((guess, returns, mask) if name == "variance" else (returns, mask))
+    return updates
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_merged_states_equal_one_instance(name: str) -> None:
+    new = FACTORIES[name]
+    first, second = random_updates(name, 1, 2), random_updates(name, 2, 4)
+    merged = fed(new(), first)
+    merged.merge_state(fed(new(), second))
+    expected = value(fed(new(), first + second))
+    assert value(merged) == pytest.approx(expected, rel=1e-12)
+    # the halves differ from the whole, or this test could not fail
+    assert value(fed(new(), first)) != pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_merging_an_empty_instance_changes_nothing(name: str) -> None:
+    new, updates = FACTORIES[name], random_updates(name, 3, 3)
+    merged = fed(new(), updates)
+    merged.merge_state(new())
+    assert value(merged) == value(fed(new(), updates))
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+@settings(max_examples=30)
+@given(data=st.data())
+def test_chunks_equal_one_update(name: str, data: st.DataObject) -> None:
+    *_, update = random_updates(name, data.draw(st.integers(0, 1000)), 6)
+    rows = update[0].shape[0]
+    cut = data.draw(st.integers(0, rows))
+    new = FACTORIES[name]
+    pieces = [tuple(x[:cut] for x in update), tuple(x[cut:] for x in update)]
+    whole, chunks = value(fed(new(), [update])), value(fed(new(), pieces))
+    assert chunks == pytest.approx(whole, rel=1e-9, nan_ok=True)
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_forward_returns_the_batch_and_accumulates(name: str) -> None:
+    new, updates = FACTORIES[name], random_updates(name, 4, 3)
+    metric = new()
+    batches = [float(metric(*update)) for update in updates]
+    alone = [value(fed(new(), [update])) for update in updates]
+    assert batches == pytest.approx(alone, nan_ok=True)
+    assert value(metric) == pytest.approx(value(fed(new(), updates)), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_nothing_counted_is_nan(name: str) -> None:
+    new = FACTORIES[name]
+    with pytest.warns(UserWarning, match="before the ``update`` method"):
+        assert math.isnan(value(new()))
+    if name == "pass":
+        nothing: list[Update] = [(torch.full((2, 3), NAN),), (torch.zeros(0, 3),)]
+    else:
+        count = 2 if name == "variance" else 1
+        nothing = [
+            (*[torch.full(shape, NAN)] * count, torch.zeros(shape, dtype=torch.bool))
+            for shape in [(2, 3), (0, 3), (2, 0)]
+        ]
+    metric = fed(new(), nothing)
+    assert math.isnan(value(metric))
+    updates = random_updates(name, 5, 3)
+    assert value(fed(metric, updates)) == value(fed(new(), updates))  # and it recovers
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+@pytest.mark.parametrize("convert", ["to", "half", "set_dtype"])
+def test_states_survive_a_cast_of_the_module(name: str, convert: str) -> None:
+    new, updates = FACTORIES[name], random_updates(name, 6, 4)
+    metric = fed(new(), updates[:2])
+    module = torch.nn.ModuleList([metric])
+    casts: dict[str, Callable[[], Any]] = {
+        "to": lambda: module.to(torch.bfloat16),
+        "half": module.half,
+        "set_dtype": lambda: metric.set_dtype(torch.bfloat16),
+    }
+    casts[convert]()
+    assert value(fed(metric, updates[2:])) == value(fed(new(), updates))
+    metric.reset()
+    dtypes = {s.dtype for s in metric.metric_state.values() if isinstance(s, Tensor)}
+    assert dtypes == {torch.float64, torch.int64}
+
+
+@pytest.mark.parametrize("name", ["mean", "variance"])
+@settings(max_examples=30)
+@given(data=st.data())
+def test_junk_outside_the_mask_does_not_leak(name: str, data: st.DataObject) -> None:
+    *_, (*tensors, mask) = random_updates(name, data.draw(st.integers(0, 1000)), 5)
+    junk = data.draw(st.sampled_from([NAN, INF, -INF, 1e30]))
+    dirty = [torch.where(mask, x, junk) for x in tensors]
+    new = FACTORIES[name]
+    clean_value = value(fed(new(), [(*tensors, mask)]))
+    assert value(fed(new(), [(*dirty, mask)])) == pytest.approx(clean_value, nan_ok=True)
+    if mask.sum() > 2:
+        assert math.isfinite(clean_value)
+
+
+# --- MaskedMean ---
+
+
+def test_masked_mean_weighs_tokens_not_updates() -> None:
+    metric = MaskedMean()
+    metric.update(torch.tensor([[1.0, 2.0], [9.0, 9.0]]), torch.tensor([[True, True], [False] * 2]))
+    metric.update(torch.tensor([6.0]))
+    assert value(metric) == 3.0
+
+
+def test_masked_mean_of_bools_is_their_share() -> None:
+    ratio, advantages = torch.tensor([[1.5, 1.0, 1.5]]), torch.ones(1, 3)
+    metric = MaskedMean()
+    metric.update(clipped(ratio, advantages, 0.2, 0.2), torch.tensor([[True, True, False]]))
+    assert value(metric) == 0.5
+
+
+def test_masked_mean_does_not_hide_nan_inside_the_mask() -> None:
+    assert math.isnan(value(fed(MaskedMean(), [(torch.tensor([1.0, NAN]),)])))
+
+
+def test_masked_mean_sums_in_float64() -> None:
+    # in float32 1e8 + 1 is 1e8; in bfloat16 256 + 1 is 256
+    assert value(fed(MaskedMean(), [(torch.tensor([1e8]),), (torch.ones(3),)])) == 25000000.75
+    assert value(fed(MaskedMean(), [(torch.ones(1000, dtype=torch.bfloat16),)] * 3)) == 1.0
+
+
+def test_masked_mean_keeps_no_graph() -> None:
+    metric = fed(MaskedMean(), [])
+    assert not metric(torch.ones(2, requires_grad=True)).requires_grad
+
+
+def test_masked_mean_rejects_other_masks() -> None:
+    with pytest.raises(ValueError, match=r"mask is torch\.float32"):
+        MaskedMean().update(torch.ones(2, 2), torch.ones(2, 2))
+    with pytest.raises(ValueError, match=r"mask has shape \[2\]; pass \[2, 2\]"):
+        MaskedMean().update(torch.ones(2, 2), torch.ones(2).bool())
+
+
+# --- PassAtK ---
+
+
+def test_pass_at_k_metric_by_hand() -> None:
+    metric = PassAtK(k=2)
+    metric.update(torch.tensor([[True, False, False, False], [False] * 4]))  # 1/2, 0
+    metric.update(torch.tensor([[1.0, 0.0]]))  # 1; n differs
+    assert value(metric) == pytest.approx(1.5 / 3)
+
+
+def test_pass_at_k_metric_counts_scores_from_one_up() -> None:
+    scores = torch.tensor([[1.0, 0.99, 2.5, -1.0]])  # 2 of 4
+    assert value(fed(PassAtK(k=1), [(scores,)])) == pytest.approx(0.5)
+    integers = torch.tensor([[1, 0, 0, 0]])
+    assert value(fed(PassAtK(k=1), [(integers,)])) == pytest.approx(0.25)
+
+
+def test_pass_at_k_metric_leaves_out_what_was_not_scored() -> None:
+    scores = torch.tensor(
+        [
+            [1.0, 0.0, 0.0, NAN],  # 1 of 3: 1 - C(2,2)/C(3,2) = 2/3
+            [1.0, NAN, NAN, NAN],  # fewer than k scored: skipped, although it is correct
+            [0.0, 0.0, NAN, NAN],  # 0 of 2: 0
+        ]
+    )
+    assert value(fed(PassAtK(k=2), [(scores,)])) == pytest.approx((2 / 3 + 0) / 2)
+
+
+@settings(max_examples=50)
+@given(
+    st.lists(st.lists(st.sampled_from([0.0, 1.0, NAN]), min_size=5, max_size=5), min_size=1),
+    st.integers(1, 5),
+)
+def test_pass_at_k_metric_is_the_mean_of_the_function(rows: list[list[float]], k: int) -> None:
+    scored = [[x for x in row if not math.isnan(x)] for row in rows]
+    each = [brute_force(int(sum(row)), len(row), k) for row in scored if len(row) >= k]
+    expected = sum(each) / len(each) if each else NAN
+    assert value(fed(PassAtK(k), [(torch.tensor(rows),)])) == pytest.approx(expected, nan_ok=True)
+
+
+def test_pass_at_k_metric_rejects() -> None:
+    with pytest.raises(ValueError, match="k=0 draws no response"):
+        PassAtK(k=0)
+    with pytest.raises(ValueError, match=r"correct has shape \[4\]; pass \[prompts, responses\]"):
+        PassAtK(k=2).update(torch.ones(4))
+    with pytest.raises(ValueError, match="correct has 3 responses per prompt; pass@4"):
+        PassAtK(k=4).update(torch.ones(2, 3))
+
+
+# --- MaskedExplainedVariance ---
+
+
+def explained_variance(values: Sequence[float], returns: Sequence[float]) -> float:
+    rows = torch.tensor([values]), torch.tensor([returns])
+    mask = torch.ones(1, len(values), dtype=torch.bool)
+    return value(fed(MaskedExplainedVariance(), [(*rows, mask)]))
+
+
+def test_explained_variance_by_hand() -> None:
+    # returns 1, 2, 3: variance 2/3; errors 0, 0, 1: variance 1/3 - 1/9 = 2/9
+    assert explained_variance([1, 2, 2], [1, 2, 3]) == pytest.approx(2 / 3)
+    assert explained_variance([6, 7, 8], [1, 2, 3]) == pytest.approx(1)  # off by a constant
+    assert explained_variance([7, 7, 7], [1, 2, 3]) == pytest.approx(0)
+    assert explained_variance([3, 2, 1], [1, 2, 3]) == pytest.approx(-3)  # worse than a constant
+
+
+@given(st.floats(0.1, 3), st.integers(2, 12))
+@example(0.7, 7)
+def test_explained_variance_never_exceeds_one(error: float, count: int) -> None:
+    # a critic off by a constant: rounding can leave its error variance just below 0
+    returns = torch.arange(count, dtype=torch.float64).fmod(2).div(2).unsqueeze(0)
+    mask = torch.ones_like(returns, dtype=torch.bool)
+    assert value(fed(MaskedExplainedVariance(), [(returns - error, returns, mask)])) <= 1
+
+
+@given(st.integers(0, 1000), st.sampled_from([0.0, 1e4, -1e4]))
+@settings(max_examples=30)
+def test_explained_variance_agrees_with_torchmetrics(seed: int, offset: float) -> None:
+    updates = [
+        (values + offset, returns + offset, mask)
+        for values, returns, mask in random_updates("variance", seed, 5)
+    ]
+    reference = ExplainedVariance()
+    preds, target = (torch.cat([u[i][u[2]] for u in updates]).double() for i in (0, 1))
+    # its sums start as float32: without the offset, which variance ignores, they are exact enough
+    expected = float(reference(preds - offset, target - offset))
+    assert value(fed(MaskedExplainedVariance(), updates)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_explained_variance_of_constant_returns_is_nan() -> None:
+    assert math.isnan(explained_variance([1, 2, 3], [0, 0, 0]))
+    assert math.isnan(explained_variance([0.1] * 7, [0.1] * 7))
+    # a constant return of 1 in float32: the last one is off by a rounding
+    assert math.isnan(explained_variance([0.3, 0.4, 0.2], [1, 1, 1 - 2**-24]))
+
+
+def test_explained_variance_of_constant_returns_is_nan_however_long_the_run() -> None:
+    # 10,000 rounded additions of 0.1 leave a variance of about 1e-13, not 0
+    metric = MaskedExplainedVariance()
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    for i in range(10_000):
+        metric.update(torch.tensor([[float(i % 3)]]), torch.tensor([[0.1]]), mask)
+    assert math.isnan(value(metric))
+
+
+def test_explained_variance_of_returns_too_close_for_float64_sums_is_nan() -> None:
+    # one return of 1 + 2^-18 among 2^20: its square's 2^-36 is lost, the variance is exactly 0
+    returns = torch.ones(1, 2**20)
+    returns[0, 0] += 2**-18
+    update = (torch.arange(2**20).float().unsqueeze(0), returns, returns > 0)
+    assert math.isnan(value(fed(MaskedExplainedVariance(), [update])))
+
+
+def test_explained_variance_counts_a_constant_per_run_not_per_update() -> None:
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    updates = [(torch.full((1, 2), x), torch.full((1, 2), x), mask) for x in (1.0, 2.0)]
+    assert value(fed(MaskedExplainedVariance(), updates)) == pytest.approx(1)
+
+
+def test_explained_variance_shows_nan_inside_the_mask() -> None:
+    assert math.isnan(explained_variance([1, NAN, 2], [1, 2, 3]))
+    assert math.isnan(explained_variance([1, 2, 2], [1, NAN, 3]))
+
+
+def test_explained_variance_rejects() -> None:
+    ones, mask = torch.ones(2, 2), torch.ones(2, 2, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"returns has shape \[2\]; pass \[2, 2\], as values has"):
+        MaskedExplainedVariance().update(ones, torch.ones(2), mask)
+    with pytest.raises(ValueError, match=r"mask is torch\.float32"):
+        MaskedExplainedVariance().update(ones, ones, ones)
+
+
+# --- two processes ---
+
+RANK_UPDATES = (2, 5)  # updates each rank feeds: unequal amounts of unequal data
+
+
+def sync_worker(rank: int, folder: str) -> None:
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=len(RANK_UPDATES)
+    )
+    results: dict[str, float] = {}
+    for name, new in FACTORIES.items():
+        updates = random_updates(name, rank, RANK_UPDATES[rank])
+        metric = fed(new(), updates)
+        results[f"{name} synced"] = value(metric)
+        results[f"{name} after one more"] = value(fed(metric, updates[:1]))
+        one_sided = new()
+        torch.nn.ModuleList([one_sided]).to(torch.bfloat16)  # must not part the ranks' dtypes
+        results[f"{name} from rank 1 alone"] = value(fed(one_sided, updates if rank else []))
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_compute_what_one_would(tmp_path: Path) -> None:
+    spawn(sync_worker, args=(str(tmp_path),), nprocs=len(RANK_UPDATES))
+    expected = {}
+    for name, new in FACTORIES.items():
+        ranks = [random_updates(name, rank, count) for rank, count in enumerate(RANK_UPDATES)]
+        everything = [*ranks[0], *ranks[1]]
+        again = [*everything, ranks[0][0], ranks[1][0]]
+        expected[f"{name} synced"] = value(fed(new(), everything))
+        expected[f"{name} after one more"] = value(fed(new(), again))
+        expected[f"{name} from rank 1 alone"] = value(fed(new(), ranks[1]))
+        for updates in ranks:  # or a metric that does not sync would pass
+            alone = value(fed(new(), updates))
+            assert alone != pytest.approx(expected[f"{name} synced"], rel=1e-3)
+    for rank in range(len(RANK_UPDATES)):
+        assert torch.load(tmp_path / f"{rank}.pt") == pytest.approx(expected, rel=1e-9)
