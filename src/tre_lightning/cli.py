@@ -3,11 +3,10 @@
 A leading ``sft`` trains on demonstrations instead: ``python -m tre_lightning sft fit ...``.
 """
 
-import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -28,6 +27,7 @@ from tre_lightning.callbacks.progress import RunProgress
 from tre_lightning.callbacks.summary import PredictionWriter, RunSummary
 from tre_lightning.data.demonstrations import Demonstrations
 from tre_lightning.data.prompts import PromptDataModule
+from tre_lightning.memory import keep_freed_memory
 from tre_lightning.policy import load_tokenizer
 from tre_lightning.ppo import PPOModule
 from tre_lightning.sft import SFTModule
@@ -46,6 +46,7 @@ def main(args: Sequence[str] | None = None) -> LightningCLI:
     Raises:
         SystemExit: with code 2 and one line on stderr for a configuration that cannot work.
     """
+    keep_freed_memory()
     words = list(sys.argv[1:] if args is None else args)
     if words[:1] == ["sft"]:
         return SFTCLI(words[1:], SFTModule, Demonstrations)
@@ -101,7 +102,7 @@ class _CLI(LightningCLI):
 
     def __init__(
         self,
-        args: Sequence[str],
+        args: Sequence[str] | Mapping[str, Any],
         model: type[LightningModule],
         data: type[LightningDataModule],
     ) -> None:
@@ -110,7 +111,7 @@ class _CLI(LightningCLI):
         super().__init__(
             model,
             data,
-            args=list(args),
+            args=args,
             subclass_mode_data=True,
             seed_everything_default=42,
             save_config_callback=RunConfig,
@@ -132,8 +133,9 @@ class _CLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; unlike Lightning, do not warn about ``args`` beside the process's own."""
+        parse = parser.parse_object if isinstance(args, Mapping) else parser.parse_args
         with one_line_errors():
-            self.config = parser.parse_args(args)
+            self.config = parse(args)
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning would let the checkpoint's options override the given ones."""
@@ -257,10 +259,8 @@ class PPOCLI(_CLI):
             wait_for(self.warm_start_dir / "model")
             return
         started = time.perf_counter()
-        self.warm_start_dir.mkdir(parents=True, exist_ok=True)
-        config = self.warm_start_dir / "config.json"
-        config.write_text(json.dumps(self.warm_start_config))
-        main(["sft", "fit", "--config", str(config)])
+        options = {"subcommand": "fit", "fit": self.warm_start_config}
+        SFTCLI(options, SFTModule, Demonstrations)
         self.warm_start_seconds = time.perf_counter() - started
 
     def _check(self, module: PPOModule, data: PromptDataModule) -> None:

@@ -67,18 +67,21 @@ def full_entropy(logits: Tensor) -> Tensor:
     return _entropy(_upcast(logits))
 
 
+@torch.no_grad()
 def entropy_stats(
     logits: Tensor, *, top_k: int | None = None, top_p: float | None = None
 ) -> EntropyStats:
     """Everything that the diagnostics show, from one search of the region; no gradient."""
-    with torch.no_grad():
-        size, mask = _region(logits, top_k, top_p)
-        z = _upcast(logits)
-        inside = z.masked_fill(~mask, -math.inf)
-        region, scale = _entropy(inside), _scale(size, z.shape[-1])
-        log_mass = inside.logsumexp(-1) - z.logsumexp(-1)
-        tail_mass = -torch.expm1(log_mass.clamp(max=0.0))
-        return EntropyStats(_entropy(z), region, region * scale, scale, size, tail_mass)
+    size, mask = _region(logits, top_k, top_p)
+    log_p = _upcast(logits).log_softmax(-1).clamp_(min=torch.finfo(torch.float32).min)
+    p = log_p.exp()
+    p_log_p = log_p.mul_(p)
+    full = -p_log_p.sum(-1)
+    inside, tail_mass = (p * mask).sum(-1), (p * ~mask).sum(-1)
+    region = inside.log() - (p_log_p * mask).sum(-1) / inside
+    region = region.clamp(min=0.0) * (size > 1)
+    scale = _scale(size, logits.shape[-1])
+    return EntropyStats(full, region, region * scale, scale, size, tail_mass)
 
 
 def check_region(top_k: int | None, top_p: float | None) -> None:
@@ -95,38 +98,45 @@ def _region(logits: Tensor, top_k: int | None, top_p: float | None) -> tuple[Ten
     """Size ``[...]`` and mask ``[..., V]`` of the region: the ``size`` largest logits."""
     check_region(top_k, top_p)
     z = _upcast(logits.detach())
-    possible = (z > -math.inf).sum(-1)
-    if top_k is not None:
-        size = possible.clamp(1, top_k)
-        head = z.topk(min(top_k, z.shape[-1])).values
-        threshold = head.gather(-1, (size - 1).unsqueeze(-1))
-    else:
-        assert top_p is not None
-        size, threshold = _nucleus(z, top_p, possible)
-    above, tied = z > threshold, z == threshold
-    places_left = size.unsqueeze(-1) - above.sum(-1, keepdim=True)
-    return size, above | (tied & (tied.cumsum(-1) <= places_left))
+    size, threshold = _top_k(z, top_k) if top_k is not None else _nucleus(z, top_p or 0.0)
+    mask = z >= threshold
+    crowded = mask.sum(-1) > size  # more tokens tie at the edge than have a place
+    if crowded.any():
+        z, threshold = z[crowded], threshold[crowded]
+        above, tied = z > threshold, z == threshold
+        places_left = size[crowded].unsqueeze(-1) - above.sum(-1, keepdim=True)
+        mask[crowded] = above | (tied & (tied.cumsum(-1) <= places_left))
+    return size, mask
 
 
-def _nucleus(z: Tensor, top_p: float, possible: Tensor) -> tuple[Tensor, Tensor]:
+def _top_k(z: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Size ``[...]`` of the top k and its smallest logit ``[..., 1]``."""
+    head = z.topk(min(top_k, z.shape[-1])).values
+    size = (head > -math.inf).sum(-1).clamp(min=1)
+    threshold = head.gather(-1, (size - 1).unsqueeze(-1))
+    return size, threshold.where(~head[..., :1].isnan(), math.nan)  # topk puts NaN first
+
+
+def _nucleus(z: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     """Size ``[...]`` of the nucleus and its smallest logit ``[..., 1]``."""
     log_norm = z.logsumexp(-1, keepdim=True)
-
-    def search(head: Tensor, norm: Tensor, limit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        reached = (head - norm).exp().cumsum(-1, dtype=torch.float64)
-        size = ((reached < top_p).sum(-1) + 1).minimum(limit).clamp(min=1)
-        found = size <= head.shape[-1]
-        index = (size - 1).clamp(max=head.shape[-1] - 1).unsqueeze(-1)
-        return size, head.gather(-1, index), found
-
-    size, threshold, found = search(
-        z.topk(min(_FIRST_LOOK, z.shape[-1])).values, log_norm, possible
-    )
-    wide = ~found
+    size, threshold = _crossing(z.topk(min(_FIRST_LOOK, z.shape[-1])).values, log_norm, top_p)
+    wide = size > _FIRST_LOOK
     if wide.any():
         ordered = z[wide].sort(-1, descending=True).values
-        size[wide], threshold[wide], _ = search(ordered, log_norm[wide], possible[wide])
-    return size, threshold
+        size[wide], threshold[wide] = _crossing(ordered, log_norm[wide], top_p)
+    return size.clamp(max=z.shape[-1]), threshold  # rounding may leave top_p out of reach
+
+
+def _crossing(head: Tensor, log_norm: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """Size and smallest logit of the nucleus within sorted logits; size len + 1 if it is wider."""
+    reached = (head - log_norm).exp().cumsum(-1, dtype=torch.float64)
+    possible = (head > -math.inf).sum(-1)
+    size = ((reached < top_p).sum(-1) + 1).clamp(min=1)
+    exhausted = possible < head.shape[-1]  # the rest is -inf: rounding may leave top_p out of reach
+    size = torch.where(exhausted, size.minimum(possible.clamp(min=1)), size)
+    last = size.clamp(max=head.shape[-1]).unsqueeze(-1) - 1
+    return size, head.gather(-1, last)
 
 
 def _entropy(z: Tensor) -> Tensor:

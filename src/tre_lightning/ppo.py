@@ -31,7 +31,6 @@ from tre_lightning.args import (
 from tre_lightning.callbacks.loss_term import LossTerm, PolicyOutputs, find_loss_terms
 from tre_lightning.diagnostics import EvaluationMetrics, RolloutMetrics, UpdateMetrics
 from tre_lightning.distributed import world
-from tre_lightning.entropy import entropy_stats
 from tre_lightning.experience import (
     Experience,
     TrainingBatch,
@@ -247,14 +246,8 @@ class PPOModule(LightningModule):
                 piece.append(self._reference_logprobs(micro))
             pieces.append(tuple(piece))
             mask = micro.response_mask
-            self._rollout_metrics.update_entropy(
-                entropy_stats(
-                    outputs.logits,
-                    top_k=self.diagnostics_args.top_k,
-                    top_p=self.diagnostics_args.top_p,
-                ),
-                mask,
-            )
+            stats = outputs.entropy_stats(self.diagnostics_args.top_k, self.diagnostics_args.top_p)
+            self._rollout_metrics.update_entropy(stats, mask)
             for term in terms:
                 scales[term.name].update(term.scale(outputs), mask)
         columns = [torch.cat(column) for column in zip(*pieces, strict=True)]

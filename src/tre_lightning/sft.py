@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -81,8 +82,14 @@ class SFTModule(LightningModule):
     def training_step(self, batch: Sequence[tuple[str, str]], batch_idx: int) -> Tensor:
         """Mean cross-entropy of the response tokens and the end token, nats."""
         ids, attention, response = self.encode(batch)
-        logits = self.policy(input_ids=ids, attention_mask=attention, use_cache=False).logits
-        logprobs = label_logprobs(logits[:, :-1][response[:, 1:]], ids[:, 1:][response[:, 1:]])
+        # No response token lies before the shortest prompt's end: no logits there.
+        first = int(response.any(0).int().argmax())
+        keep = torch.arange(first - 1, ids.shape[1] - 1, device=ids.device)
+        logits = self.policy(
+            input_ids=ids, attention_mask=attention, use_cache=False, logits_to_keep=keep
+        ).logits
+        counted = response[:, first:]
+        logprobs = label_logprobs(logits[counted], ids[:, first:][counted])
         loss = -logprobs.mean()
         self.log("sft/loss", loss, batch_size=len(batch))
         return loss
@@ -107,8 +114,12 @@ class SFTModule(LightningModule):
 
     def on_train_end(self) -> None:
         """Write the model; the directory appears only when it is whole."""
-        if self.trainer.is_global_zero:
-            target = Path(self.output_dir)
-            partial = target.with_name(target.name + ".partial")
+        if not self.trainer.is_global_zero:
+            return
+        target = Path(self.output_dir)
+        with TemporaryDirectory(dir=target.parent, prefix="partial-") as folder:
+            partial = Path(folder) / "model"
             save_pretrained(self.policy, self.tokenizer, partial)
-            partial.rename(target)
+            # Another run may have written the same model meanwhile; one of them is enough.
+            if not target.exists():
+                partial.rename(target)

@@ -10,7 +10,15 @@ from typing import Any
 from tre_lightning.args import at_least, positive
 
 # Options of the task that say nothing about its demonstrations.
-_IRRELEVANT = ("tokenizer", "batch_size", "iterations_per_epoch", "eval_batch_size", "test_size")
+_IRRELEVANT = (
+    "tokenizer",
+    "batch_size",
+    "iterations_per_epoch",
+    "eval_batch_size",
+    "max_prompt_length",
+    "val_size",
+    "test_size",
+)
 _WAIT_SECONDS = 3600.0
 
 

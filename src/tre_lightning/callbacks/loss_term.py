@@ -7,13 +7,14 @@ the global minibatch as it reduces the policy loss, multiplies by ``coef`` and a
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from tre_lightning.entropy import (
+    EntropyStats,
     check_region,
     entropy_stats,
     full_entropy,
@@ -52,6 +53,15 @@ class PolicyOutputs:
     logits: Tensor  # [B, T, V], temperature applied
     logprobs: Tensor  # [B, T] float32, of the response tokens
     response_mask: Tensor  # [B, T] bool, True = counts
+    _stats: dict[tuple[int | None, float | None], EntropyStats] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    def entropy_stats(self, top_k: int | None, top_p: float | None) -> EntropyStats:
+        """Entropies and region, ``[B, T]`` each, no gradient; searched once for each region."""
+        if (top_k, top_p) not in self._stats:
+            self._stats[top_k, top_p] = entropy_stats(self.logits, top_k=top_k, top_p=top_p)
+        return self._stats[top_k, top_p]
 
 
 class LossTerm(Callback, ABC):
@@ -130,7 +140,7 @@ class TrustRegionEntropy(LossTerm):
         """log|V| / log|A|, 0 where the region is one token, ``[B, T]``."""
         if not self.rescale:
             return super().scale(outputs)
-        return entropy_stats(outputs.logits, top_k=self.top_k, top_p=self.top_p).scale
+        return outputs.entropy_stats(self.top_k, self.top_p).scale
 
 
 class EntropyBonus(LossTerm):
