@@ -110,6 +110,8 @@ class OptimArgs:
         warmup_iterations: PPO iterations of linear warm-up from 0.
         final_lr_share: share of the peak at the last iteration, linear in between; 1 = constant.
         betas: of AdamW.
+        eps: of AdamW; a larger one damps parameters whose gradients are tiny, such as the output
+            rows of tokens that are never sampled.
         weight_decay: of AdamW.
         max_grad_norm: longest gradient of each group; longer ones are scaled down.
     """
@@ -119,6 +121,7 @@ class OptimArgs:
     warmup_iterations: int = 0
     final_lr_share: float = 1.0
     betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
 

@@ -3,38 +3,65 @@
 A leading ``sft`` trains on demonstrations instead: ``python -m tre_lightning sft fit ...``.
 """
 
+import copy
 import os
+import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
+import torch
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.plugins.environments import LightningEnvironment
-from transformers import AutoConfig
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 
 from tre_lightning.callbacks.checkpoint import (
     IterationCheckpoint,
     find_checkpoint,
     folder,
-    saved_iteration,
+    refuse_other_model,
+    saved_run,
 )
+from tre_lightning.callbacks.loss_term import find_loss_terms
 from tre_lightning.callbacks.progress import RunProgress
 from tre_lightning.callbacks.summary import PredictionWriter, RunSummary
 from tre_lightning.data.demonstrations import Demonstrations
 from tre_lightning.data.prompts import PromptDataModule
 from tre_lightning.memory import keep_freed_memory
-from tre_lightning.policy import load_tokenizer
+from tre_lightning.policy import ActorCritic, PolicyArgs, load_tokenizer, parameter_shapes
 from tre_lightning.ppo import PPOModule
 from tre_lightning.sft import SFTModule
 from tre_lightning.tokenizer import word_tokenizer
 from tre_lightning.warm_start import WarmStart, wait_for
 
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+
+Loaded = TypeVar("Loaded")
+
+_LONGEST_MESSAGE = 500  # characters
+# Lines with which jsonargparse describes the other types that a value could have had.
+_NOISE = (
+    "Does not validate against",
+    "Subtypes:",
+    "Errors:",
+    "Given value type:",
+    "Given value: Namespace(",
+    "Given value: NestedArg(",
+    "Given value: [",
+    "Given value: {",
+    "Subclass types expect",
+    "a class path",
+    "a dict ",
+    "Not a valid subclass",
+    "Expected a <class 'NoneType'>",
+    "Expected a path but",
+    "Expected a dot import path",
+)
 
 
 def main(args: Sequence[str] | None = None) -> LightningCLI:
@@ -54,9 +81,12 @@ def main(args: Sequence[str] | None = None) -> LightningCLI:
 
 
 def run() -> None:
-    """Console entry point."""
-    cli = main()
-    if cli.trainer.received_sigterm:
+    """Console entry point; exits with 143 where SIGTERM stopped the run."""
+    try:
+        stopped = main().trainer.received_sigterm
+    except SIGTERMException:
+        stopped = True
+    if stopped:
         sys.exit(143)
 
 
@@ -81,7 +111,7 @@ def _seed(seed: bool | int) -> int:
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
+def one_line_errors(hint: str = "") -> Iterator[None]:
     """Turn an error of the configuration into one line and exit code 2.
 
     TRE_DEBUG=1 shows the traceback instead.
@@ -91,14 +121,54 @@ def one_line_errors() -> Iterator[None]:
     except Exception as error:
         if os.environ.get("TRE_DEBUG"):
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}{hint}", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def one_line(message: str) -> str:
+    """What matters of an error message of many lines, on one."""
+    lines = [" ".join(line.split()).removeprefix("- ") for line in message.splitlines()]
+    telling = [line for line in lines if line and not line.startswith(_NOISE)]
+    joined = ""
+    for line in telling or lines:
+        joined += (" " if joined.endswith((":", ".", ",")) else "; ") + line if joined else line
+    joined = re.sub(r"<class '([\w.]+)'>", r"\1", joined)
+    short = len(joined) <= _LONGEST_MESSAGE
+    return joined if short else joined[:_LONGEST_MESSAGE] + " ..."
+
+
+def read(field: str, name: str, load: Callable[[str], Loaded]) -> Loaded:
+    """Load what ``field`` names, from a directory or the hub.
+
+    Raises:
+        ValueError: if that does not work, whatever the reason.
+    """
+    try:
+        return load(name)
+    except Exception as error:
+        raise ValueError(
+            f"{field}={name} could not be loaded; give a model directory, or a hub name that can "
+            f"be reached from here ({type(error).__name__}: {str(error).strip()[:200]})"
+        ) from error
+
+
+def expected_shapes(policy: PolicyArgs, config: PreTrainedConfig) -> dict[str, list[int]]:
+    """Shape of every parameter that a run on ``policy`` has, without loading or building it."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        critic = None
+        if policy.critic_model is not None:
+            critic = AutoModel.from_config(AutoConfig.from_pretrained(policy.critic_model))
+        elif policy.critic == "separate":
+            critic = copy.deepcopy(model.base_model)
+        return parameter_shapes(ActorCritic(model, critic))
 
 
 class _CLI(LightningCLI):
     """LightningCLI with one-line errors, and paths that all derive from the run directory."""
 
     progress_name = "ppo"
+    resumed_iteration: int | None = None
 
     def __init__(
         self,
@@ -111,7 +181,7 @@ class _CLI(LightningCLI):
         super().__init__(
             model,
             data,
-            args=args,
+            args=cast(Any, args),
             subclass_mode_data=True,
             seed_everything_default=42,
             save_config_callback=RunConfig,
@@ -134,7 +204,7 @@ class _CLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; unlike Lightning, do not warn about ``args`` beside the process's own."""
         parse = parser.parse_object if isinstance(args, Mapping) else parser.parse_args
-        with one_line_errors():
+        with one_line_errors("; --help lists every option and its type"):
             self.config = parse(args)
 
     def _parse_ckpt_path(self) -> None:
@@ -151,11 +221,18 @@ class _CLI(LightningCLI):
             self.fill_in_paths()
 
     def fill_in_paths(self) -> None:
-        """Log into the run directory, unless another logger is configured."""
+        """Log into the run directory, unless another logger is configured.
+
+        Other commands than fit log into a folder of their own: their scores are no point of the
+        run's curves.
+        """
         if self.options.trainer.logger in (None, True):
-            logger = {"save_dir": self.run_dir, "purge_step": self.purge_step}
+            fits = self.subcommand == "fit"
+            save_dir = self.run_dir if fits else str(Path(self.run_dir) / str(self.subcommand))
+            first_step = self.resumed_iteration if fits else None
+            logger = {"save_dir": save_dir, "purge_step": first_step or 0}
             spec = {"class_path": "tre_lightning.loggers.TensorBoard", "init_args": logger}
-            self.options.trainer.logger = Namespace(spec)
+            self.options.trainer.logger = Namespace(spec)  # type: ignore[no-untyped-call]
 
     def instantiate_classes(self) -> None:
         """Build module, data and trainer; their checks run here, before any work."""
@@ -167,11 +244,6 @@ class _CLI(LightningCLI):
         """Directory of everything that this run writes."""
         return str(self.options.trainer.default_root_dir)
 
-    @property
-    def purge_step(self) -> int | None:
-        """Step from which on earlier logs in the run directory are void."""
-        return 0 if self.subcommand == "fit" else None
-
 
 class SFTCLI(_CLI):
     """Supervised training on a task's demonstrations."""
@@ -182,6 +254,15 @@ class SFTCLI(_CLI):
     def subcommands() -> dict[str, set[str]]:
         """Only ``fit``."""
         return {"fit": LightningCLI.subcommands()["fit"]}
+
+    def fill_in_paths(self) -> None:
+        """Protect an earlier model."""
+        super().fill_in_paths()
+        if Path(self.options.model.output_dir).exists():
+            raise ValueError(
+                f"model.output_dir={self.options.model.output_dir} already exists; give another "
+                "directory or delete this one"
+            )
 
 
 class PPOCLI(_CLI):
@@ -211,10 +292,10 @@ class PPOCLI(_CLI):
 
     def fill_in_paths(self) -> None:
         """Find the checkpoint, protect an earlier run, and name the warm start's directory."""
-        self.resumed_iteration: int | None = None
         if self.options.ckpt_path:
             path = find_checkpoint(str(self.options.ckpt_path), self.run_dir)
-            self.resumed_iteration = saved_iteration(path)
+            self.resumed_run = saved_run(path)
+            self.resumed_iteration = int(self.resumed_run["iteration"])
             self.options.ckpt_path = str(path)
         elif self.subcommand == "fit" and (folder(self.run_dir) / "last.ckpt").exists():
             raise ValueError(
@@ -229,21 +310,22 @@ class PPOCLI(_CLI):
     def _name_warm_start(self, warm_start: WarmStart) -> None:
         options = self.options
         policy = options.model.policy.as_dict()
-        data = {"class_path": options.data.class_path, "init_args": options.data.init_args.as_dict()}
+        data = {
+            "class_path": options.data.class_path,
+            "init_args": options.data.init_args.as_dict(),
+        }
         data["init_args"].pop("tokenizer", None)
         seed = options.model.seed
         directory = warm_start.directory(policy, data, seed)
         self.warm_start = warm_start
         self.warm_start_dir = directory
         self.warm_start_config = warm_start.config(directory, policy, data, seed)
+        self.warm_start_config["trainer"]["accelerator"] = options.trainer.accelerator
         model = str(directory / "model")
-        options.model.policy.update(Namespace(model=model, architecture=None, tokenizer=None))
+        policy_options = options.model.policy
+        policy_options.model, policy_options.architecture = model, None
+        policy_options.tokenizer = None
         options.data.init_args.tokenizer = model
-
-    @property
-    def purge_step(self) -> int | None:
-        """The iteration that a resumed run goes on with."""
-        return self.resumed_iteration or super().purge_step
 
     # ----- before and after the trainer
 
@@ -264,40 +346,77 @@ class PPOCLI(_CLI):
         self.warm_start_seconds = time.perf_counter() - started
 
     def _check(self, module: PPOModule, data: PromptDataModule) -> None:
+        find_loss_terms(self.trainer.callbacks)  # type: ignore[attr-defined]
+        self._check_batches(module, data)
         policy = module.policy_args
-        building = self.warm_start is not None and not Path(policy.model or "").exists()
-        source = self.warm_start_config["model"]["policy"] if building else vars(policy)
-        if (source["model"] is None) == (source["architecture"] is None):
+        if self.warm_start is not None and not Path(policy.model or "").exists():
+            policy = PolicyArgs(**self.warm_start_config["model"]["policy"])
+        config = self._model_config(policy)
+        named = policy.tokenizer_source
+        if named is None and self.warm_start is None:
             raise ValueError(
-                "give exactly one of model.policy.model (a directory or hub name) and "
-                "model.policy.architecture"
+                "model.policy.architecture alone has no tokenizer; give model.policy.tokenizer "
+                "or a warm_start"
             )
-        architecture = dict(source["architecture"] or {})
-        config = (
-            AutoConfig.for_model(architecture.pop("model_type"), **architecture)
-            if architecture
-            else AutoConfig.from_pretrained(source["model"])
-        )
-        named = source["tokenizer"] or source["model"]
         data.check(
-            load_tokenizer(named)
-            if named
-            else word_tokenizer(data.vocabulary(), config.vocab_size)
+            word_tokenizer(data.vocabulary(), config)
+            if named is None
+            else read("model.policy.tokenizer", named, load_tokenizer)
         )
         context = getattr(config.get_text_config(), "max_position_embeddings", None)
         needed = data.longest_prompt + module.rollout_args.max_new_tokens
         if context is not None and needed > context:
             raise ValueError(
-                f"model.rollout.max_new_tokens={module.rollout_args.max_new_tokens} and the longest "
-                f"prompt of {data.longest_prompt} tokens exceed the model's context of {context} "
-                "tokens; lower it or drop long prompts"
+                f"model.rollout.max_new_tokens={module.rollout_args.max_new_tokens} and the "
+                f"longest prompt of {data.longest_prompt} tokens exceed the model's context of "
+                f"{context} tokens; lower it or drop long prompts"
+            )
+        if self.resumed_iteration is not None:
+            refuse_other_model(expected_shapes(policy, config), self.resumed_run["shapes"])
+
+    @staticmethod
+    def _model_config(policy: PolicyArgs) -> PreTrainedConfig:
+        if (policy.model is None) == (policy.architecture is None):
+            raise ValueError(
+                "give exactly one of model.policy.model (a directory or hub name) and "
+                f"model.policy.architecture, not model={policy.model}, "
+                f"architecture={policy.architecture}"
+            )
+        if policy.critic_model is not None:
+            read("model.policy.critic_model", policy.critic_model, AutoConfig.from_pretrained)
+        if policy.architecture is None:
+            config = read("model.policy.model", str(policy.model), AutoConfig.from_pretrained)
+        else:
+            architecture = dict(policy.architecture)
+            config = AutoConfig.for_model(architecture.pop("model_type"), **architecture)
+        return cast(PreTrainedConfig, config)
+
+    def _check_batches(self, module: PPOModule, data: PromptDataModule) -> None:
+        devices = self.trainer.world_size
+        if data.batch_size < devices:
+            raise ValueError(
+                f"data.batch_size={data.batch_size} must be at least one prompt for each of the "
+                f"{devices} devices"
+            )
+        minibatches, responses = module.ppo_args.num_minibatches, module.rollout_args.num_responses
+        if data.batch_size * responses < minibatches * devices:
+            raise ValueError(
+                f"model.ppo.num_minibatches={minibatches} is too many for data.batch_size="
+                f"{data.batch_size} x model.rollout.num_responses={responses} responses on "
+                f"{devices} device(s): every minibatch needs one for each; lower it"
             )
 
     def before_fit(self) -> None:
         """Warm start, and the scores before training."""
         self.prepare()
-        if self.resumed_iteration is None and not self.trainer.fast_dev_run:
+        fast = self.trainer.fast_dev_run  # type: ignore[attr-defined]
+        if self.resumed_iteration is None and not fast:
             self.trainer.validate(self.model, self.datamodule, verbose=False)
+            if self.trainer.received_sigterm:  # fit would forget it
+                raise SIGTERMException
+            checkpoint = cast(IterationCheckpoint, self.config_init[self.subcommand].checkpoint)
+            with one_line_errors():
+                checkpoint.check_monitor(self.trainer)
 
     def after_fit(self) -> None:
         """Print the table."""
@@ -306,4 +425,3 @@ class PPOCLI(_CLI):
             summary.print_table(self.trainer, self.warm_start_seconds)
 
     before_validate = before_test = before_predict = prepare
-

@@ -105,7 +105,6 @@ class PPOModule(LightningModule):
         self._rollout_metrics = RolloutMetrics(self.rollout_args.num_responses)
         self._update_metrics = UpdateMetrics()
         self._evaluations = nn.ModuleDict()
-        self._samples: list[str] = []
         groups = ("policy", "rollout", "evaluation", "ppo", "optim", "diagnostics")
         plain = {name: asdict(getattr(self, f"{name}_args")) for name in groups}
         self.save_hyperparameters({**plain, "seed": seed}, logger=False)
@@ -129,7 +128,9 @@ class PPOModule(LightningModule):
             {"params": self.actor_critic.policy_parameters(), "lr": optim.lr},
             {"params": self.actor_critic.critic_parameters(), "lr": optim.critic_lr},
         ]
-        return torch.optim.AdamW(groups, betas=optim.betas, weight_decay=optim.weight_decay)
+        return torch.optim.AdamW(
+            groups, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the iteration and the model's shape."""

@@ -59,7 +59,7 @@ def pick_tokens(logits: Tensor, uniform: Tensor, top_p: float = 1.0) -> Tensor:
     """
     probs = logits.float().softmax(-1)
     if top_p < 1.0:
-        ordered, order = probs.sort(-1, descending=True, stable=True)
+        ordered, order = probs.sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered
         probs = torch.zeros_like(probs).scatter(-1, order, ordered.where(before < top_p, 0.0))
     cumulative = probs.cumsum(-1, dtype=torch.float64)

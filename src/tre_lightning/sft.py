@@ -1,13 +1,13 @@
 """Supervised training on demonstrations, as a LightningModule."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -62,12 +62,12 @@ class SFTModule(LightningModule):
             self.tokenizer = load_tokenizer(source)
         else:
             words = self.trainer.datamodule.vocabulary()  # type: ignore[attr-defined]
-            self.tokenizer = word_tokenizer(words, self.policy.config.vocab_size)
+            self.tokenizer = word_tokenizer(words, self.policy.config)
         for name in ("eos_token_id", "pad_token_id"):
             setattr(self.policy.config, name, getattr(self.tokenizer, name))
             setattr(self.policy.generation_config, name, getattr(self.tokenizer, name))
 
-    def configure_optimizers(self) -> Mapping[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW, decaying linearly."""
         optimizer = torch.optim.AdamW(self.policy.parameters(), lr=self.lr, weight_decay=0.0)
         total = max(int(self.trainer.estimated_stepping_batches) - 1, 1)

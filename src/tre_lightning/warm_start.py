@@ -83,6 +83,7 @@ class WarmStart:
             },
             "trainer": {
                 "max_epochs": 1,
+                "devices": 1,
                 "default_root_dir": str(directory),
                 "log_every_n_steps": 10,
                 "enable_checkpointing": False,

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -17,6 +17,9 @@ class IterationCheckpoint(Checkpoint):
     Lightning's own ModelCheckpoint counts optimiser steps, of which an iteration has many. Only
     whole iterations are saved, so an error inside an update loses that iteration and no more; a
     checkpoint is written beside its target and then renamed, so a kill never leaves half a file.
+
+    The last iteration of an epoch is saved when the epoch's validation begins, in the state in
+    which Lightning repeats the whole validation on resume, and again after it.
     """
 
     def __init__(
@@ -42,22 +45,51 @@ class IterationCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save the iteration that has just ended."""
-        iteration = int(pl_module.iteration)
-        due = iteration % self.every_n_iterations == 0 or trainer.is_last_batch
-        if due or trainer.received_sigterm:
-            self._save(trainer, "last.ckpt")
-            if self.keep_all:
-                self._save(trainer, f"iteration={iteration}.ckpt")
+        """Save the iteration that has just ended, unless the epoch ends with it."""
+        iteration = cast(int, pl_module.iteration)
+        due = iteration % self.every_n_iterations == 0 or trainer.received_sigterm
+        if due and not trainer.is_last_batch:
+            self._save_last(trainer, pl_module)
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Save the last iteration of the epoch before its validation."""
+        if not self._fits(trainer) or (batch_idx, dataloader_idx) != (0, 0):
+            return
+        # Lightning repeats a validation that looks cut off: one step started, none finished.
+        progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+        progress.increment_started()
+        self._save_last(trainer, pl_module)
+        for counts in (progress.total, progress.current):
+            cast(Any, counts).started -= 1
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the last iteration of the epoch."""
+        self._save_last(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the best so far."""
-        score = trainer.callback_metrics.get(self.monitor)
-        if not trainer.state.fn == "fit" or trainer.sanity_checking or score is None:
+        if not self._fits(trainer):
             return
-        if float(score) > self.best_score:
-            self.best_score = float(score)
+        self.check_monitor(trainer)
+        score = float(trainer.callback_metrics[self.monitor])
+        if score > self.best_score:
+            self.best_score = score
             self._save(trainer, "best.ckpt")
+
+    def check_monitor(self, trainer: Trainer) -> None:
+        """Raise ValueError if the validation that has just ended did not log ``monitor``."""
+        logged = [tag for tag in trainer.callback_metrics if tag.startswith(("val/", "val_"))]
+        if logged and self.monitor not in logged:
+            raise ValueError(
+                f"checkpoint.monitor={self.monitor} is not logged; use one of {', '.join(logged)}"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The best score so far."""
@@ -66,6 +98,15 @@ class IterationCheckpoint(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the best score so far."""
         self.best_score = state_dict["best_score"]
+
+    @staticmethod
+    def _fits(trainer: Trainer) -> bool:
+        return trainer.state.fn == "fit" and not trainer.sanity_checking
+
+    def _save_last(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save(trainer, "last.ckpt")
+        if self.keep_all:
+            self._save(trainer, f"iteration={pl_module.iteration}.ckpt")
 
     def _save(self, trainer: Trainer, name: str) -> None:
         target = folder(trainer.default_root_dir) / name
@@ -96,8 +137,8 @@ def find_checkpoint(ckpt_path: str, run_dir: str | Path) -> Path:
     return path
 
 
-def saved_iteration(path: Path) -> int:
-    """The PPO iteration that a checkpoint continues with.
+def saved_run(path: Path) -> dict[str, Any]:
+    """The finished ``iteration`` and the model's ``shapes`` in the checkpoint of a PPO run.
 
     Raises:
         ValueError: if the file is no checkpoint of a PPO run.
@@ -106,9 +147,24 @@ def saved_iteration(path: Path) -> int:
         checkpoint: dict[str, Any] = torch.load(
             path, map_location="cpu", weights_only=True, mmap=True
         )
-        return int(checkpoint["tre_lightning"]["iteration"])
+        return {key: checkpoint["tre_lightning"][key] for key in ("iteration", "shapes")}
     except Exception as error:
         raise ValueError(
-            f"ckpt_path={path} is not a checkpoint that fit wrote ({type(error).__name__}); give another"
+            f"ckpt_path={path} is not a checkpoint that fit wrote ({type(error).__name__}); give "
+            "another"
         ) from error
 
+
+def refuse_other_model(ours: dict[str, list[int]], saved: dict[str, list[int]]) -> None:
+    """Compare the parameter shapes of the configured model with those in a checkpoint.
+
+    Raises:
+        ValueError: if a parameter is not the same, or is in one of them only.
+    """
+    for name in sorted(ours.keys() | saved.keys()):
+        if ours.get(name) != saved.get(name):
+            raise ValueError(
+                f"ckpt_path is a checkpoint of another model: {name} has shape {saved.get(name)} "
+                f"there and {ours.get(name)} in model.policy; give the checkpoint's own "
+                "configuration"
+            )

@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback
@@ -12,13 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from tre_lightning.policy import save_pretrained
+from tre_lightning.ppo import PPOModule
 
 
 class RunSummary(Callback):
     """Remembers the scores before and after; prints them and exports the policy at the end."""
 
     def __init__(self, export: bool = True) -> None:
-        """``export`` writes the policy as a Hugging Face directory ``model`` in the run directory."""
+        """``export`` writes the policy into ``model`` in the run directory, for transformers."""
         self.export = export
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
@@ -42,7 +43,8 @@ class RunSummary(Callback):
         """Stop the clock and export the policy."""
         self.seconds += time.perf_counter() - self._started
         if self.export and trainer.is_global_zero:
-            policy, tokenizer = pl_module.actor_critic.policy, pl_module.tokenizer
+            module = cast(PPOModule, pl_module)
+            policy, tokenizer = module.actor_critic.policy, module.tokenizer
             save_pretrained(policy, tokenizer, self.model_dir(trainer))
 
     def state_dict(self) -> dict[str, Any]:
@@ -75,7 +77,9 @@ class RunSummary(Callback):
         run_dir = trainer.default_root_dir
         console.print(f"{trained}\nlogs         {run_dir}", soft_wrap=True, highlight=False)
         if self.export:
-            console.print(f"model        {self.model_dir(trainer)}", soft_wrap=True, highlight=False)
+            console.print(
+                f"model        {self.model_dir(trainer)}", soft_wrap=True, highlight=False
+            )
         console.print(
             f"look at it   tensorboard --logdir {run_dir}", soft_wrap=True, highlight=False
         )

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,6 +11,7 @@ from tre_lightning.data.puzzles import (
     Puzzle,
     PuzzleSpec,
     as_answer,
+    canonical,
     generate_puzzle,
     load_puzzles,
     random_derivation,
@@ -19,6 +21,7 @@ from tre_lightning.rewards.countdown import Format, score_countdown
 from tre_lightning.rollout import PromptBatch
 from tre_lightning.seeding import derived_seed, permutation
 
+_DRAWS_A_PUZZLE = 20  # draws for each held-out puzzle before the ranges count as too narrow
 _INSTRUCTIONS = {
     "think_answer": (
         "Think first, inside <think> </think>, then end with the expression inside "
@@ -70,7 +73,7 @@ class CountdownDataModule(PromptDataModule):
             test_size: generated test puzzles.
             batch_size: prompts an iteration, over all devices.
             iterations_per_epoch: PPO iterations an epoch; validation runs between epochs.
-            eval_batch_size: held-out prompts a batch, on one device.
+            eval_batch_size: held-out prompts a batch, over all devices.
             max_prompt_length: longest prompt, tokens; a longer one is an error.
             seed: of the puzzles and their order.
         """
@@ -84,10 +87,10 @@ class CountdownDataModule(PromptDataModule):
         self.format: Format = format
         self.instruct = instruct
         self.sizes = {"val": val_size, "test": test_size}
-        self.eval_puzzles = load_puzzles(eval_file) if eval_file else []
-        held_out = {_canonical(puzzle) for puzzle in self.eval_puzzles}
-        known = load_puzzles(train_file) if train_file else []
-        self.train_puzzles = [puzzle for puzzle in known if _canonical(puzzle) not in held_out]
+        self.eval_puzzles = _load("eval_file", eval_file)
+        held_out = {canonical(puzzle) for puzzle in self.eval_puzzles}
+        known = _load("train_file", train_file)
+        self.train_puzzles = [puzzle for puzzle in known if canonical(puzzle) not in held_out]
         if known and not self.train_puzzles:
             raise ValueError(
                 f"data.train_file={train_file} holds no puzzle that is not in "
@@ -102,9 +105,7 @@ class CountdownDataModule(PromptDataModule):
 
     def heldout_prompts(self, stage: str) -> dict[str, list[Prompt]]:
         """The generated puzzles as ``val`` or ``test``, those of the file as ``..._file``."""
-        puzzles = [
-            generate_puzzle(self.puzzles, stage, i, self.seed) for i in range(self.sizes[stage])
-        ]
+        puzzles = self._distinct(stage)
         sets = {stage: [self._prompt(puzzle) for puzzle in puzzles]}
         if self.eval_puzzles:
             sets[f"{stage}_file"] = [self._prompt(puzzle) for puzzle in self.eval_puzzles]
@@ -132,7 +133,7 @@ class CountdownDataModule(PromptDataModule):
         teaches the format and the sums without the search, and so leaves room for reinforcement.
         """
         rng = random.Random(derived_seed("demonstration", self.seed, index))
-        puzzle = self._train_puzzle(index)
+        puzzle = self._generated("train", index)
         steps = None if misleading else worked_solution(puzzle, self.puzzles, rng)
         if steps is None:
             _, steps = random_derivation(self.puzzles, puzzle.numbers, rng)
@@ -153,12 +154,30 @@ class CountdownDataModule(PromptDataModule):
                 order = permutation(len(self.train_puzzles), "train_file", self.seed, passes)
                 self._order = (passes, order.tolist())
             return self.train_puzzles[self._order[1][place]]
+        return self._generated("train", index)
+
+    def _generated(self, split: str, index: int) -> Puzzle:
+        """Generated puzzle number ``index``, none of ``eval_file``."""
         for seed in range(self.seed, self.seed + 100):
-            puzzle = generate_puzzle(self.puzzles, "train", index, seed)
-            if _canonical(puzzle) not in self._held_out:
+            puzzle = generate_puzzle(self.puzzles, split, index, seed)
+            if canonical(puzzle) not in self._held_out:
                 return puzzle
         raise ValueError(
             "data.eval_file holds nearly every puzzle of data.puzzles; widen its ranges"
+        )
+
+    def _distinct(self, split: str) -> list[Puzzle]:
+        """The first ``val_size`` or ``test_size`` different puzzles of the split."""
+        wanted = self.sizes[split]
+        found: dict[tuple[tuple[int, ...], int], Puzzle] = {}
+        for index in range(_DRAWS_A_PUZZLE * wanted):
+            puzzle = self._generated(split, index)
+            found.setdefault(canonical(puzzle), puzzle)
+            if len(found) == wanted:
+                return list(found.values())
+        raise ValueError(
+            f"data.{split}_size={wanted}, but data.puzzles gives only about {len(found)} different "
+            f"{split} puzzles; lower it or widen the ranges of data.puzzles"
         )
 
     def _prompt(self, puzzle: Puzzle) -> Prompt:
@@ -172,5 +191,8 @@ class CountdownDataModule(PromptDataModule):
         return Prompt(text, {"numbers": puzzle.numbers, "target": puzzle.target})
 
 
-def _canonical(puzzle: Puzzle) -> tuple[tuple[int, ...], int]:
-    return tuple(sorted(puzzle.numbers)), puzzle.target
+def _load(field: str, path: str | None) -> list[Puzzle]:
+    try:
+        return load_puzzles(path) if path else []
+    except (OSError, ValueError) as error:
+        raise ValueError(f"data.{field}: {error}") from error

@@ -7,6 +7,7 @@ the scorer.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
@@ -45,7 +46,7 @@ class PromptDataModule(LightningDataModule, ABC):
             tokenizer: directory or hub name; the command line sets it to the policy's.
             batch_size: prompts an iteration, over all devices.
             iterations_per_epoch: PPO iterations an epoch; validation runs between epochs.
-            eval_batch_size: held-out prompts a batch, on one device.
+            eval_batch_size: held-out prompts a batch, over all devices.
             max_prompt_length: longest prompt, tokens; a longer one is an error.
             seed: of the prompts and their order.
         """
@@ -66,6 +67,7 @@ class PromptDataModule(LightningDataModule, ABC):
         self.max_prompt_length = max_prompt_length
         self.seed = seed
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._train_loader = IterationLoader(self._train_batch, iterations_per_epoch)
 
     # ----- what a task defines
 
@@ -112,7 +114,15 @@ class PromptDataModule(LightningDataModule, ABC):
 
     def train_dataloader(self) -> "IterationLoader":
         """One batch an iteration; it knows where to go on after a resume."""
-        return IterationLoader(self._train_batch, self.iterations_per_epoch)
+        return self._train_loader
+
+    def state_dict(self) -> dict[str, int]:
+        """The next iteration; Lightning restores a loader's own state within an epoch only."""
+        return self._train_loader.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on from the saved iteration."""
+        self._train_loader.load_state_dict(state_dict)
 
     def val_dataloader(self) -> list["BatchList"]:
         """A loader for each held-out set."""
@@ -148,11 +158,17 @@ class PromptDataModule(LightningDataModule, ABC):
         rank, ranks = self._world()
         loaders = []
         for split, prompts in self.heldout_prompts(stage).items():
+            if len(prompts) < ranks:
+                raise ValueError(
+                    f"{split} holds {len(prompts)} prompts for {ranks} devices; raise "
+                    f"data.{split}_size or use fewer devices"
+                )
+            starts = list(range(0, len(prompts), max(self.eval_batch_size, ranks)))
+            if len(prompts) - starts[-1] < ranks:  # every rank needs a prompt of every batch
+                del starts[-1]
             batches = []
-            size = self.eval_batch_size * ranks
-            for index, start in enumerate(range(0, len(prompts), size)):
-                rows = prompts[start : start + size]
-                # Every rank takes part in every batch; the last one may hold a few more each.
+            for index, (start, stop) in enumerate(pairwise([*starts, len(prompts)])):
+                rows = prompts[start:stop]
                 first, end = (len(rows) * r // ranks for r in (rank, rank + 1))
                 batches.append((rows[first:end], split, index, first, len(rows)))
             loaders.append(BatchList(batches, self._batch))

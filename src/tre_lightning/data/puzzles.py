@@ -109,12 +109,18 @@ def generate_puzzle(spec: PuzzleSpec, split: str, index: int, seed: int) -> Puzz
     )
 
 
+def canonical(puzzle: Puzzle) -> tuple[tuple[int, ...], int]:
+    """Sorted numbers and target: what makes two puzzles the same."""
+    return tuple(sorted(puzzle.numbers)), puzzle.target
+
+
 def puzzle_split(puzzle: Puzzle) -> str:
     """The split a puzzle belongs to (train 80 %, val 10 %, test 10 %), whatever spec or seed.
 
     Decided by a hash of the sorted numbers and the target, so the order of numbers is irrelevant.
     """
-    bucket = _stable_hash(f"{sorted(puzzle.numbers)} {puzzle.target}") % 10
+    numbers, target = canonical(puzzle)
+    bucket = _stable_hash(f"{list(numbers)} {target}") % 10
     return "train" if bucket < 8 else SPLITS[bucket - 7]
 
 

@@ -1,0 +1,109 @@
+"""Shared fixtures: a language model, a tokenizer and prompts that take milliseconds to build."""
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from tre_lightning.policy import PolicyArgs, load_language_model, save_pretrained
+from tre_lightning.rollout import PromptBatch
+from tre_lightning.tokenizer import word_tokenizer
+
+VOCAB_SIZE = 50
+# A wide initialisation: with the usual one all logits of so small a model are nearly equal.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {  # rotary positions: only distances count
+        "model_type": "llama",
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.5,
+    },
+    "gpt2": {  # absolute positions: a shift by the padding shows
+        "model_type": "gpt2",
+        "vocab_size": VOCAB_SIZE,
+        "n_embd": 16,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_positions": 128,
+        "initializer_range": 0.5,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+    },
+}
+
+
+@pytest.fixture
+def architectures() -> dict[str, dict[str, Any]]:
+    """Options of a model of each kind of position encoding, by model type."""
+    return copy.deepcopy(ARCHITECTURES)
+
+
+@pytest.fixture
+def architecture(architectures: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Options of the random Llama."""
+    return architectures["llama"]
+
+
+@pytest.fixture
+def policy() -> PreTrainedModel:
+    """A random Llama; every test gets the same weights, and may change them."""
+    return build("llama")
+
+
+@pytest.fixture(params=list(ARCHITECTURES))
+def any_policy(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """A random model of each kind of position encoding."""
+    return build(request.param)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerBase:
+    """Ids 0 <pad>, 1 <eos>, 2 <unk>, then w0, w1, ..."""
+    config = AutoConfig.for_model(**ARCHITECTURES["llama"])
+    return word_tokenizer([f"w{i}" for i in range(VOCAB_SIZE - 3)], config)
+
+
+@pytest.fixture(scope="session")
+def model_dir(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The random Llama and the tokenizer as a Hugging Face directory."""
+    directory = tmp_path_factory.mktemp("model")
+    save_pretrained(build("llama"), tokenizer, directory)
+    return directory
+
+
+@pytest.fixture
+def make_prompts() -> Callable[[Sequence[int]], PromptBatch]:
+    """A batch of random prompts of the given lengths, padded on the left with id 0."""
+
+    def make(lengths: Sequence[int]) -> PromptBatch:
+        generator = torch.Generator().manual_seed(1)
+        width = max(lengths)
+        mask = torch.arange(width) >= width - torch.tensor(lengths).unsqueeze(1)
+        ids = torch.randint(3, VOCAB_SIZE, mask.shape, generator=generator) * mask
+        rows = len(lengths)
+        return PromptBatch(
+            prompt_ids=ids,
+            prompt_mask=mask,
+            texts=("",) * rows,
+            extras=({},) * rows,
+            split="train",
+            index=0,
+            first_row=0,
+            total_rows=rows,
+        )
+
+    return make
+
+
+def build(model_type: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return load_language_model(PolicyArgs(architecture=ARCHITECTURES[model_type]))

@@ -1,0 +1,200 @@
+"""A tiny run that several tests share: its configuration, how to start it, what it left behind."""
+
+import copy
+import json
+import os
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LightningCLI
+from tensorboard.backend.event_processing import event_accumulator, plugin_event_accumulator
+from tensorboard.summary.writer import event_file_writer
+from tensorboard.util import tensor_util
+from torch import Tensor
+
+from tre_lightning.callbacks import EntropyBonus, PolicyOutputs
+from tre_lightning.cli import main
+from tre_lightning.data import CountdownDataModule
+from tre_lightning.rollout import PromptBatch
+
+# The warm start of all these runs is trained once a session.
+_cache = tempfile.TemporaryDirectory(prefix="tre_lightning_tests_")
+WARM_STARTS = Path(_cache.name) / "warm_starts"
+
+ITERATIONS = 4  # PPO iterations of the tiny run
+STEPS_AN_ITERATION = 4  # optimiser steps: num_epochs x num_minibatches
+CLOCKS = ("rollout/seconds", "policy/update_seconds")  # all that equal runs may differ in
+
+# A process numbers its event files, and TensorBoard reads those of one second in the order of their
+# names: in a process of many runs the numbers must not change their width.
+event_file_writer._global_uid._value = 1000
+
+
+class PlusCountdown(CountdownDataModule):
+    """Countdown prompts with a score that a nearly random policy reaches now and then.
+
+    SECONDS_A_BATCH in the environment slows the scoring down.
+    """
+
+    def score(self, responses: Sequence[str], prompts: PromptBatch) -> Tensor:
+        """1 for a response with a plus sign, else 0."""
+        time.sleep(float(os.environ.get("SECONDS_A_BATCH", "0")))
+        return torch.tensor([float("+" in response.split()) for response in responses])
+
+
+class FailingBonus(EntropyBonus):
+    """An entropy bonus that fails at one of its calls, of which each update makes one."""
+
+    def __init__(self, coef: float = 0.01, fail_at: int | None = None) -> None:
+        super().__init__(coef, name="failing")
+        self.calls_left = fail_at
+
+    def per_token(self, outputs: PolicyOutputs) -> Tensor:
+        if self.calls_left is not None:
+            self.calls_left -= 1
+            if self.calls_left == 0:
+                raise RuntimeError("the update fails")
+        return super().per_token(outputs)
+
+
+TRE = {
+    "class_path": "tre_lightning.callbacks.TrustRegionEntropy",
+    "init_args": {"top_p": 0.9, "coef": 0.01},
+}
+ARCHITECTURE = {
+    "model_type": "llama",
+    "vocab_size": 48,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "tie_word_embeddings": False,
+}
+TINY: dict[str, Any] = {
+    "model": {
+        "policy": {"architecture": ARCHITECTURE},
+        "rollout": {"num_responses": 4, "max_new_tokens": 8},
+        "evaluation": {"num_responses": 2, "num_samples_logged": 2},
+        "ppo": {"num_epochs": 2, "num_minibatches": 2, "micro_batch_size": 8},
+        "optim": {"lr": 0.01, "critic_lr": 0.01},
+    },
+    "data": {
+        "class_path": "runs.PlusCountdown",
+        "init_args": {
+            "puzzles": {
+                "count": [2, 3],
+                "number_range": [1, 9],
+                "target_range": [1, 30],
+                "max_intermediate": 30,
+            },
+            "format": "steps",
+            "instruct": False,
+            "batch_size": 4,
+            "iterations_per_epoch": 2,
+            "val_size": 6,
+            "test_size": 5,
+            "eval_batch_size": 4,
+        },
+    },
+    "warm_start": {"steps": 3, "batch_size": 8, "lr": 0.02, "cache_dir": str(WARM_STARTS)},
+    "trainer": {"accelerator": "cpu", "devices": 1, "max_epochs": 2, "callbacks": [TRE]},
+}
+
+
+def words(
+    run_dir: Path, *flags: str, command: str = "fit", changes: Mapping[str, Any] | None = None
+) -> list[str]:
+    """A command line for the tiny configuration, whose file is written beside the run directory.
+
+    ``changes`` are by dotted key; None drops the key.
+    """
+    config = copy.deepcopy(TINY)
+    for dotted, value in (changes or {}).items():
+        *groups, key = dotted.split(".")
+        target = config
+        for group in groups:
+            target = target[group]
+        if value is None:
+            target.pop(key)
+        else:
+            target[key] = value
+    file = run_dir.with_name(run_dir.name + ".json")
+    file.write_text(json.dumps(config))
+    return [command, "--config", str(file), f"--trainer.default_root_dir={run_dir}", *flags]
+
+
+def run(
+    run_dir: Path, *flags: str, command: str = "fit", changes: Mapping[str, Any] | None = None
+) -> LightningCLI:
+    """Run a command on the tiny configuration in this process."""
+    return main(words(run_dir, *flags, command=command, changes=changes))
+
+
+def resume(
+    run_dir: Path, ckpt_path: str = "last", *, changes: Mapping[str, Any] | None = None
+) -> LightningCLI:
+    """Go on with a run from a checkpoint, as a later process would."""
+    time.sleep(1.01 - time.time() % 1)  # the names of event files tell seconds
+    return run(run_dir, f"--ckpt_path={ckpt_path}", changes=changes)
+
+
+def output_of(*args: Any, **options: Any) -> str:
+    """What :func:`run` prints."""
+    with redirect_stdout(StringIO()) as out:
+        run(*args, **options)
+    return out.getvalue()
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """Environment for a child process that computes as this one does and finds this module."""
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    threads = str(torch.get_num_threads())
+    own = {"OMP_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(paths)}
+    return {**os.environ, **own, **extra}
+
+
+def checkpoint(run_dir: Path, name: str = "last") -> dict[str, Any]:
+    """A checkpoint of a run."""
+    file = run_dir / "checkpoints" / f"{name}.ckpt"
+    loaded: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    return loaded
+
+
+def saved_iteration(run_dir: Path, name: str = "last") -> int:
+    """The number of PPO iterations in a checkpoint."""
+    return int(checkpoint(run_dir, name)["tre_lightning"]["iteration"])
+
+
+def weights(run_dir: Path, name: str = "last") -> dict[str, Tensor]:
+    """Weights of policy and critic in a checkpoint of a run."""
+    return dict(checkpoint(run_dir, name)["state_dict"])
+
+
+def distance(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
+    """Largest difference of any weight; 0 = the same bit for bit (but for the sign of a zero)."""
+    assert left.keys() == right.keys() and left
+    return max(float((left[name] - right[name]).abs().max()) for name in left)
+
+
+def scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of every logged scalar by tag, without the clocks."""
+    events = event_accumulator.EventAccumulator(str(run_dir), {"scalars": 0}).Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if tag not in CLOCKS]
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
+
+
+def texts(run_dir: Path, tag: str) -> list[tuple[int, str]]:
+    """(step, text) of a text tag."""
+    events = plugin_event_accumulator.EventAccumulator(str(run_dir), {"tensors": 0}).Reload()
+    return [
+        (e.step, tensor_util.make_ndarray(e.tensor_proto).item().decode())
+        for e in events.Tensors(f"{tag}/text_summary")
+    ]

@@ -1,0 +1,292 @@
+"""Tests of tre_lightning.experience."""
+
+import itertools
+import math
+from dataclasses import fields
+
+import pytest
+import torch
+from torch import Tensor
+
+from tre_lightning.experience import (
+    Experience,
+    TrainingBatch,
+    build_experience,
+    compute_targets,
+    gae,
+    minibatches,
+    token_rewards,
+    whitened,
+)
+from tre_lightning.rollout import Rollout
+
+NAN = math.nan
+
+
+def experience(
+    lengths: list[int],
+    scores: list[float],
+    *,
+    prompt_lengths: list[int] | None = None,
+    values: Tensor | None = None,
+    old: Tensor | None = None,
+    ref: Tensor | None = None,
+    width: int | None = None,
+    prompt_width: int | None = None,
+) -> Experience:
+    """Responses of these lengths; token ids tell rows and columns apart."""
+    prompt_lengths = prompt_lengths or [1] * len(lengths)
+    rows = torch.arange(1, len(lengths) + 1).unsqueeze(1) * 100
+    columns = torch.arange(width or max(lengths))
+    prompt_columns = torch.arange(-(prompt_width or max(prompt_lengths)), 0)
+    response_mask = columns < torch.tensor(lengths).unsqueeze(1)
+    prompt_mask = prompt_columns >= -torch.tensor(prompt_lengths).unsqueeze(1)
+    rollout = Rollout(
+        prompt_ids=torch.where(prompt_mask, rows - prompt_columns, 0),
+        prompt_mask=prompt_mask,
+        response_ids=torch.where(response_mask, rows + columns, 0),
+        response_mask=response_mask,
+        finished=torch.tensor([length % 2 == 0 for length in lengths]),
+    )
+    zeros = torch.zeros(response_mask.shape)
+    return build_experience(
+        rollout,
+        torch.tensor(scores),
+        zeros if old is None else old,
+        ref,
+        zeros if values is None else values,
+    )
+
+
+def targets(experience: Experience, *, whiten: bool = False, kl_coef: float = 0.0) -> TrainingBatch:
+    return compute_targets(experience, gamma=1.0, gae_lambda=1.0, kl_coef=kl_coef, whiten=whiten)
+
+
+def same(a: TrainingBatch, b: TrainingBatch) -> bool:
+    pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in fields(a)]
+    return all(x is y is None or torch.equal(x, y) for x, y in pairs)
+
+
+# --- gae ---
+
+
+def test_gae_by_hand() -> None:
+    # delta_2 = 1 - 0.2 = 0.8; delta_1 = 0.9 * 0.2 - 0.4 = -0.22; delta_0 = 0.9 * 0.4 - 0.5 = -0.14
+    # A_2 = 0.8; A_1 = -0.22 + 0.72 * 0.8 = 0.356; A_0 = -0.14 + 0.72 * 0.356 = 0.11632
+    # The second row ends after two tokens; what stands behind its end must not count:
+    # delta_1 = 1 - 0.4 = 0.6; A_0 = 0.1 + 0.9 * 0.4 - 0.5 + 0.72 * 0.6 = 0.392
+    advantages, returns = gae(
+        torch.tensor([[0.0, 0.0, 1.0], [0.1, 1.0, 7.0]]),
+        torch.tensor([[0.5, 0.4, 0.2], [0.5, 0.4, 99.0]]),
+        torch.tensor([[True, True, True], [True, True, False]]),
+        gamma=0.9,
+        gae_lambda=0.8,
+    )
+    torch.testing.assert_close(advantages, torch.tensor([[0.11632, 0.356, 0.8], [0.392, 0.6, 0.0]]))
+    torch.testing.assert_close(returns, torch.tensor([[0.61632, 0.756, 1.0], [0.892, 1.0, 0.0]]))
+
+
+def test_without_discount_returns_are_the_rewards_to_go() -> None:
+    torch.manual_seed(0)
+    mask = torch.arange(6) < torch.tensor([6, 1, 4]).unsqueeze(1)
+    rewards, values = torch.randn(3, 6), torch.randn(3, 6)
+    _, returns = gae(rewards, values, mask, gamma=1.0, gae_lambda=1.0)
+    for row, length in enumerate((6, 1, 4)):
+        to_go = [float(rewards[row, t:length].sum()) for t in range(length)]
+        assert returns[row].tolist() == pytest.approx([*to_go, *[0.0] * (6 - length)], abs=1e-5)
+
+
+def test_lambda_0_is_the_one_step_error() -> None:
+    rewards, values = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.5, 0.25]])
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    advantages, _ = gae(rewards, values, mask, gamma=0.5, gae_lambda=0.0)
+    torch.testing.assert_close(advantages, torch.tensor([[1 + 0.5 * 0.25 - 0.5, 2 - 0.25]]))
+
+
+# --- token_rewards ---
+
+
+def test_the_score_stands_on_the_last_counted_token() -> None:
+    rewards = token_rewards(experience([3, 1, 2], [2.0, -1.0, 0.5]), kl_coef=0.5)
+    expected = [[0.0, 0.0, 2.0], [-1.0, 0.0, 0.0], [0.0, 0.5, 0.0]]
+    assert torch.equal(rewards, torch.tensor(expected))
+
+
+def test_the_kl_penalty_stands_on_every_counted_token() -> None:
+    # k3 with r = p_ref / p_old: r = 2 gives 1 - log 2, r = 1/2 gives log 2 - 1/2, r = 1 gives 0
+    old = torch.tensor([[-1.0, -1.0, -1.0], [-1.0, -5.0, -5.0]])
+    ref = old + torch.tensor([[math.log(2), -math.log(2), 0.0], [math.log(2), 3.0, 3.0]])
+    rewards = token_rewards(experience([3, 1], [1.0, 3.0], old=old, ref=ref), kl_coef=0.1)
+    up, down = 0.1 * (1 - math.log(2)), 0.1 * (math.log(2) - 0.5)
+    torch.testing.assert_close(
+        rewards, torch.tensor([[-up, -down, 1.0], [3.0 - up, 0.0, 0.0]]), atol=1e-6, rtol=0
+    )
+
+
+def test_a_response_without_counted_tokens_gets_no_reward() -> None:
+    rewards = token_rewards(experience([2, 2], [NAN, 1.0]), kl_coef=0.0)
+    assert torch.equal(rewards, torch.tensor([[0.0, 0.0], [0.0, 1.0]]))
+
+
+# --- whitened ---
+
+
+def test_whitening_counts_only_the_mask() -> None:
+    values = torch.tensor([[1.0, 100.0], [3.0, NAN]])
+    mask = torch.tensor([[True, False], [True, False]])
+    torch.testing.assert_close(whitened(values, mask), torch.tensor([[-1.0, 0.0], [1.0, 0.0]]))
+
+
+def test_whitened_values_have_mean_0_and_variance_1() -> None:
+    torch.manual_seed(0)
+    values, mask = 5 + 3 * torch.randn(8, 9), torch.rand(8, 9) < 0.6
+    white = whitened(values, mask)
+    counted = white[mask]
+    assert counted.mean().item() == pytest.approx(0.0, abs=1e-5)
+    assert counted.square().mean().item() == pytest.approx(1.0, abs=1e-5)
+    assert (white[~mask] == 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:var:UserWarning")
+@pytest.mark.parametrize("counted", [0, 1, 3])
+def test_whitening_equal_values_gives_0(counted: int) -> None:
+    mask = torch.arange(3) < counted
+    assert torch.equal(whitened(torch.full((3,), 0.75), mask), torch.zeros(3))
+
+
+# --- experience and targets ---
+
+
+def test_an_unscorable_response_does_not_count() -> None:
+    old, ref, values = (torch.randn(3, 4) for _ in range(3))
+    whole = experience([4, 3, 2], [1.0, NAN, 0.0], old=old, ref=ref, values=values)
+    assert whole.response_mask.tolist() == [
+        [True] * 4,
+        [False] * 4,
+        [True, True, False, False],
+    ]
+    assert whole.scores.isnan().tolist() == [False, True, False]
+    keep = torch.tensor([0, 2])
+    without = experience([4, 2], [1.0, 0.0], old=old[keep], ref=ref[keep], values=values[keep])
+    batch = targets(whole, whiten=True, kl_coef=0.1)
+    expected = targets(without, whiten=True, kl_coef=0.1)
+    for name in ("rewards", "advantages", "returns"):
+        assert (getattr(batch, name)[1] == 0).all()
+        torch.testing.assert_close(getattr(batch, name)[keep], getattr(expected, name))
+
+
+@pytest.mark.filterwarnings("ignore:var:UserWarning")  # the variance of no values at all
+def test_a_rollout_without_any_score_has_finite_targets() -> None:
+    batch = targets(experience([2, 1], [NAN, NAN], values=torch.ones(2, 2)), whiten=True)
+    assert not batch.response_mask.any()
+    for name in ("rewards", "advantages", "returns"):
+        assert torch.equal(getattr(batch, name), torch.zeros(2, 2))
+
+
+def test_compute_targets_passes_every_option_on() -> None:
+    values = torch.tensor([[0.5, 0.4, 0.2]])
+    old = torch.full((1, 3), -1.0)
+    plain = experience([3], [1.0], values=values, old=old)
+    batch = compute_targets(plain, gamma=0.9, gae_lambda=0.8, kl_coef=0.1, whiten=False)
+    # the example of test_gae_by_hand
+    torch.testing.assert_close(batch.advantages, torch.tensor([[0.11632, 0.356, 0.8]]))
+    torch.testing.assert_close(batch.returns, torch.tensor([[0.61632, 0.756, 1.0]]))
+    white = compute_targets(plain, gamma=0.9, gae_lambda=0.8, kl_coef=0.1, whiten=True)
+    torch.testing.assert_close(white.advantages, whitened(batch.advantages, batch.response_mask))
+    torch.testing.assert_close(white.returns, batch.returns)  # targets of the critic stay
+    with_ref = experience([3], [1.0], values=values, old=old, ref=old + math.log(2))
+    penalised = compute_targets(with_ref, gamma=0.9, gae_lambda=0.8, kl_coef=0.1, whiten=False)
+    penalty = 0.1 * (1 - math.log(2))
+    torch.testing.assert_close(penalised.rewards, torch.tensor([[-penalty, -penalty, 1 - penalty]]))
+
+
+def test_on_one_device_gathering_changes_nothing() -> None:
+    one = experience([3, 1], [1.0, 0.0], prompt_lengths=[2, 4])
+    gathered = one.gathered()
+    assert same(targets(one), targets(gathered))
+
+
+# --- minibatches ---
+
+
+def row_numbers(batch: TrainingBatch) -> list[int]:
+    numbers = (batch.response_ids[:, 0] // 100).tolist()
+    assert (batch.prompt_ids[:, -1] // 100).tolist() == numbers  # a row stays together
+    assert batch.scores.tolist() == numbers
+    return numbers
+
+
+def numbered(rows: int) -> TrainingBatch:
+    lengths = [1 + i % 4 for i in range(rows)]
+    return targets(experience(lengths, [float(i + 1) for i in range(rows)]))
+
+
+@pytest.mark.parametrize(("rows", "number"), [(12, 4), (10, 4), (5, 1), (3, 3)])
+def test_minibatches_hold_every_row_once(rows: int, number: int) -> None:
+    parts = [row_numbers(part) for part in minibatches(numbered(rows), number, "key", 1)]
+    assert len(parts) == number
+    assert sorted(itertools.chain(*parts)) == list(range(1, rows + 1))
+    sizes = [len(part) for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_minibatches_depend_on_the_key_alone() -> None:
+    batch = numbered(32)
+
+    def order(*key: int | str) -> list[int]:
+        return [row for part in minibatches(batch, 4, *key) for row in row_numbers(part)]
+
+    torch.manual_seed(1)
+    first = order("key", 1)
+    torch.manual_seed(2)
+    assert order("key", 1) == first
+    assert order("key", 2) != first
+    assert first != sorted(first)
+
+
+def test_micro_batches_cover_all_rows_in_order() -> None:
+    batch = numbered(7)
+    parts = list(batch.micro_batches(3))
+    assert [row_numbers(part) for part in parts] == [[1, 2, 3], [4, 5, 6], [7]]
+    assert [part.response_ids.shape[1] for part in parts] == [3, 4, 3]  # lengths 1..4, 1..3
+    assert [row_numbers(part) for part in batch.micro_batches(100)] == [[*range(1, 8)]]
+
+
+# --- trimmed ---
+
+
+def test_trimming_removes_only_columns_that_every_row_pads() -> None:
+    batch = targets(
+        experience(
+            [2, 3],
+            [1.0, 2.0],
+            prompt_lengths=[4, 1],
+            width=5,
+            prompt_width=6,
+            values=torch.rand(2, 5),
+        )
+    )
+    cut = batch.trimmed()
+    assert cut.prompt_ids.tolist() == [[104, 103, 102, 101], [0, 0, 0, 201]]
+    assert cut.prompt_mask.tolist() == [[True] * 4, [False, False, False, True]]
+    assert cut.response_ids.tolist() == [[100, 101, 0], [200, 201, 202]]
+    assert cut.response_mask.tolist() == [[True, True, False], [True] * 3]
+    for name in ("old_logprobs", "values", "rewards", "advantages", "returns"):
+        assert torch.equal(getattr(cut, name), getattr(batch, name)[:, :3])
+    assert torch.equal(cut.scores, batch.scores) and torch.equal(cut.finished, batch.finished)
+    assert cut.ref_logprobs is None
+    assert same(cut.trimmed(), cut)
+
+
+def test_trimming_a_response_that_does_not_count_leaves_a_column() -> None:
+    cut = targets(experience([3], [NAN])).trimmed()
+    assert cut.response_ids.shape == (1, 1)
+    assert not cut.response_mask.any()
+
+
+def test_the_reference_is_cut_and_split_with_the_rest() -> None:
+    ref = torch.arange(8.0).view(2, 4)
+    batch = targets(experience([2, 3], [1.0, 2.0], width=4, ref=ref))
+    assert torch.equal(batch.trimmed().ref_logprobs, ref[:, :3])
+    assert torch.equal(batch[1:].ref_logprobs, ref[1:])
+    assert len(batch[1:]) == 1

@@ -1,0 +1,295 @@
+"""Whole runs of the command line: what they write, and what must not change their result."""
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tre_lightning.cli import main
+from tre_lightning.data import CountdownDataModule, PuzzleSpec
+
+ENTROPY = {"class_path": "tre_lightning.callbacks.EntropyBonus", "init_args": {"coef": 0.02}}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A finished run and what it printed; tests only read it."""
+    run_dir = tmp_path_factory.mktemp("done") / "run"
+    eval_file = run_dir.with_name("eval.jsonl")
+    eval_file.write_text('{"nums": [2, 3], "target": 5}\n{"nums": [4, 5], "target": 20}\n')
+    printed = runs.output_of(run_dir, changes={"data.init_args.eval_file": str(eval_file)})
+    return run_dir, printed
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run without an evaluation file; tests only read it."""
+    run_dir = tmp_path_factory.mktemp("plain") / "run"
+    runs.run(run_dir)
+    return run_dir
+
+
+# ----- what a run writes
+
+
+def test_checkpoints_hold_tensors_and_counts_only(done: tuple[Path, str]) -> None:
+    run_dir, _ = done
+    last = runs.checkpoint(run_dir)  # torch.load(weights_only=True)
+    assert last["tre_lightning"]["iteration"] == runs.ITERATIONS
+    assert last["global_step"] == runs.ITERATIONS * runs.STEPS_AN_ITERATION
+    scores = dict(runs.scalars(run_dir)["val/pass@1"])
+    best = runs.checkpoint(run_dir, "best")
+    trained = {step: score for step, score in scores.items() if step > 0}
+    assert best["tre_lightning"]["iteration"] == 1 + max(trained, key=lambda step: trained[step])
+    assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+
+
+def test_each_step_is_logged_once(done: tuple[Path, str]) -> None:
+    scalars = runs.scalars(done[0])
+    iterations = list(range(runs.ITERATIONS))
+    for tag in ("rollout/score", "entropy/full", "policy/approx_kl", "loss/tre", "value/mean"):
+        assert [step for step, _ in scalars[tag]] == iterations, tag
+    # Before training, and after the epochs of iterations 0, 1 and 2, 3.
+    for split in ("val", "val_file"):
+        assert [step for step, _ in scalars[f"{split}/pass@1"]] == [0, 1, 3]
+    assert all(math.isfinite(value) for events in scalars.values() for _, value in events)
+
+
+def test_the_policy_learns(tmp_path: Path) -> None:
+    runs.run(tmp_path / "run", "--data.init_args.batch_size=16", "--trainer.max_epochs=6")
+    scalars = runs.scalars(tmp_path / "run")
+    scores = [score for _, score in scalars["rollout/score"]]
+    assert sum(scores[:2]) / 2 + 0.3 < sum(scores[-2:]) / 2
+    assert scalars["val/score"][0][1] + 0.3 < scalars["val/score"][-1][1]
+
+
+def test_samples_are_logged_as_text(done: tuple[Path, str]) -> None:
+    samples = runs.texts(done[0], "val/samples")
+    assert len(samples) == 3
+    prompts = CountdownDataModule(
+        puzzles=PuzzleSpec((2, 3), (1, 9), (1, 30), max_intermediate=30), instruct=False
+    ).heldout_prompts("val")["val"]
+    for _, text in samples:
+        assert text.count("score ") == 2  # evaluation.num_samples_logged
+        assert prompts[0].text in text and prompts[1].text in text
+    assert len({text for _, text in samples}) > 1  # of the policy as it changes
+
+
+def test_closing_table_compares_before_and_after(done: tuple[Path, str]) -> None:
+    run_dir, printed = done
+    scalars = runs.scalars(run_dir)
+    for tag in ("val/pass@1", "val/pass@2", "val_file/pass@1", "val_file/pass@2"):
+        row = next(line for line in printed.splitlines() if f" {tag} " in line)
+        cells = [cell.strip() for cell in row.strip("│").split("│")]
+        before, after = scalars[tag][0][1], scalars[tag][-1][1]
+        assert cells == [tag, f"{before:.3f}", f"{after:.3f}"]
+    assert f"tensorboard --logdir {run_dir}" in printed
+
+
+def test_exported_model_is_the_trained_policy(done: tuple[Path, str]) -> None:
+    run_dir, _ = done
+    model = AutoModelForCausalLM.from_pretrained(run_dir / "model")
+    trained = runs.weights(run_dir)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, trained[f"actor_critic.policy.{name}"]), name
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "model")
+    text = "3 6 2 = 11 : 3 * 6"
+    ids = tokenizer(text)["input_ids"]
+    assert len(ids) == len(text.split()) and tokenizer.unk_token_id not in ids
+    assert tokenizer.decode(ids) == text
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_saved_configuration_repeats_the_run(done: tuple[Path, str], tmp_path: Path) -> None:
+    run_dir, _ = done
+    other = tmp_path / "other"
+    main(["fit", "--config", f"{run_dir}/config.yaml", f"--trainer.default_root_dir={other}"])
+    assert runs.distance(runs.weights(run_dir), runs.weights(other)) == 0.0
+    assert runs.scalars(run_dir) == runs.scalars(other)
+
+
+# ----- the other commands
+
+
+def test_validate_test_and_predict_from_a_checkpoint(plain: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(plain, run_dir)
+    curves = runs.scalars(run_dir)
+    ckpt = f"--ckpt_path={run_dir}/checkpoints/last.ckpt"
+
+    scores = runs.run(run_dir, "--ckpt_path=last", command="validate").trainer.callback_metrics
+    assert float(scores["val/score"]) == curves["val/score"][-1][1]
+    scores = runs.run(run_dir, ckpt, command="test").trainer.callback_metrics
+    assert 0.0 <= float(scores["test/pass@1"]) <= float(scores["test/pass@2"]) <= 1.0
+    runs.run(run_dir, ckpt, command="predict")
+
+    records = [json.loads(line) for line in (run_dir / "predictions.jsonl").open()]
+    assert len(records) == 5  # test_size
+    for record in records:
+        assert record["prompt"].endswith(":")
+        plus = [float("+" in response.split()) for response in record["responses"]]
+        assert len(plus) == 2 and record["scores"] == plus
+    mean = sum(sum(record["scores"]) for record in records) / 10
+    assert mean == pytest.approx(float(scores["test/score"]))
+    assert runs.scalars(run_dir) == curves  # the curves of the training are as they were
+
+
+def test_commands_without_a_checkpoint_take_the_warm_start(plain: Path, tmp_path: Path) -> None:
+    scores = runs.run(tmp_path / "run", command="validate").trainer.callback_metrics
+    assert float(scores["val/score"]) == runs.scalars(plain)["val/score"][0][1]
+
+
+def test_sft_alone_trains_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {
+        "model": {
+            "policy": {"architecture": runs.ARCHITECTURE},
+            "output_dir": str(tmp_path / "model"),
+            "lr": 0.02,
+        },
+        "data": {
+            "class_path": "tre_lightning.data.Demonstrations",
+            "init_args": {"task": runs.TINY["data"], "steps": 5, "batch_size": 8},
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "max_epochs": 1,
+            "default_root_dir": str(tmp_path / "run"),
+            "enable_checkpointing": False,
+        },
+    }
+    file = tmp_path / "sft.json"
+    file.write_text(json.dumps(config))
+    main(["sft", "fit", "--config", str(file)])
+    losses = [loss for _, loss in runs.scalars(tmp_path / "run")["sft/loss"]]
+    assert len(losses) == 5 and losses[-1] < losses[0]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.vocab_size == 48
+    with pytest.raises(SystemExit):  # the model is there: refuse before the training, not after
+        main(["sft", "fit", "--config", str(file)])
+    assert "model.output_dir" in capsys.readouterr().err
+
+
+def test_warm_start_is_trained_once_for_its_options(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+
+    def folders(name: str, *flags: str) -> dict[str, int]:
+        flags = (f"--warm_start.cache_dir={cache}", "--trainer.max_epochs=1", *flags)
+        runs.run(tmp_path / name, *flags)
+        return {d.name: (d / "model" / "config.json").stat().st_mtime_ns for d in cache.iterdir()}
+
+    first = folders("first")
+    assert len(first) == 1
+    assert folders("same") == first
+    assert folders("same_task", "--data.init_args.batch_size=5", "--model.ppo.num_epochs=1") == first
+    longer = folders("longer", "--warm_start.steps=4")
+    assert len(longer) == 2 and first.items() <= longer.items()
+    assert len(folders("seed", "--seed_everything=1")) == 3
+    assert len(folders("task", "--data.init_args.format=answer")) == 4
+
+
+# ----- variants
+
+
+def test_shared_critic(tmp_path: Path) -> None:
+    runs.run(tmp_path / "run", "--model.policy.critic=shared")
+    trained = runs.weights(tmp_path / "run")
+    assert not [name for name in trained if name.startswith("actor_critic.critic.")]
+    assert trained["actor_critic.value_head.weight"].abs().max() > 0  # starts at zero
+    assert [step for step, _ in runs.scalars(tmp_path / "run")["loss/value"]] == [0, 1, 2, 3]
+
+
+def test_kl_to_the_initial_policy(plain: Path, tmp_path: Path) -> None:
+    runs.run(tmp_path / "run", "--model.ppo.kl_coef=0.5")
+    kl = [value for _, value in runs.scalars(tmp_path / "run")["rollout/ref_kl"]]
+    assert kl[0] == pytest.approx(0.0, abs=1e-6) and min(kl[1:]) > 1e-4
+    trained = runs.weights(tmp_path / "run")
+    assert trained.keys() == runs.weights(plain).keys()  # no checkpoint holds the reference
+    assert runs.distance(trained, runs.weights(plain)) > 0  # it is in the reward
+    assert "rollout/ref_kl" not in runs.scalars(plain)
+
+
+def test_two_terms_add_up(tmp_path: Path) -> None:
+    schedule = {"class_path": "tre_lightning.callbacks.loss_term.LinearSchedule"}
+    tre: dict[str, Any] = {**runs.TRE, "init_args": {"top_p": 0.9, "coef": schedule}}
+    schedule["init_args"] = {"start": 0.04, "end": 0.0, "iterations": 2}  # type: ignore[assignment]
+    runs.run(tmp_path / "run", changes={"trainer.callbacks": [tre, ENTROPY]})
+    logged = {tag: [v for _, v in events] for tag, events in runs.scalars(tmp_path / "run").items()}
+    assert logged["loss/entropy_coef"] == pytest.approx([0.02] * 4)
+    assert logged["loss/entropy_effective_coef"] == pytest.approx([0.02] * 4)
+    assert logged["loss/tre_coef"] == pytest.approx([0.04, 0.02, 0.0, 0.0])
+    # log|V| / log|A| is at least 1, and above it where the region is not everything.
+    assert all(e >= c for e, c in zip(*(logged[f"loss/tre_{k}coef"] for k in ("effective_", "")), strict=True))
+    for i, total in enumerate(logged["loss/total"]):
+        parts = [logged[f"loss/{name}"][i] for name in ("policy", "value", "entropy")]
+        # A term whose coefficient is 0 is not evaluated, and not logged.
+        tre_part = dict(runs.scalars(tmp_path / "run")["loss/tre"]).get(i, 0.0)
+        assert total == pytest.approx(sum(parts) + tre_part, abs=1e-6)
+        assert logged["loss/entropy"][i] == pytest.approx(-0.02 * 3.8, rel=0.05)  # log 48 = 3.87
+
+
+# ----- what must not change the result
+
+
+def test_coef_0_is_no_callback(plain: Path, tmp_path: Path) -> None:
+    off = {**runs.TRE, "init_args": {"top_p": 0.9, "coef": 0.0}}
+    runs.run(tmp_path / "off", changes={"trainer.callbacks": [off]})
+    runs.run(tmp_path / "none", changes={"trainer.callbacks": None})
+    assert runs.distance(runs.weights(tmp_path / "off"), runs.weights(tmp_path / "none")) == 0.0
+    assert runs.distance(runs.weights(tmp_path / "off"), runs.weights(plain)) > 0.0
+
+
+def test_only_another_seed_changes_the_result(plain: Path, tmp_path: Path) -> None:
+    runs.run(tmp_path / "same")
+    assert runs.distance(runs.weights(tmp_path / "same"), runs.weights(plain)) == 0.0
+    assert runs.scalars(tmp_path / "same") == runs.scalars(plain)
+    # The same warm start, but other prompts, samples and minibatches.
+    model = next(runs.WARM_STARTS.iterdir()) / "model"
+    changes = {"model.policy": {"model": str(model)}, "warm_start": None}
+    for seed in (42, 7):
+        runs.run(tmp_path / f"{seed}", f"--seed_everything={seed}", changes=changes)
+    assert runs.distance(runs.weights(tmp_path / "42"), runs.weights(tmp_path / "7")) > 0.0
+
+
+@pytest.fixture(scope="module")
+def whole_batch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("micro") / "whole"
+    one_iteration(run_dir, 16)
+    return run_dir
+
+
+def one_iteration(run_dir: Path, micro_batch_size: int) -> None:
+    runs.run(
+        run_dir,
+        f"--model.ppo.micro_batch_size={micro_batch_size}",
+        "--model.ppo.num_minibatches=1",
+        "--trainer.precision=64-true",
+        "--trainer.max_epochs=1",
+        "--data.init_args.iterations_per_epoch=1",
+    )
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_micro_batch_size_does_not_change_the_update(
+    size: int, whole_batch: Path, tmp_path: Path
+) -> None:
+    one_iteration(tmp_path / "run", size)
+    whole, parts = runs.weights(whole_batch), runs.weights(tmp_path / "run")
+    assert runs.distance(whole, parts) < 1e-10
+    scalars = runs.scalars(whole_batch)
+    assert 0.0 < scalars["rollout/finished_share"][0][1] < 1.0  # responses of unequal lengths
+    others = runs.scalars(tmp_path / "run")
+    assert others.keys() == scalars.keys()
+    for tag, events in scalars.items():
+        assert others[tag] == [(step, pytest.approx(v, abs=1e-6)) for step, v in events], tag
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    yield

@@ -1,0 +1,200 @@
+"""Tests of tre_lightning.callbacks.loss_term."""
+
+import math
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from tre_lightning.callbacks.loss_term import (
+    EntropyBonus,
+    LinearSchedule,
+    LossTerm,
+    PolicyOutputs,
+    TrustRegionEntropy,
+    find_loss_terms,
+)
+
+P = [0.5, 0.3, 0.1, 0.1]
+
+
+def outputs(*rows: list[float]) -> PolicyOutputs:
+    """One response whose tokens have these probabilities."""
+    logits = torch.tensor([rows]).log().requires_grad_()
+    shape = logits.shape[:2]
+    return PolicyOutputs(logits, torch.zeros(shape), torch.ones(shape, dtype=torch.bool))
+
+
+def entropy(*weights: float) -> float:
+    q = [w / sum(weights) for w in weights]
+    return -sum(p * math.log(p) for p in q)
+
+
+# --- terms ---
+
+
+@pytest.mark.parametrize(
+    ("region", "kept"),
+    [
+        ({"top_k": 2}, [0.5, 0.3]),
+        ({"top_k": 3}, [0.5, 0.3, 0.1]),
+        ({"top_p": 0.75}, [0.5, 0.3]),
+        ({"top_p": 0.85}, [0.5, 0.3, 0.1]),
+    ],
+)
+def test_trust_region_entropy_by_hand(region: dict[str, float], kept: list[float]) -> None:
+    scale = math.log(4) / math.log(len(kept))
+    rescaled = TrustRegionEntropy(**region)
+    plain = TrustRegionEntropy(**region, rescale=False)
+    out = outputs(P, [0.97, 0.01, 0.01, 0.01])
+    loss = rescaled.per_token(out)
+    assert loss.shape == (1, 2)
+    assert loss[0, 0].item() == pytest.approx(-scale * entropy(*kept), rel=1e-5)
+    assert plain.per_token(out)[0, 0].item() == pytest.approx(-entropy(*kept), rel=1e-5)
+    assert rescaled.scale(out)[0, 0].item() == pytest.approx(scale, rel=1e-6)
+    assert torch.equal(plain.scale(out), torch.ones(1, 2))
+
+
+def test_effective_scale_of_top_k_is_log_v_over_log_k() -> None:
+    out = outputs(P, [0.97, 0.01, 0.01, 0.01])
+    scale = TrustRegionEntropy(top_k=2).scale(out)
+    torch.testing.assert_close(scale, torch.full((1, 2), math.log(4) / math.log(2)))
+
+
+def test_a_region_of_one_token_has_scale_and_loss_zero() -> None:
+    out = outputs([0.97, 0.01, 0.01, 0.01])
+    term = TrustRegionEntropy(top_p=0.9)
+    assert term.scale(out).item() == 0.0
+    assert term.per_token(out).item() == 0.0
+
+
+def test_entropy_bonus_by_hand() -> None:
+    term = EntropyBonus()
+    out = outputs(P, [0.25] * 4)
+    expected = torch.tensor([[-entropy(*P), -math.log(4)]])
+    torch.testing.assert_close(term.per_token(out), expected)
+    assert torch.equal(term.scale(out), torch.ones(1, 2))
+
+
+def test_lowering_the_loss_raises_the_entropy() -> None:
+    for term in (EntropyBonus(), TrustRegionEntropy(top_k=2)):
+        out = outputs(P)
+        before = term.per_token(out)
+        before.sum().backward()
+        step = PolicyOutputs(
+            (out.logits - 0.1 * out.logits.grad).detach(), out.logprobs, out.response_mask
+        )
+        assert term.per_token(step).item() < before.item()
+
+
+def test_defaults_are_the_papers() -> None:
+    assert TrustRegionEntropy(top_k=2).coef == 0.001
+    assert TrustRegionEntropy(top_k=2).rescale
+
+
+@pytest.mark.parametrize("region", [{}, {"top_k": 2, "top_p": 0.9}, {"top_k": 0}, {"top_p": 1.0}])
+def test_trust_region_entropy_refuses_a_bad_region(region: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"top_[kp]"):
+        TrustRegionEntropy(**region)
+
+
+def test_stats_are_searched_once_for_each_region() -> None:
+    out = outputs(P)
+    assert out.entropy_stats(2, None) is out.entropy_stats(2, None)
+    assert out.entropy_stats(3, None).size.item() == 3
+    assert out.entropy_stats(None, 0.75).size.item() == 2
+    assert not out.entropy_stats(2, None).scaled.requires_grad
+    assert outputs([0.25] * 4).entropy_stats(2, None) is not out.entropy_stats(2, None)
+
+
+# --- coefficients ---
+
+
+@pytest.mark.parametrize(
+    ("iteration", "value"), [(0, 0.4), (1, 0.3), (2, 0.2), (4, 0.0), (5, 0.0), (1000, 0.0)]
+)
+def test_linear_schedule_by_hand(iteration: int, value: float) -> None:
+    schedule = LinearSchedule(start=0.4, end=0.0, iterations=4)
+    assert schedule.at(iteration) == pytest.approx(value)
+    assert EntropyBonus(schedule).coef_at(iteration) == pytest.approx(value)
+
+
+def test_a_schedule_may_rise_and_a_number_stays() -> None:
+    assert LinearSchedule(0.0, 1.0, 10).at(3) == pytest.approx(0.3)
+    assert [EntropyBonus(0.5).coef_at(i) for i in (0, 7, 10**6)] == [0.5] * 3
+
+
+def test_a_schedule_needs_an_iteration() -> None:
+    with pytest.raises(ValueError, match=r"iterations=0 "):
+        LinearSchedule(1.0, 0.0, 0)
+
+
+@pytest.mark.parametrize(
+    "coef",
+    [-0.1, math.nan, LinearSchedule(-0.1, 1.0, 2), LinearSchedule(1.0, -0.1, 2)],
+)
+def test_a_negative_coefficient_is_refused(coef: float | LinearSchedule) -> None:
+    with pytest.raises(ValueError, match=r"mine: coef="):
+        EntropyBonus(coef, name="mine")
+    with pytest.raises(ValueError, match=r"mine: coef="):
+        TrustRegionEntropy(coef, top_k=2, name="mine")
+
+
+def test_coefficient_zero_switches_off() -> None:
+    assert EntropyBonus(0.0).coef_at(0) == 0.0
+
+
+# --- as callbacks ---
+
+
+class Constant(LossTerm):
+    def per_token(self, outputs: PolicyOutputs) -> Tensor:
+        return torch.full_like(outputs.logprobs, 3.0)
+
+
+def test_find_loss_terms_keeps_the_order_and_skips_other_callbacks() -> None:
+    a, b = EntropyBonus(), Constant("mine", 1.0)
+    assert find_loss_terms([Callback(), b, Callback(), a]) == [b, a]
+    assert find_loss_terms([]) == []
+
+
+def test_two_terms_of_one_name_are_refused() -> None:
+    terms = [TrustRegionEntropy(top_k=2, name="same"), EntropyBonus(name="same")]
+    with pytest.raises(ValueError, match=r"2 loss terms are named 'same'"):
+        find_loss_terms(terms)
+    with pytest.raises(ValueError, match="same"):
+        terms[0].setup(SimpleNamespace(callbacks=terms), SimpleNamespace(), "fit")
+
+
+def test_terms_of_different_names_may_run_together() -> None:
+    terms = [TrustRegionEntropy(top_k=k, name=f"top{k}") for k in (2, 3)]
+    terms[0].setup(SimpleNamespace(callbacks=terms), SimpleNamespace(), "fit")
+    assert find_loss_terms(terms) == terms
+    # Lightning keeps the state of callbacks by this key and refuses two that are equal.
+    assert terms[0].state_key != terms[1].state_key
+    assert EntropyBonus(name="x").state_key != Constant("x", 1.0).state_key
+
+
+def test_a_term_of_its_own_has_scale_one() -> None:
+    out = outputs(P, P)
+    assert torch.equal(Constant("mine", 1.0).scale(out), torch.ones(1, 2))
+
+
+@pytest.mark.parametrize(
+    "term",
+    [
+        TrustRegionEntropy(0.25, top_k=3, name="a"),
+        TrustRegionEntropy(LinearSchedule(1.0, 0.0, 4), top_p=0.75, rescale=False),
+        EntropyBonus(0.5),
+    ],
+)
+def test_terms_pickle(term: LossTerm) -> None:
+    copied = pickle.loads(pickle.dumps(term))
+    out = outputs(P)
+    assert torch.equal(copied.per_token(out), term.per_token(out))
+    assert torch.equal(copied.scale(out), term.scale(out))
+    assert copied.state_key == term.state_key
+    assert [copied.coef_at(i) for i in range(5)] == [term.coef_at(i) for i in range(5)]

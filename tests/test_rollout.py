@@ -1,0 +1,240 @@
+"""Tests of tre_lightning.rollout."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tre_lightning.rollout import PromptBatch, Rollout, generate, pick_tokens, positions
+
+MakePrompts = Callable[[Sequence[int]], PromptBatch]
+VOCAB_SIZE, PAD, EOS = 50, 0, 1
+GRID = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+
+
+# --- pick_tokens ---
+
+
+def picks(probabilities: list[float], uniform: Tensor = GRID, top_p: float = 1.0) -> Tensor:
+    logits = torch.tensor(probabilities).log().expand(len(uniform), -1)
+    return pick_tokens(logits, uniform, top_p)
+
+
+def test_tokens_are_picked_by_their_probability() -> None:
+    probabilities = [0.125, 0.0, 0.25, 0.5, 0.0, 0.0625, 0.0625, 0.0]
+    tokens = picks(probabilities)
+    assert tokens.dtype == torch.int64 and tokens.shape == (1000,)
+    counts = tokens.bincount(minlength=8).tolist()
+    assert counts == pytest.approx([1000 * p for p in probabilities], abs=1)
+    assert counts[1] == counts[4] == counts[7] == 0
+
+
+def test_tokens_without_probability_are_not_picked_at_the_ends() -> None:
+    smallest, largest = 0.0, 1 - 2**-53  # what torch.rand can give in float64
+    uniform = torch.tensor([smallest, largest], dtype=torch.float64)
+    assert picks([0.0, 0.0, 0.3, 0.0, 0.7, 0.0, 0.0], uniform).tolist() == [2, 4]
+    # probabilities whose float32 sum is not 1
+    third = [0.0] + [1 / 3] * 3 + [0.0]
+    assert picks(third, uniform).tolist() == [1, 3]
+
+
+def test_picks_do_not_wrap_or_share_between_rows() -> None:
+    logits = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0], [0.2, 0.3, 0.5]]).log()
+    uniform = torch.tensor([0.6, 0.0, 0.4], dtype=torch.float64)
+    assert pick_tokens(logits, uniform).tolist() == [1, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"),
+    [
+        (0.35, {1: 1.0}),  # crossed by the first token
+        (0.45, {1: 4 / 7, 3: 3 / 7}),
+        (0.65, {1: 4 / 7, 3: 3 / 7}),
+        (0.75, {0: 2 / 9, 1: 4 / 9, 3: 3 / 9}),  # the token that crosses stays
+        (1.0, {0: 0.2, 1: 0.4, 2: 0.1, 3: 0.3}),
+    ],
+)
+def test_top_p_samples_from_the_smallest_nucleus(top_p: float, kept: dict[int, float]) -> None:
+    counts = picks([0.2, 0.4, 0.1, 0.3], top_p=top_p).bincount(minlength=4).tolist()
+    assert counts == pytest.approx([1000 * kept.get(i, 0.0) for i in range(4)], abs=1)
+    assert all(counts[i] == 0 for i in range(4) if i not in kept)
+
+
+# --- generate ---
+
+
+def sample(
+    model: PreTrainedModel,
+    prompts: PromptBatch,
+    uniforms: Tensor,
+    *,
+    num_responses: int = 1,
+    eos: Sequence[int] = (EOS,),
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+) -> Rollout:
+    return generate(
+        model,
+        prompts,
+        num_responses=num_responses,
+        uniforms=uniforms,
+        eos_token_ids=eos,
+        pad_token_id=PAD,
+        temperature=temperature,
+        top_p=top_p,
+    )
+
+
+def only_row(prompts: PromptBatch, row: int) -> PromptBatch:
+    """One prompt without its padding."""
+    real = prompts.prompt_mask[row]
+    return PromptBatch(
+        prompt_ids=prompts.prompt_ids[row, real].unsqueeze(0),
+        prompt_mask=real[real].unsqueeze(0),
+        texts=("",),
+        extras=({},),
+        split=prompts.split,
+        index=prompts.index,
+        first_row=row,
+        total_rows=prompts.total_rows,
+    )
+
+
+def uniform_policy(policy: PreTrainedModel) -> PreTrainedModel:
+    """All tokens equally likely: uniform number (i + 0.5) / V samples token i."""
+    torch.nn.init.zeros_(policy.lm_head.weight)
+    return policy
+
+
+def forced(*rows: list[int]) -> Tensor:
+    """The uniform numbers that make ``uniform_policy`` write these tokens."""
+    return (torch.tensor(rows, dtype=torch.float64) + 0.5) / VOCAB_SIZE
+
+
+@pytest.mark.parametrize("with_end", [False, True])
+def test_nearly_greedy_sampling_equals_transformers(
+    any_policy: PreTrainedModel, make_prompts: MakePrompts, with_end: bool
+) -> None:
+    prompts, steps = make_prompts([3, 7, 5, 1]), 12
+    uniforms = torch.rand(4, steps, dtype=torch.float64)
+
+    def both(eos: int) -> tuple[Rollout, Tensor]:
+        ours = sample(any_policy, prompts, uniforms, eos=[eos], temperature=1e-5)
+        theirs = any_policy.generate(
+            input_ids=prompts.prompt_ids,
+            attention_mask=prompts.prompt_mask.long(),
+            do_sample=False,
+            max_new_tokens=steps,
+            eos_token_id=eos,
+            pad_token_id=PAD,
+        )[:, prompts.prompt_ids.shape[1] :]
+        return ours, theirs
+
+    ours, theirs = both(VOCAB_SIZE + 1)  # no end
+    assert ours.response_ids.tolist() == theirs.tolist()
+    assert ours.response_mask.all() and not ours.finished.any()
+    if with_end:
+        # A token that ends some rows only: the fourth of the first row.
+        end = int(ours.response_ids[0, 3])
+        ours, theirs = both(end)
+        assert ours.response_ids.tolist() == theirs.tolist()
+        assert ours.finished.tolist() == (theirs == end).any(1).tolist()
+        assert ours.finished[0]
+
+
+def test_a_response_does_not_depend_on_the_other_rows(
+    any_policy: PreTrainedModel, make_prompts: MakePrompts
+) -> None:
+    prompts, n = make_prompts([2, 9, 4]), 2
+    uniforms = torch.rand(6, 10, dtype=torch.float64, generator=torch.manual_seed(0))
+    ends = range(1, 10)
+    together = sample(any_policy, prompts, uniforms, num_responses=n, eos=ends, temperature=3.0)
+    lengths = together.response_mask.sum(1)
+    assert lengths.min() < lengths.max()  # rows end at different times
+    for row in range(6):
+        alone = sample(
+            any_policy,
+            only_row(prompts, row // n),
+            uniforms[row : row + 1],
+            eos=ends,
+            temperature=3.0,
+        )
+        length = int(lengths[row])
+        assert alone.response_ids[0].tolist() == together.response_ids[row, :length].tolist()
+        assert alone.finished[0] == together.finished[row]
+
+
+def test_the_end_token_counts_and_padding_follows(
+    policy: PreTrainedModel, make_prompts: MakePrompts
+) -> None:
+    uniforms = forced([5, EOS, 8, 9], [6, 7, 8, 9], [6, 7, 8, EOS], [2, 9, 9, 9])
+    rollout = sample(uniform_policy(policy), make_prompts([1, 2, 3, 1]), uniforms, eos=[EOS, 2])
+    assert rollout.response_ids.tolist() == [
+        [5, EOS, PAD, PAD],
+        [6, 7, 8, 9],
+        [6, 7, 8, EOS],
+        [2, PAD, PAD, PAD],
+    ]
+    assert rollout.response_mask.sum(1).tolist() == [2, 4, 4, 1]
+    assert torch.equal(rollout.response_mask, rollout.response_ids != PAD)
+    assert rollout.finished.tolist() == [True, False, True, True]
+
+
+def test_the_response_is_as_wide_as_its_longest_row(
+    policy: PreTrainedModel, make_prompts: MakePrompts
+) -> None:
+    uniforms = forced([5, 6, EOS, 8, 9, 9], [EOS, 6, 7, 8, 9, 9])
+    rollout = sample(uniform_policy(policy), make_prompts([1, 1]), uniforms)
+    assert rollout.response_ids.tolist() == [[5, 6, EOS], [EOS, PAD, PAD]]
+    assert rollout.response_mask.shape == (2, 3)
+    assert rollout.finished.all()
+
+
+def test_a_sampled_pad_token_counts(policy: PreTrainedModel, make_prompts: MakePrompts) -> None:
+    rollout = sample(uniform_policy(policy), make_prompts([1]), forced([5, PAD, 6, EOS]))
+    assert rollout.response_ids.tolist() == [[5, PAD, 6, EOS]]
+    assert rollout.response_mask.all()
+
+
+def test_responses_to_one_prompt_lie_side_by_side(
+    policy: PreTrainedModel, make_prompts: MakePrompts
+) -> None:
+    prompts = make_prompts([1, 3])
+    uniforms = forced([10, 11], [20, 21], [30, 31], [40, 41], [5, 6], [7, 8])
+    rollout = sample(uniform_policy(policy), prompts, uniforms, num_responses=3)
+    assert rollout.response_ids[:, 0].tolist() == [10, 20, 30, 40, 5, 7]
+    for row in range(6):
+        assert torch.equal(rollout.prompt_ids[row], prompts.prompt_ids[row // 3])
+        assert torch.equal(rollout.prompt_mask[row], prompts.prompt_mask[row // 3])
+
+
+def test_top_p_reaches_the_sampling(policy: PreTrainedModel, make_prompts: MakePrompts) -> None:
+    # 50 tokens of 0.02: a nucleus of 0.09 holds the first five, each now of 0.2.
+    uniforms = torch.tensor([[0.1, 0.5, 0.99]], dtype=torch.float64)
+    rollout = sample(uniform_policy(policy), make_prompts([2]), uniforms, eos=[49], top_p=0.09)
+    assert rollout.response_ids.tolist() == [[0, 2, 4]]
+
+
+@pytest.mark.parametrize("rows", [3, 5])
+def test_a_wrong_number_of_uniforms_is_refused(
+    policy: PreTrainedModel, make_prompts: MakePrompts, rows: int
+) -> None:
+    with pytest.raises(ValueError, match=f"uniforms has {rows} rows, not 2 prompts x 2"):
+        sample(policy, make_prompts([1, 1]), torch.zeros(rows, 4), num_responses=2)
+
+
+# --- the batch ---
+
+
+def test_positions_start_at_0_behind_the_padding() -> None:
+    mask = torch.tensor([[False, False, True, True, False], [True, True, True, True, True]])
+    assert positions(mask).tolist() == [[0, 0, 0, 1, 1], [0, 1, 2, 3, 4]]
+
+
+def test_a_batch_moves_whole(make_prompts: MakePrompts) -> None:
+    prompts = make_prompts([2, 3])
+    moved = prompts.to(torch.device("meta"))
+    assert moved.prompt_ids.is_meta and moved.prompt_mask.is_meta
+    assert len(moved) == 2 and moved.extras == prompts.extras and moved.total_rows == 2
