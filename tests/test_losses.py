@@ -109,6 +109,15 @@ def test_policy_loss_by_hand(
     assert logprobs.grad.item() == pytest.approx(0.0 if clipped else -advantage * ratio)
 
 
+def test_a_ratio_that_overflows_outside_the_mask_leaves_the_gradient_finite() -> None:
+    # Padding, or a response that could not be scored: its log-probabilities mean nothing.
+    logprobs = torch.tensor([[-1.0, -0.1]], requires_grad=True)
+    old, advantages = torch.tensor([[-1.0, -120.0]]), torch.tensor([[2.0, 0.0]])
+    loss = policy_loss(logprobs, old, advantages, clip_eps_low=0.2, clip_eps_high=0.2)
+    masked_sum(loss, torch.tensor([[True, False]])).backward()
+    assert logprobs.grad.tolist() == [[-2.0, 0.0]]
+
+
 # --- value_loss ---
 
 

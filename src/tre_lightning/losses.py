@@ -22,8 +22,11 @@ def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def policy_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
-    """New over old probability of each token, ``[B, T]``."""
-    return (logprobs - old_logprobs).exp()
+    """New over old probability of each token, ``[B, T]``.
+
+    Bounded at e^80: an infinity at a token that does not count would still make the gradient NaN.
+    """
+    return (logprobs - old_logprobs).clamp(max=80.0).exp()
 
 
 def policy_loss(

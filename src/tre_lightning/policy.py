@@ -12,6 +12,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -83,7 +84,10 @@ class ActorCritic(nn.Module):
         critic: PreTrainedModel | None = None
         if args.critic == "separate":
             critic = (
-                AutoModel.from_pretrained(args.critic_model)
+                AutoModel.from_pretrained(
+                    args.critic_model,
+                    config=without_dropout(AutoConfig.from_pretrained(args.critic_model)),
+                )
                 if args.critic_model
                 else copy.deepcopy(policy.base_model)
             )
@@ -157,16 +161,21 @@ def load_language_model(args: PolicyArgs) -> PreTrainedModel:
             f"model.policy.architecture, not model={args.model}, architecture={args.architecture}"
         )
     if args.architecture is not None:
-        options = dict(args.architecture)
-        config = AutoConfig.for_model(options.pop("model_type"), **options)
-        model = AutoModelForCausalLM.from_config(config)
+        fields = dict(args.architecture)
+        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        model = AutoModelForCausalLM.from_config(without_dropout(config))
     else:
-        model = AutoModelForCausalLM.from_pretrained(args.model)
-    # The ratio of new to old probability must not carry dropout noise.
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+        config = without_dropout(AutoConfig.from_pretrained(args.model))
+        model = AutoModelForCausalLM.from_pretrained(args.model, config=config)
     return cast(PreTrainedModel, model)
+
+
+def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration with every dropout at 0: a probability ratio must not carry its noise."""
+    for name, value in vars(config).items():
+        if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
+            setattr(config, name, 0.0)
+    return config
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:

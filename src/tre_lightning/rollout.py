@@ -18,9 +18,9 @@ class PromptBatch:
     """Prompts of this rank, and what the task needs to score the responses to them.
 
     ``first_row`` and ``total_rows`` place them in the global batch: this rank holds prompts
-    ``first_row`` to ``first_row + B - 1`` of ``total_rows``. ``split`` and ``index`` say which batch
-    it is (train and the iteration, val and its number); all randomness of its responses derives
-    from them.
+    ``first_row`` to ``first_row + B - 1`` of ``total_rows``. ``split`` and ``index`` say which
+    batch it is (train and the iteration, val and its number); all randomness of its responses
+    derives from them.
     """
 
     prompt_ids: Tensor  # [B, P] int64, padded on the left
