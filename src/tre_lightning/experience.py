@@ -5,7 +5,7 @@ global batch (so whitening is global), draws the same minibatches, and trains on
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -30,14 +30,13 @@ class Experience(Rollout):
 
     def gathered(self) -> "Experience":
         """The same with the rows of all ranks, in rank order."""
-        return map_rows(
-            self,
-            lambda name, rows: (
-                gather_rows(rows.flip(1), 0).flip(1)
-                if name.startswith("prompt_")
-                else gather_rows(rows, 0)
-            ),
-        )
+
+        def gather(name: str, rows: Tensor) -> Tensor:
+            if name.startswith("prompt_"):  # padded on the left
+                return gather_rows(rows.flip(1), 0).flip(1)
+            return gather_rows(rows, 0)
+
+        return self.map(gather)
 
 
 @dataclass(frozen=True)
@@ -47,12 +46,6 @@ class TrainingBatch(Experience):
     rewards: Tensor  # [B, T] float32, one a token
     advantages: Tensor  # [B, T] float32
     returns: Tensor  # [B, T] float32
-
-    def __len__(self) -> int:
-        return len(self.response_ids)
-
-    def __getitem__(self, rows: Tensor | slice) -> "TrainingBatch":
-        return map_rows(self, lambda _, tensor: tensor[rows])
 
     def micro_batches(self, size: int) -> Iterator["TrainingBatch"]:
         """Consecutive slices of at most ``size`` rows, without columns that all of them pad."""
@@ -70,13 +63,7 @@ class TrainingBatch(Experience):
                 return rows
             return rows[:, -longest_prompt:] if name.startswith("prompt_") else rows[:, :longest]
 
-        return map_rows(self, cut)
-
-
-def map_rows(batch, change):  # type: ignore[no-untyped-def]
-    """A new batch whose tensors are ``change(name, tensor)``."""
-    values = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    return replace(batch, **{k: change(k, v) for k, v in values.items() if v is not None})
+        return self.map(cut)
 
 
 def build_experience(

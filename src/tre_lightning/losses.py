@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def label_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
-    """Log-probability of ``labels`` ``[B, T]`` under ``logits`` ``[B, T, V]``, float32 ``[B, T]``."""
+    """Log-probability of ``labels`` ``[...]`` under ``logits`` ``[..., V]``, float32 ``[...]``."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     chosen = wide.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     return chosen - wide.logsumexp(-1)

@@ -49,7 +49,7 @@ class PolicyArgs:
             )
         if self.critic == "shared" and self.critic_model is not None:
             raise ValueError(
-                f"policy.critic_model={self.critic_model} needs critic: separate, not critic: shared"
+                f"policy.critic_model={self.critic_model} needs critic: separate, not shared"
             )
 
     @property
@@ -81,17 +81,12 @@ class ActorCritic(nn.Module):
                 directory holds no model.
         """
         policy = load_language_model(args)
-        critic: PreTrainedModel | None = None
-        if args.critic == "separate":
-            critic = (
-                AutoModel.from_pretrained(
-                    args.critic_model,
-                    config=without_dropout(AutoConfig.from_pretrained(args.critic_model)),
-                )
-                if args.critic_model
-                else copy.deepcopy(policy.base_model)
-            )
-        return cls(policy, critic)
+        if args.critic == "shared":
+            return cls(policy, None)
+        if args.critic_model is None:
+            return cls(policy, copy.deepcopy(cast(PreTrainedModel, policy.base_model)))
+        config = without_dropout(AutoConfig.from_pretrained(args.critic_model))
+        return cls(policy, AutoModel.from_pretrained(args.critic_model, config=config))
 
     def forward(
         self, input_ids: Tensor, mask: Tensor, response_length: int
@@ -153,8 +148,13 @@ def sequence_inputs(rollout: Rollout) -> tuple[Tensor, Tensor]:
     return ids, torch.cat([rollout.prompt_mask, rollout.response_mask], dim=1)
 
 
-def load_language_model(args: PolicyArgs) -> PreTrainedModel:
-    """The causal language model that ``args`` name, from a directory, the hub or from scratch."""
+def load_config(args: PolicyArgs) -> PreTrainedConfig:
+    """The model's configuration, without dropout.
+
+    Raises:
+        ValueError: unless exactly one of ``model`` and ``architecture`` is given, or there is no
+            such model.
+    """
     if (args.model is None) == (args.architecture is None):
         raise ValueError(
             "give exactly one of model.policy.model (a directory or hub name) and "
@@ -162,12 +162,23 @@ def load_language_model(args: PolicyArgs) -> PreTrainedModel:
         )
     if args.architecture is not None:
         fields = dict(args.architecture)
-        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-        model = AutoModelForCausalLM.from_config(without_dropout(config))
-    else:
-        config = without_dropout(AutoConfig.from_pretrained(args.model))
-        model = AutoModelForCausalLM.from_pretrained(args.model, config=config)
-    return cast(PreTrainedModel, model)
+        return without_dropout(AutoConfig.for_model(fields.pop("model_type"), **fields))
+    assert args.model is not None
+    try:
+        return without_dropout(AutoConfig.from_pretrained(args.model))
+    except OSError as error:
+        raise ValueError(
+            f"model.policy.model={args.model} is no model directory and was not found on the hub; "
+            "give a directory with config.json, or a hub name and a network"
+        ) from error
+
+
+def load_language_model(args: PolicyArgs) -> PreTrainedModel:
+    """The causal language model that ``args`` name, from a directory, the hub or from scratch."""
+    config = load_config(args)
+    if args.model is None:
+        return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config))
+    return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(args.model, config=config))
 
 
 def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:

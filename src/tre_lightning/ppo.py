@@ -36,7 +36,6 @@ from tre_lightning.experience import (
     TrainingBatch,
     build_experience,
     compute_targets,
-    map_rows,
     minibatches,
 )
 from tre_lightning.losses import label_logprobs, masked_sum, policy_loss, value_loss
@@ -116,7 +115,12 @@ class PPOModule(LightningModule):
         if hasattr(self, "actor_critic"):
             return
         self.actor_critic = ActorCritic.load(self.policy_args)
-        self.tokenizer = load_tokenizer(self.policy_args.tokenizer_source)
+        source = self.policy_args.tokenizer_source
+        if source is None:
+            raise ValueError(
+                "model.policy.architecture needs model.policy.tokenizer, or a warm_start"
+            )
+        self.tokenizer = load_tokenizer(source)
         if self.ppo_args.kl_coef > 0.0:
             reference = copy.deepcopy(self.actor_critic.policy).requires_grad_(False)
             self._reference = [reference]
@@ -239,8 +243,8 @@ class PPOModule(LightningModule):
         pieces: list[tuple[Tensor, ...]] = []
         scales = {term.name: MaskedMean().to(self.device) for term in terms}
         size = self.ppo_args.micro_batch_size
-        for start in range(0, len(rollout.response_ids), size):
-            micro = map_rows(rollout, lambda _, rows, start=start: rows[start : start + size])
+        for start in range(0, len(rollout), size):
+            micro = rollout[start : start + size]
             outputs, values = self._forward(micro)
             piece = [outputs.logprobs, values]
             if self._reference:
@@ -276,7 +280,9 @@ class PPOModule(LightningModule):
 
     def _reference_logprobs(self, batch: Rollout) -> Tensor:
         ids, mask = sequence_inputs(batch)
-        reference = self._reference[0].to(self.device)
+        reference = self._reference[0]
+        if reference.device != self.device:
+            reference.to(self.device)  # type: ignore[arg-type]
         logits = response_logits(reference, ids, mask, batch.response_ids.shape[1])
         return label_logprobs(logits / self.rollout_args.temperature, batch.response_ids)
 
@@ -345,8 +351,8 @@ class PPOModule(LightningModule):
         """Sample and score responses; the same random numbers at every validation."""
         rollout, texts, scores = self._answer(prompts)
         if prompts.split not in self._evaluations:
-            metrics = EvaluationMetrics(self.evaluation_args.num_responses)
-            self._evaluations[prompts.split] = metrics.to(self.device)
+            new = EvaluationMetrics(self.evaluation_args.num_responses)
+            self._evaluations[prompts.split] = new.to(self.device)
         metrics = self._evaluations[prompts.split]
         assert isinstance(metrics, EvaluationMetrics)
         metrics.update(scores, rollout.response_mask, rollout.finished)

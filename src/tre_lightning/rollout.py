@@ -4,9 +4,9 @@ Every sampled token consumes one uniform number that belongs to its row, so resp
 on how rows are laid out over batches and devices.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -50,6 +50,17 @@ class Rollout:
     response_ids: Tensor  # [B, T] int64, padded on the right
     response_mask: Tensor  # [B, T] bool, True = sampled, the end-of-sequence token included
     finished: Tensor  # [B] bool, True = ended by itself, not cut at max_new_tokens
+
+    def __len__(self) -> int:
+        return len(self.response_ids)
+
+    def __getitem__(self, rows: Tensor | slice) -> Self:
+        return self.map(lambda _, tensor: tensor[rows])
+
+    def map(self, change: Callable[[str, Tensor], Tensor]) -> Self:
+        """A new batch of this kind whose tensors are ``change(name, tensor)``."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: change(k, v) for k, v in values.items() if v is not None})
 
 
 def pick_tokens(logits: Tensor, uniform: Tensor, top_p: float = 1.0) -> Tensor:

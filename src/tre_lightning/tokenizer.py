@@ -34,7 +34,9 @@ def word_tokenizer(words: Sequence[str], config: PreTrainedConfig) -> PreTrained
             "words; raise it"
         )
     vocabulary += [f"<unused{i}>" for i in range(size - len(vocabulary))]
-    model = WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=SPECIAL["unk_token"])
+    model = WordLevel(
+        {word: i for i, word in enumerate(vocabulary)}, unk_token=SPECIAL["unk_token"]
+    )
     core = Tokenizer(model)
     core.pre_tokenizer = WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, padding_side="left", **SPECIAL)
