@@ -4,10 +4,12 @@ A leading ``sft`` trains on demonstrations instead: ``python -m tre_lightning sf
 """
 
 import copy
+import logging
 import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +21,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
+from transformers.utils import logging as transformers_logging
 
 from tre_lightning.callbacks.checkpoint import (
     IterationCheckpoint,
@@ -74,6 +77,7 @@ def main(args: Sequence[str] | None = None) -> LightningCLI:
         SystemExit: with code 2 and one line on stderr for a configuration that cannot work.
     """
     keep_freed_memory()
+    _be_quiet()
     words = list(sys.argv[1:] if args is None else args)
     if words[:1] == ["sft"]:
         return SFTCLI(words[1:], SFTModule, Demonstrations)
@@ -103,6 +107,14 @@ class RunConfig(SaveConfigCallback):
         """Only ``fit`` owns the run directory."""
         if stage == "fit":
             super().setup(trainer, pl_module, stage)
+
+
+def _be_quiet() -> None:
+    """Silence what says nothing of this run: tips, progress of small files, a known deprecation."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
 
 
 def _seed(seed: bool | int) -> int:

@@ -32,8 +32,9 @@ class _Collection(nn.Module):
 
     def flush(self) -> dict[str, Tensor]:
         """Values over all ranks, then empty; what nothing was counted for is left out."""
-        values = {tag: self[tag].compute().float() for tag in self.tags}
-        for tag in self.tags:
+        used = [tag for tag in self.tags if self[tag].update_called]
+        values = {tag: self[tag].compute().float() for tag in used}
+        for tag in used:
             self[tag].reset()
         return {tag: value for tag, value in values.items() if not value.isnan()}
 

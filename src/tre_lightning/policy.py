@@ -71,6 +71,7 @@ class ActorCritic(nn.Module):
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         self.to(dtype=next(policy.parameters()).dtype)
+        self.train()  # from_pretrained leaves it in eval mode, which Lightning warns of
 
     @classmethod
     def load(cls, args: PolicyArgs) -> "ActorCritic":

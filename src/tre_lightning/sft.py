@@ -56,7 +56,7 @@ class SFTModule(LightningModule):
         """Load or build the model; a new architecture without a tokenizer gets the task's words."""
         if hasattr(self, "policy"):
             return
-        self.policy = load_language_model(self.policy_args)
+        self.policy = load_language_model(self.policy_args).train()
         source = self.policy_args.tokenizer_source
         if source is not None:
             self.tokenizer = load_tokenizer(source)

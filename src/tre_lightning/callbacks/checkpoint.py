@@ -64,10 +64,12 @@ class IterationCheckpoint(Checkpoint):
             return
         # Lightning repeats a validation that looks cut off: one step started, none finished.
         progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
-        progress.increment_started()
+        counts = [cast(Any, progress.total), cast(Any, progress.current)]
+        for count in counts:
+            count.ready = count.started = count.completed + 1
         self._save_last(trainer, pl_module)
-        for counts in (progress.total, progress.current):
-            cast(Any, counts).started -= 1
+        for count in counts:
+            count.started = count.completed
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last iteration of the epoch."""
@@ -111,7 +113,7 @@ class IterationCheckpoint(Checkpoint):
     def _save(self, trainer: Trainer, name: str) -> None:
         target = folder(trainer.default_root_dir) / name
         partial = target.with_suffix(".partial")
-        trainer.save_checkpoint(partial)
+        trainer.save_checkpoint(partial, weights_only=False)
         if trainer.is_global_zero:
             partial.replace(target)
 

@@ -2,6 +2,8 @@
 
 import math
 import sys
+import time
+from datetime import timedelta
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -58,6 +60,7 @@ class RunProgress(ProgressBar):
         self._total = (
             math.inf if epochs is None or epochs < 0 else epochs * trainer.num_training_batches
         )
+        self._start, self._started = self._done(trainer), time.perf_counter()
         if not self._enabled or not sys.stdout.isatty():
             return
         self._bar = Progress(
@@ -83,8 +86,7 @@ class RunProgress(ProgressBar):
         elif self._enabled:
             every = 50 if math.isinf(self._total) else max(int(self._total) // self.lines, 1)
             if done % every == 0 or done == self._total:
-                total = "" if math.isinf(self._total) else f"/{int(self._total)}"
-                print(f"{self.name} {done}{total}  {_numbers(trainer)}", flush=True)
+                print(f"{self.name} {done}{self._rest(done)}  {_numbers(trainer)}", flush=True)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the bar as it stands."""
@@ -97,6 +99,13 @@ class RunProgress(ProgressBar):
     ) -> None:
         """Give the terminal back."""
         self.teardown(trainer, pl_module, "fit")
+
+    def _rest(self, done: int) -> str:
+        """Total and time left, where the run has an end."""
+        if math.isinf(self._total):
+            return ""
+        pace = (time.perf_counter() - self._started) / max(done - self._start, 1)
+        return f"/{int(self._total)}  eta {timedelta(seconds=round(pace * (self._total - done)))}"
 
     @staticmethod
     def _done(trainer: Trainer) -> int:
