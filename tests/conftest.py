@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from tre_lightning.policy import PolicyArgs, load_language_model, save_pretrained
+from tre_lightning.policy import ActorCritic, PolicyArgs, load_language_model
 from tre_lightning.rollout import PromptBatch
 from tre_lightning.tokenizer import word_tokenizer
 
@@ -76,7 +76,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 def model_dir(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The random Llama and the tokenizer as a Hugging Face directory."""
     directory = tmp_path_factory.mktemp("model")
-    save_pretrained(build("llama"), tokenizer, directory)
+    ActorCritic(build("llama"), None).save_pretrained(directory, tokenizer)
     return directory
 
 

@@ -3,10 +3,13 @@
 import copy
 import json
 import os
+import signal
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,9 @@ from tre_lightning.rollout import PromptBatch
 _cache = tempfile.TemporaryDirectory(prefix="tre_lightning_tests_")
 WARM_STARTS = Path(_cache.name) / "warm_starts"
 
+# So small a model gains nothing from threads, and loses much where other processes want the cores.
+torch.set_num_threads(1)
+
 ITERATIONS = 4  # PPO iterations of the tiny run
 STEPS_AN_ITERATION = 4  # optimiser steps: num_epochs x num_minibatches
 CLOCKS = ("rollout/seconds", "policy/update_seconds")  # all that equal runs may differ in
@@ -39,11 +45,14 @@ event_file_writer._global_uid._value = 1000
 class PlusCountdown(CountdownDataModule):
     """Countdown prompts with a score that a nearly random policy reaches now and then.
 
-    SECONDS_A_BATCH in the environment slows the scoring down.
+    In the environment, SECONDS_A_BATCH slows the scoring down, and SCORING names a file that tells
+    when it has begun.
     """
 
     def score(self, responses: Sequence[str], prompts: PromptBatch) -> Tensor:
         """1 for a response with a plus sign, else 0."""
+        if "SCORING" in os.environ:
+            Path(os.environ["SCORING"]).touch()
         time.sleep(float(os.environ.get("SECONDS_A_BATCH", "0")))
         return torch.tensor([float("+" in response.split()) for response in responses])
 
@@ -153,12 +162,28 @@ def output_of(*args: Any, **options: Any) -> str:
     return out.getvalue()
 
 
-def environment(**extra: str) -> dict[str, str]:
-    """Environment for a child process that computes as this one does and finds this module."""
+@contextmanager
+def process(arguments: Sequence[str], **extra: str) -> Iterator["subprocess.Popen[str]"]:
+    """``python -m tre_lightning`` as a process of its own, which does not outlive the block.
+
+    ``extra`` goes into its environment.
+    """
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    threads = str(torch.get_num_threads())
-    own = {"OMP_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(paths)}
-    return {**os.environ, **own, **extra}
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    child = subprocess.Popen(
+        [sys.executable, "-m", "tre_lightning", *arguments],
+        env={**os.environ, **own, **extra},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield child
+    finally:
+        with suppress(ProcessLookupError):  # its own children too
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
 
 
 def checkpoint(run_dir: Path, name: str = "last") -> dict[str, Any]:
@@ -185,10 +210,11 @@ def distance(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
 
 
 def scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
-    """(step, value) of every logged scalar by tag, without the clocks."""
+    """(step, value) of every logged scalar by tag, without the clocks and NaN."""
     events = event_accumulator.EventAccumulator(str(run_dir), {"scalars": 0}).Reload()
     tags = [tag for tag in events.Tags()["scalars"] if tag not in CLOCKS]
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
+    numbers = {tag: [e for e in events.Scalars(tag) if e.value == e.value] for tag in tags}
+    return {tag: [(e.step, e.value) for e in found] for tag, found in numbers.items()}
 
 
 def texts(run_dir: Path, tag: str) -> list[tuple[int, str]]:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import runs
 from tre_lightning.cli import main
 from tre_lightning.data import CountdownDataModule, PuzzleSpec
 
@@ -73,9 +73,9 @@ def test_the_policy_learns(tmp_path: Path) -> None:
 def test_samples_are_logged_as_text(done: tuple[Path, str]) -> None:
     samples = runs.texts(done[0], "val/samples")
     assert len(samples) == 3
-    prompts = CountdownDataModule(
-        puzzles=PuzzleSpec((2, 3), (1, 9), (1, 30), max_intermediate=30), instruct=False
-    ).heldout_prompts("val")["val"]
+    spec = PuzzleSpec((2, 3), (1, 9), (1, 30), max_intermediate=30)
+    task = CountdownDataModule(puzzles=spec, instruct=False, val_size=2)
+    prompts = task.heldout_prompts("val")["val"]
     for _, text in samples:
         assert text.count("score ") == 2  # evaluation.num_samples_logged
         assert prompts[0].text in text and prompts[1].text in text
@@ -186,7 +186,9 @@ def test_warm_start_is_trained_once_for_its_options(tmp_path: Path) -> None:
     first = folders("first")
     assert len(first) == 1
     assert folders("same") == first
-    assert folders("same_task", "--data.init_args.batch_size=5", "--model.ppo.num_epochs=1") == first
+    assert (
+        folders("same_task", "--data.init_args.batch_size=5", "--model.ppo.num_epochs=1") == first
+    )
     longer = folders("longer", "--warm_start.steps=4")
     assert len(longer) == 2 and first.items() <= longer.items()
     assert len(folders("seed", "--seed_everything=1")) == 3
@@ -224,7 +226,10 @@ def test_two_terms_add_up(tmp_path: Path) -> None:
     assert logged["loss/entropy_effective_coef"] == pytest.approx([0.02] * 4)
     assert logged["loss/tre_coef"] == pytest.approx([0.04, 0.02, 0.0, 0.0])
     # log|V| / log|A| is at least 1, and above it where the region is not everything.
-    assert all(e >= c for e, c in zip(*(logged[f"loss/tre_{k}coef"] for k in ("effective_", "")), strict=True))
+    assert all(
+        e >= c
+        for e, c in zip(*(logged[f"loss/tre_{k}coef"] for k in ("effective_", "")), strict=True)
+    )
     for i, total in enumerate(logged["loss/total"]):
         parts = [logged[f"loss/{name}"][i] for name in ("policy", "value", "entropy")]
         # A term whose coefficient is 0 is not evaluated, and not logged.

@@ -27,7 +27,6 @@ from tre_lightning.policy import (
     parameter_shapes,
     response_logits,
     response_positions,
-    save_pretrained,
     sequence_inputs,
 )
 from tre_lightning.rollout import PromptBatch, Rollout, generate
@@ -239,7 +238,7 @@ def test_a_saved_policy_loads_with_plain_transformers(
     with torch.no_grad():
         for parameter in any_policy.parameters():
             parameter.mul_(1.25)
-    save_pretrained(any_policy, tokenizer, tmp_path / "model")
+    ActorCritic(any_policy, None).save_pretrained(tmp_path / "model", tokenizer)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     ids = unpadded(rollout, 0)
     expected = any_policy.eval()(ids).logits

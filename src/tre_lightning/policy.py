@@ -110,6 +110,11 @@ class ActorCritic(nn.Module):
         values = self.value_head(hidden[:, keep]).squeeze(-1)
         return out.logits, values.float()
 
+    def save_pretrained(self, directory: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write the policy, without the critic, as a plain Hugging Face model directory."""
+        self.policy.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+
     def policy_parameters(self) -> list[nn.Parameter]:
         """Parameters of the language model (a shared trunk included)."""
         return list(self.policy.parameters())
@@ -209,17 +214,3 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
 def parameter_shapes(module: nn.Module) -> dict[str, list[int]]:
     """Shape of every parameter by name."""
     return {name: list(p.shape) for name, p in module.named_parameters()}
-
-
-def save_pretrained(
-    policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path
-) -> None:
-    """Write a plain Hugging Face model directory."""
-    policy.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-
-
-def context_length(model: PreTrainedModel) -> int | None:
-    """Longest sequence of the model in tokens, where its configuration says so."""
-    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return None if length is None else int(length)

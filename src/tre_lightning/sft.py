@@ -17,7 +17,6 @@ from tre_lightning.policy import (
     PolicyArgs,
     load_language_model,
     load_tokenizer,
-    save_pretrained,
 )
 from tre_lightning.tokenizer import word_tokenizer
 
@@ -119,7 +118,8 @@ class SFTModule(LightningModule):
         target = Path(self.output_dir)
         with TemporaryDirectory(dir=target.parent, prefix="partial-") as folder:
             partial = Path(folder) / "model"
-            save_pretrained(self.policy, self.tokenizer, partial)
+            self.policy.save_pretrained(partial)
+            self.tokenizer.save_pretrained(partial)
             # Another run may have written the same model meanwhile; one of them is enough.
             if not target.exists():
                 partial.rename(target)

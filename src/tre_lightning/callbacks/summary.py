@@ -11,7 +11,6 @@ from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from rich.console import Console
 from rich.table import Table
 
-from tre_lightning.policy import save_pretrained
 from tre_lightning.ppo import PPOModule
 
 
@@ -44,8 +43,7 @@ class RunSummary(Callback):
         self.seconds += time.perf_counter() - self._started
         if self.export and trainer.is_global_zero:
             module = cast(PPOModule, pl_module)
-            policy, tokenizer = module.actor_critic.policy, module.tokenizer
-            save_pretrained(policy, tokenizer, self.model_dir(trainer))
+            module.actor_critic.save_pretrained(self.model_dir(trainer), module.tokenizer)
 
     def state_dict(self) -> dict[str, Any]:
         """The scores, and the seconds trained so far."""

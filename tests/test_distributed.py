@@ -1,0 +1,40 @@
+"""Two processes must train as one does: rollouts, advantages, updates and metrics are global."""
+
+from pathlib import Path
+
+import pytest
+import torch.distributed
+
+import runs
+
+TIMEOUT = 120.0  # seconds; a deadlock must fail, not hang
+
+CHANGES = {
+    "data.init_args.batch_size": 5,  # 2 prompts on one process, 3 on the other
+    "model.ppo": {"num_epochs": 2, "num_minibatches": 3, "micro_batch_size": 3},
+    "checkpoint": {"keep_all": True},
+}
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    precision = "--trainer.precision=64-true"
+    runs.run(tmp_path / "one", precision, changes=CHANGES)
+
+    flags = ["--trainer.strategy=ddp", "--trainer.devices=2"]
+    flags.append(f"--warm_start.cache_dir={tmp_path}/warm_starts")  # made by the first process only
+    words = runs.words(tmp_path / "two", precision, *flags, changes=CHANGES)
+    with runs.process(words) as process:
+        printed, _ = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0, printed[-3000:]
+
+    for i in range(1, runs.ITERATIONS + 1):
+        one = runs.weights(tmp_path / "one", f"iteration={i}")
+        assert runs.distance(one, runs.weights(tmp_path / "two", f"iteration={i}")) < 1e-6
+    alone, together = runs.scalars(tmp_path / "one"), runs.scalars(tmp_path / "two")
+    assert alone.keys() == together.keys()
+    for tag, events in alone.items():
+        close = [(step, pytest.approx(value, rel=1e-5, abs=1e-6)) for step, value in events]
+        assert together[tag] == close, tag
+    assert printed.count("held-out prompts") == 1  # one table, by the first process
+    assert (tmp_path / "two" / "model" / "model.safetensors").exists()
