@@ -20,7 +20,6 @@ from transformers import (
 from tre_lightning.policy import (
     ActorCritic,
     PolicyArgs,
-    context_length,
     end_tokens,
     load_language_model,
     load_tokenizer,
@@ -253,10 +252,6 @@ def test_a_saved_policy_loads_with_plain_transformers(
 
 def test_parameter_shapes_by_name() -> None:
     assert parameter_shapes(torch.nn.Linear(3, 2)) == {"weight": [2, 3], "bias": [2]}
-
-
-def test_context_length_is_the_models(policy: PreTrainedModel) -> None:
-    assert context_length(policy) == 128
 
 
 # --- tokenizer ---
