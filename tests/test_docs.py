@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
-import runs
 import torch
 
+import runs
 from tre_lightning.callbacks import LossTerm, PolicyOutputs
 
 ROOT = Path(__file__).parents[1]

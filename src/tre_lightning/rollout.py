@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: Lightning copies a batch field by field to convert its precision
 class PromptBatch:
     """Prompts of this rank, and what the task needs to score the responses to them.
 

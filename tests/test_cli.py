@@ -1,0 +1,318 @@
+"""Configurations: what cannot work is refused in one line before any work; what can, composes."""
+
+import itertools
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import yaml
+
+import runs
+from tre_lightning.callbacks import LossTerm
+from tre_lightning.cli import PPOCLI, main, one_line
+
+REPOSITORY = Path(__file__).parent.parent
+CONFIGS = REPOSITORY / "configs"
+OTHER_SIZE = {**runs.ARCHITECTURE, "hidden_size": 32}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run; tests only read it."""
+    run_dir = tmp_path_factory.mktemp("done") / "run"
+    runs.run(run_dir)
+    return run_dir
+
+
+@pytest.fixture
+def parsed_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands stop where the work would begin."""
+    monkeypatch.setattr(PPOCLI, "_run_subcommand", lambda self, subcommand: None)
+
+
+# ----- refused
+
+
+def tre(**init_args: Any) -> dict[str, Any]:
+    spec = {"class_path": "tre_lightning.callbacks.TrustRegionEntropy", "init_args": init_args}
+    return {"trainer.callbacks": [spec]}
+
+
+ONE = "give exactly one of top_k and top_p"
+
+# name: (flags, changes of the tiny configuration, words of the message); {dir} is a directory.
+REFUSED: dict[str, tuple[list[str], Mapping[str, Any], list[str]]] = {
+    "unknown key": ([], {"model.polcy": {"model": "x"}}, ["model.polcy", "--help"]),
+    "unknown nested key": ([], {"model.policy.modle": "x"}, ["model.policy.modle"]),
+    "unknown data key": ([], {"data.init_args.batchsize": 3}, ["data", "batchsize"]),
+    "unknown callback key": ([], tre(topk=2), ["TrustRegionEntropy", "topk"]),
+    "unknown warm start key": (["--warm_start.stepz=1"], {}, ["warm_start", "stepz"]),
+    "unknown flag": (["--nonsense", "3"], {}, ["--nonsense"]),
+    "no abbreviation": (["--trainer.max_step", "3"], {}, ["--trainer.max_step"]),
+    "unknown class": ([], {"data.class_path": "tre_lightning.data.Nope"}, ["data", "Nope"]),
+    "type of trainer": (["--trainer.max_epochs=many"], {}, ["trainer.max_epochs", "int", "many"]),
+    "type of ppo": (["--model.ppo.num_epochs=two"], {}, ["model.ppo.num_epochs", "int", "two"]),
+    "type of data": (["--data.init_args.batch_size=1.5"], {}, ["batch_size", "int", "1.5"]),
+    "type of coef": ([], tre(top_k=2, coef="big"), ["coef", "float", "big"]),
+    "negative coef": ([], tre(top_k=2, coef=-1), ["tre", "coef=-1", "0 (off)"]),
+    "top_k and top_p": ([], tre(top_k=2, top_p=0.9), [ONE, "top_k=2", "top_p=0.9"]),
+    "neither": ([], tre(), [ONE, "top_k=None", "top_p=None"]),
+    "top_p above 1": ([], tre(top_p=1.5), ["top_p=1.5", "between 0 and 1"]),
+    "top_k 0": ([], tre(top_k=0), ["top_k=0", "at least 1"]),
+    "diagnostics": ([], {"model.diagnostics": {"top_k": 2, "top_p": 0.9}}, [ONE]),
+    "empty file": (
+        ["--data.init_args.train_file={dir}/empty.jsonl"],
+        {},
+        ["data.train_file", "no puzzle", "add lines"],
+    ),
+    "bad line": (
+        ["--data.init_args.eval_file={dir}/bad.jsonl"],
+        {},
+        ["data.eval_file", "bad.jsonl:2", "JSON"],
+    ),
+    "no data file": (
+        ["--data.init_args.eval_file={dir}/no.jsonl"],
+        {},
+        ["data.eval_file", "no.jsonl", "does not exist"],
+    ),
+    "long prompt": (
+        ["--data.init_args.max_prompt_length=5"],
+        {},
+        ["data.max_prompt_length=5", "6 tokens", "raise it"],
+    ),
+    "long response": (
+        ["--model.rollout.max_new_tokens=28"],
+        {},
+        ["model.rollout.max_new_tokens=28", "32 tokens", "lower it"],
+    ),
+    "minibatches": (
+        ["--model.ppo.num_minibatches=17"],
+        {},
+        ["model.ppo.num_minibatches=17", "data.batch_size=4", "lower it"],
+    ),
+    "names": (
+        [],
+        {"trainer.callbacks": [runs.TRE, runs.TRE]},
+        ["2 loss terms", "'tre'", "own name"],
+    ),
+    "no config": (["--config={dir}/no.yaml"], {}, ["config", "no.yaml", "not exist"]),
+    "interpolation": (
+        ["--model.policy.tokenizer=${nowhere}"],
+        {},
+        ["nowhere", "model.policy.tokenizer"],
+    ),
+    "no checkpoint": (
+        ["--ckpt_path={dir}/no.ckpt"],
+        {},
+        ["ckpt_path={dir}/no.ckpt", "does not exist"],
+    ),
+    "no run": (["--ckpt_path=last"], {}, ["ckpt_path=last", "does not exist", "default_root_dir"]),
+    "no best": (["--ckpt_path=best"], {}, ["ckpt_path=best", "does not exist"]),
+    "text as checkpoint": (
+        ["--ckpt_path={dir}/bad.jsonl"],
+        {},
+        ["ckpt_path={dir}/bad.jsonl", "not a checkpoint"],
+    ),
+    "other size": (
+        ["--ckpt_path={ckpt}"],
+        {"model.policy.architecture": OTHER_SIZE},
+        ["another model", "16", "32", "configuration"],
+    ),
+    "other critic": (
+        ["--ckpt_path={ckpt}", "--model.policy.critic=shared"],
+        {},
+        ["another model", "critic"],
+    ),
+    "model and architecture": (
+        ["--model.policy.model={dir}"],
+        {},
+        ["exactly one", "model.policy.model", "model.policy.architecture"],
+    ),
+    "no model": ([], {"model.policy": {}}, ["exactly one", "model.policy.model"]),
+    "no model directory": (
+        ["--model.policy.model={dir}/no"],
+        {"model.policy": {}, "warm_start": None},
+        ["model.policy.model={dir}/no", "could not be loaded"],
+    ),
+    "no hub": (
+        ["--model.policy.model=some/model"],
+        {"model.policy": {}, "warm_start": None},
+        ["model.policy.model=some/model", "could not be loaded"],
+    ),
+    "no critic": (["--model.policy.critic_model={dir}"], {}, ["model.policy.critic_model={dir}"]),
+    "no tokenizer": ([], {"warm_start": None}, ["model.policy.tokenizer", "warm_start"]),
+    "no model_type": ([], {"model.policy.architecture": {"hidden_size": 16}}, ["model_type"]),
+    "vocabulary": (
+        [],
+        {"model.policy.architecture": {**runs.ARCHITECTURE, "vocab_size": 20}},
+        ["vocab_size=20", "raise it"],
+    ),
+    "warm start": (["--warm_start.steps=0"], {}, ["warm_start.steps=0", "at least 1"]),
+    "checkpoints": (["--checkpoint.every_n_iterations=0"], {}, ["checkpoint.every_n_iterations=0"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_in_one_line(
+    case: str,
+    done: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "bad.jsonl").write_text('{"nums": [1, 2], "target": 3}\n{"nums": [1, 2], "tar\n')
+    paths = {"dir": str(tmp_path), "ckpt": f"{done}/checkpoints/last.ckpt"}
+
+    def fill(text: str) -> str:
+        return text if "$" in text else text.format(**paths)
+
+    flags, changes, message = REFUSED[case]
+    run_dir, cache = tmp_path / "run", tmp_path / "warm_starts"
+    if "warm_start" not in changes:
+        flags = [*flags, f"--warm_start.cache_dir={cache}"]
+    with pytest.raises(SystemExit) as stopped:
+        runs.run(run_dir, *map(fill, flags), changes=changes)
+    assert stopped.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "Seed set to" not in line]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and len(lines[0]) < 560, lines
+    for word in map(fill, message):
+        assert word in lines[0], lines[0]
+    assert not run_dir.exists() and not cache.exists()  # nothing written, nothing trained
+
+
+def test_an_earlier_run_is_not_overwritten(
+    done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(done, run_dir)
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    with pytest.raises(SystemExit) as stopped:
+        runs.run(run_dir)
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    for word in ("error: ", f"trainer.default_root_dir={run_dir}", "--ckpt_path last"):
+        assert word in message
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
+
+
+def test_a_monitor_that_is_not_logged_is_refused_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        runs.run(tmp_path / "run", "--checkpoint.monitor=val/nope")
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("error: checkpoint.monitor=val/nope") and "val/pass@1" in message
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_traceback_for_those_who_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRE_DEBUG", "1")
+    with pytest.raises(ValueError, match="every_n_iterations=0"):
+        runs.run(tmp_path / "run", "--checkpoint.every_n_iterations=0")
+
+
+def test_one_line_keeps_what_is_told() -> None:
+    assert one_line("a plain\n  message") == "a plain; message"
+    union = (
+        'Parser key "n":\n  Does not validate against any of the Union subtypes\n  Subtypes: [..]\n'
+        "  Errors:\n    - Expected a <class 'int'>\n    - Expected a <class 'NoneType'>\n"
+        "  Given value type: <class 'str'>\n  Given value: many\n"
+    )
+    assert one_line(union) == 'Parser key "n": Expected a int; Given value: many'
+    assert one_line("Errors:\n") == "Errors:"  # nothing else was said
+    assert len(one_line("x" * 100_000)) < 520
+
+
+# ----- composed
+
+
+def fit(*words: str) -> PPOCLI:
+    cli = main(["fit", *words])
+    assert isinstance(cli, PPOCLI)
+    return cli
+
+
+def loss_terms(cli: PPOCLI) -> list[LossTerm]:
+    return [term for term in cli.trainer.callbacks if isinstance(term, LossTerm)]
+
+
+@pytest.mark.usefixtures("parsed_only")
+@pytest.mark.parametrize(("given", "seed"), [("true", 0), ("false", 0), ("5", 5), (None, 42)])
+def test_one_seed_for_all(tmp_path: Path, given: str | None, seed: int) -> None:
+    flags = [] if given is None else [f"--seed_everything={given}"]
+    cli = fit(*runs.words(tmp_path / "run", *flags)[1:])
+    assert cli.model.seed == cli.datamodule.seed == seed
+
+
+@pytest.mark.usefixtures("parsed_only")
+def test_a_later_file_appends_callbacks(tmp_path: Path) -> None:
+    words = runs.words(tmp_path / "run")[1:]
+    more = tmp_path / "more.yaml"
+    more.write_text("trainer: {callbacks+: [{class_path: tre_lightning.callbacks.EntropyBonus}]}")
+    assert [term.name for term in loss_terms(fit(*words))] == ["tre"]
+    terms = loss_terms(fit(*words, "--config", str(more)))
+    assert [term.name for term in terms] == ["tre", "entropy"]
+    flag = "--trainer.callbacks+=tre_lightning.callbacks.EntropyBonus"
+    assert [term.name for term in loss_terms(fit(*words, flag))] == ["tre", "entropy"]
+
+
+@pytest.mark.usefixtures("parsed_only")
+def test_a_reference_follows_the_command_line(tmp_path: Path) -> None:
+    warm_start = {"steps": 3, "cache_dir": "${trainer.default_root_dir}/warm"}
+    changes = {"warm_start": warm_start}
+    words = runs.words(tmp_path / "run", changes=changes)[1:]
+    cli = fit(*words, f"--trainer.default_root_dir={tmp_path}/other")
+    assert cli.warm_start is not None
+    assert cli.warm_start.cache_dir == f"{tmp_path}/other/warm"
+
+
+@pytest.mark.usefixtures("parsed_only")
+def test_the_tokenizer_is_that_of_the_policy(tmp_path: Path, done: Path) -> None:
+    changes = {"model.policy": {"model": f"{done}/model"}, "warm_start": None}
+    cli = fit(*runs.words(tmp_path / "run", changes=changes)[1:])
+    assert cli.datamodule.tokenizer_source == f"{done}/model"
+
+
+def whole_configs() -> list[list[Path]]:
+    """Files under configs/ that are a configuration together."""
+    layers = [sorted((CONFIGS / kind).glob("*.yaml")) for kind in ("task", "model", "method")]
+    return [[path] for path in sorted(CONFIGS.glob("*.yaml"))] + [
+        list(combination) for combination in itertools.product(*layers)
+    ]
+
+
+@pytest.mark.usefixtures("parsed_only")
+@pytest.mark.parametrize(
+    "files", whole_configs(), ids=lambda files: "+".join(path.stem for path in files)
+)
+def test_shipped_configurations_can_be_built(
+    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(REPOSITORY)  # their paths are relative to it
+    words = [word for path in files for word in ("--config", str(path))]
+    cli = fit(*words, f"--trainer.default_root_dir={tmp_path}/run", "--trainer.accelerator=cpu")
+    callbacks = []
+    for path in files:
+        trainer = yaml.safe_load(path.read_text()).get("trainer", {})
+        callbacks += trainer.get("callbacks", []) + trainer.get("callbacks+", [])
+    built = [f"{type(term).__module__}.{type(term).__name__}" for term in loss_terms(cli)]
+    assert [name.split(".")[-1] for name in built] == [
+        spec["class_path"].split(".")[-1] for spec in callbacks
+    ]
+    assert cli.trainer.max_epochs > 0 and not (tmp_path / "run").exists()
+
+
+def test_the_help_is_readable(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "--help"])
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    for option in ("--model.ppo.num_minibatches", "--checkpoint.keep_all", "--warm_start"):
+        assert option in printed
