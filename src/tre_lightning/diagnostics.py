@@ -142,6 +142,8 @@ class UpdateMetrics(_Collection):
         values = super().flush()
         for name, loss in self.losses.items():
             assert isinstance(loss, SumMetric)
+            if not loss.update_called:  # a term whose coefficient is 0 by now
+                continue
             values[f"loss/{name}"] = loss.compute() / self.steps
             loss.reset()
         self.steps = 0

@@ -51,8 +51,9 @@ def trust_region_entropy(
         ValueError: unless exactly one of ``top_k`` (>= 1) and ``top_p`` (in (0, 1)) is given.
     """
     size, mask = _region(logits, top_k, top_p)
-    entropy = _entropy(_upcast(logits).masked_fill(~mask, -math.inf))
-    return entropy * _scale(size, logits.shape[-1]) if rescale else entropy
+    z = _upcast(logits)
+    entropy = _entropy(z.masked_fill(~mask, -math.inf))
+    return entropy * _scale(size, z) if rescale else entropy
 
 
 def trust_region_mask(
@@ -73,14 +74,15 @@ def entropy_stats(
 ) -> EntropyStats:
     """Everything that the diagnostics show, from one search of the region; no gradient."""
     size, mask = _region(logits, top_k, top_p)
-    log_p = _upcast(logits).log_softmax(-1).clamp_(min=torch.finfo(torch.float32).min)
+    z = _upcast(logits)
+    log_p = z.log_softmax(-1).clamp_(min=torch.finfo(torch.float32).min)
     p = log_p.exp()
     p_log_p = log_p.mul_(p)
     full = -p_log_p.sum(-1)
     inside, tail_mass = (p * mask).sum(-1), (p * ~mask).sum(-1)
     region = inside.log() - (p_log_p * mask).sum(-1) / inside
     region = region.clamp(min=0.0) * (size > 1)
-    scale = _scale(size, logits.shape[-1])
+    scale = _scale(size, z)
     return EntropyStats(full, region, region * scale, scale, size, tail_mass)
 
 
@@ -145,9 +147,10 @@ def _entropy(z: Tensor) -> Tensor:
     return -(log_q.exp() * log_q.masked_fill(z == -math.inf, 0.0)).sum(-1)
 
 
-def _scale(size: Tensor, vocabulary: int) -> Tensor:
+def _scale(size: Tensor, z: Tensor) -> Tensor:
     """log|V| / log|A|, and 0 where |A| = 1."""
-    return torch.where(size > 1, math.log(vocabulary) / size.clamp(min=2).log(), 0.0)
+    log_size = size.clamp(min=2).to(z.dtype).log()
+    return torch.where(size > 1, math.log(z.shape[-1]) / log_size, 0.0)
 
 
 def _upcast(logits: Tensor) -> Tensor:
