@@ -150,8 +150,7 @@ def run(
 def resume(
     run_dir: Path, ckpt_path: str = "last", *, changes: Mapping[str, Any] | None = None
 ) -> LightningCLI:
-    """Go on with a run from a checkpoint, as a later process would."""
-    time.sleep(1.01 - time.time() % 1)  # the names of event files tell seconds
+    """Go on with a run from a checkpoint."""
     return run(run_dir, f"--ckpt_path={ckpt_path}", changes=changes)
 
 
