@@ -216,6 +216,18 @@ def test_kl_to_the_initial_policy(plain: Path, tmp_path: Path) -> None:
     assert "rollout/ref_kl" not in runs.scalars(plain)
 
 
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bf16-true", torch.bfloat16), ("bf16-mixed", torch.float32)]
+)
+def test_low_precision(precision: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    runs.run(tmp_path / "run", f"--trainer.precision={precision}")
+    assert {weight.dtype for weight in runs.weights(tmp_path / "run").values()} == {dtype}
+    scalars = runs.scalars(tmp_path / "run")
+    for tag in ("loss/total", "policy/approx_kl", "entropy/full", "policy/grad_norm"):
+        assert [step for step, _ in scalars[tag]] == [0, 1, 2, 3], tag  # NaN is left out
+        assert all(math.isfinite(value) for _, value in scalars[tag]), tag
+
+
 def test_two_terms_add_up(tmp_path: Path) -> None:
     schedule = {"class_path": "tre_lightning.callbacks.loss_term.LinearSchedule"}
     tre: dict[str, Any] = {**runs.TRE, "init_args": {"top_p": 0.9, "coef": schedule}}

@@ -13,16 +13,16 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 _SHOWN = {
-    "rollout/score": "score",
-    "entropy/full": "entropy",
-    "entropy/region_size": "region",
-    "val/pass@1": "val pass@1",
-    "sft/loss": "loss",
+    "rollout/score": "score {:.3f}",
+    "entropy/full": "entropy {:.2f}",
+    "entropy/region_size": "region {:.1f}",
+    "val/pass@1": "val {:.3f}",
+    "sft/loss": "loss {:.3f}",
 }
 
 
@@ -63,14 +63,15 @@ class RunProgress(ProgressBar):
         self._start, self._started = self._done(trainer), time.perf_counter()
         if not self._enabled or not sys.stdout.isatty():
             return
+        whole = Column(no_wrap=True)  # only the bar itself gives way in a narrow terminal
         self._bar = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("eta"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[numbers]}"),
+            TextColumn("[bold]{task.description}", table_column=whole),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(table_column=whole),
+            TextColumn("eta", table_column=whole),
+            TimeRemainingColumn(table_column=whole),
+            TextColumn("{task.fields[numbers]}", table_column=whole),
+            expand=True,
         )
         self._bar.start()
         total = None if math.isinf(self._total) else self._total
@@ -114,4 +115,4 @@ class RunProgress(ProgressBar):
 
 def _numbers(trainer: Trainer) -> str:
     values = trainer.callback_metrics
-    return "  ".join(f"{label} {values[tag]:.3f}" for tag, label in _SHOWN.items() if tag in values)
+    return " ".join(shown.format(values[tag]) for tag, shown in _SHOWN.items() if tag in values)
