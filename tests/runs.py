@@ -45,15 +45,17 @@ event_file_writer._global_uid._value = 1000
 class PlusCountdown(CountdownDataModule):
     """Countdown prompts with a score that a nearly random policy reaches now and then.
 
-    In the environment, SECONDS_A_BATCH slows the scoring down, and SCORING names a file that tells
-    when it has begun.
+    In the environment, HOLD names a batch (``train:4``) and HOLD_FILE a file: the scoring of that
+    batch makes the file and goes on when it is gone.
     """
 
     def score(self, responses: Sequence[str], prompts: PromptBatch) -> Tensor:
         """1 for a response with a plus sign, else 0."""
-        if "SCORING" in os.environ:
-            Path(os.environ["SCORING"]).touch()
-        time.sleep(float(os.environ.get("SECONDS_A_BATCH", "0")))
+        if os.environ.get("HOLD") == f"{prompts.split}:{prompts.index}":
+            file = Path(os.environ["HOLD_FILE"])
+            file.touch()
+            while file.exists():
+                time.sleep(0.01)
         return torch.tensor([float("+" in response.split()) for response in responses])
 
 

@@ -12,7 +12,8 @@ import yaml
 
 import runs
 from tre_lightning.callbacks import LossTerm
-from tre_lightning.cli import PPOCLI, main, one_line
+from tre_lightning.cli import PPOCLI, main
+from tre_lightning.errors import one_line
 
 REPOSITORY = Path(__file__).parent.parent
 CONFIGS = REPOSITORY / "configs"

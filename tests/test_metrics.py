@@ -553,3 +553,11 @@ def test_two_processes_compute_what_one_would(tmp_path: Path) -> None:
             assert alone != pytest.approx(expected[f"{name} synced"], rel=1e-3)
     for rank in range(len(RANK_UPDATES)):
         assert torch.load(tmp_path / f"{rank}.pt") == pytest.approx(expected, rel=1e-9)
+
+
+def test_explained_variance_of_returns_that_only_round_is_nan() -> None:
+    # returns are sums of values: where every score is 0 they are rounding noise around 0
+    metric = MaskedExplainedVariance()
+    values, returns = torch.tensor([[0.4, -0.3]]), torch.tensor([[1e-9, -2e-9]])
+    metric.update(values, returns, torch.ones(1, 2, dtype=torch.bool))
+    assert metric.compute().isnan()

@@ -194,15 +194,15 @@ def test_a_failing_update_loses_its_iteration_only(tmp_path: Path) -> None:
 
 
 @contextmanager
-def process_in_iteration(run_dir: Path, iteration: int) -> Iterator["subprocess.Popen[str]"]:
-    """A process that is scoring the responses of an iteration (counted from 1)."""
-    scoring = run_dir.with_name("scoring")
-    words = runs.words(run_dir, changes=CHANGES)
-    with runs.process(words, SECONDS_A_BATCH="0.3", SCORING=str(scoring)) as process:
-        wait_for(process, run_dir / "checkpoints" / f"iteration={iteration - 1}.ckpt")
-        scoring.unlink()
-        wait_for(process, scoring)
-        yield process
+def process_held(
+    run_dir: Path, batch: str, changes: dict[str, Any]
+) -> Iterator[tuple["subprocess.Popen[str]", Path]]:
+    """A process that scores a batch until the file that comes with it is deleted."""
+    hold = run_dir.with_name("hold")
+    words = runs.words(run_dir, changes=changes)
+    with runs.process(words, HOLD=batch, HOLD_FILE=str(hold)) as process:
+        wait_for(process, hold)
+        yield process, hold
 
 
 def wait_for(process: Any, file: Path) -> None:
@@ -215,7 +215,7 @@ def wait_for(process: Any, file: Path) -> None:
 
 def test_killed(whole: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    with process_in_iteration(run_dir, 5) as process:
+    with process_held(run_dir, "train:4", CHANGES) as (process, _):
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     assert runs.saved_iteration(run_dir) == 4
@@ -226,8 +226,9 @@ def test_killed(whole: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("iteration", [2, 3])  # within an epoch, and the last one of it
 def test_terminated_in_an_iteration(whole: Path, tmp_path: Path, iteration: int) -> None:
     run_dir = tmp_path / "run"
-    with process_in_iteration(run_dir, iteration) as process:
+    with process_held(run_dir, f"train:{iteration - 1}", CHANGES) as (process, hold):
         process.send_signal(signal.SIGTERM)
+        hold.unlink()
         printed, _ = process.communicate(timeout=30.0)
     assert process.returncode == 143, printed[-3000:]
     assert "Traceback" not in printed
@@ -237,11 +238,10 @@ def test_terminated_in_an_iteration(whole: Path, tmp_path: Path, iteration: int)
 
 
 def test_terminated_before_training(tmp_path: Path) -> None:
-    run_dir, scoring = tmp_path / "run", tmp_path / "scoring"
-    words = runs.words(run_dir)
-    with runs.process(words, SECONDS_A_BATCH="0.5", SCORING=str(scoring)) as process:
-        wait_for(process, scoring)  # the first validation has begun
+    run_dir = tmp_path / "run"
+    with process_held(run_dir, "val:0", {}) as (process, hold):  # the first validation
         process.send_signal(signal.SIGTERM)
+        hold.unlink()
         printed, _ = process.communicate(timeout=30.0)
     assert process.returncode == 143, printed[-3000:]
     assert not (run_dir / "checkpoints").exists()

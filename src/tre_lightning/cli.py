@@ -3,68 +3,40 @@
 A leading ``sft`` trains on demonstrations instead: ``python -m tre_lightning sft fit ...``.
 """
 
-import copy
 import logging
 import os
-import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
-import torch
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from tre_lightning.callbacks.checkpoint import (
     IterationCheckpoint,
     find_checkpoint,
     folder,
-    refuse_other_model,
     saved_run,
 )
-from tre_lightning.callbacks.loss_term import find_loss_terms
 from tre_lightning.callbacks.progress import RunProgress
 from tre_lightning.callbacks.summary import PredictionWriter, RunSummary
+from tre_lightning.checks import check_run
 from tre_lightning.data.demonstrations import Demonstrations
 from tre_lightning.data.prompts import PromptDataModule
+from tre_lightning.errors import one_line_errors
 from tre_lightning.memory import keep_freed_memory
-from tre_lightning.policy import ActorCritic, PolicyArgs, load_tokenizer, parameter_shapes
+from tre_lightning.policy import PolicyArgs
 from tre_lightning.ppo import PPOModule
 from tre_lightning.sft import SFTModule
-from tre_lightning.tokenizer import word_tokenizer
 from tre_lightning.warm_start import WarmStart, wait_for
 
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
-
-Loaded = TypeVar("Loaded")
-
-_LONGEST_MESSAGE = 500  # characters
-# Lines with which jsonargparse describes the other types that a value could have had.
-_NOISE = (
-    "Does not validate against",
-    "Subtypes:",
-    "Errors:",
-    "Given value type:",
-    "Given value: Namespace(",
-    "Given value: NestedArg(",
-    "Given value: [",
-    "Given value: {",
-    "Subclass types expect",
-    "a class path",
-    "a dict ",
-    "Not a valid subclass",
-    "Expected a <class 'NoneType'>",
-    "Expected a path but",
-    "Expected a dot import path",
-)
 
 
 def main(args: Sequence[str] | None = None) -> LightningCLI:
@@ -120,60 +92,6 @@ def _be_quiet() -> None:
 def _seed(seed: bool | int) -> int:
     """What Lightning makes of ``seed_everything``: true and false mean 0 here."""
     return 0 if isinstance(seed, bool) else seed
-
-
-@contextmanager
-def one_line_errors(hint: str = "") -> Iterator[None]:
-    """Turn an error of the configuration into one line and exit code 2.
-
-    TRE_DEBUG=1 shows the traceback instead.
-    """
-    try:
-        yield
-    except Exception as error:
-        if os.environ.get("TRE_DEBUG"):
-            raise
-        print(f"error: {one_line(str(error))}{hint}", file=sys.stderr)
-        raise SystemExit(2) from error
-
-
-def one_line(message: str) -> str:
-    """What matters of an error message of many lines, on one."""
-    lines = [" ".join(line.split()).removeprefix("- ") for line in message.splitlines()]
-    telling = [line for line in lines if line and not line.startswith(_NOISE)]
-    joined = ""
-    for line in telling or lines:
-        joined += (" " if joined.endswith((":", ".", ",")) else "; ") + line if joined else line
-    joined = re.sub(r"<class '([\w.]+)'>", r"\1", joined)
-    short = len(joined) <= _LONGEST_MESSAGE
-    return joined if short else joined[:_LONGEST_MESSAGE] + " ..."
-
-
-def read(field: str, name: str, load: Callable[[str], Loaded]) -> Loaded:
-    """Load what ``field`` names, from a directory or the hub.
-
-    Raises:
-        ValueError: if that does not work, whatever the reason.
-    """
-    try:
-        return load(name)
-    except Exception as error:
-        raise ValueError(
-            f"{field}={name} could not be loaded; give a model directory, or a hub name that can "
-            f"be reached from here ({type(error).__name__}: {str(error).strip()[:200]})"
-        ) from error
-
-
-def expected_shapes(policy: PolicyArgs, config: PreTrainedConfig) -> dict[str, list[int]]:
-    """Shape of every parameter that a run on ``policy`` has, without loading or building it."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-        critic = None
-        if policy.critic_model is not None:
-            critic = AutoModel.from_config(AutoConfig.from_pretrained(policy.critic_model))
-        elif policy.critic == "separate":
-            critic = copy.deepcopy(model.base_model)
-        return parameter_shapes(ActorCritic(model, critic))
 
 
 class _CLI(LightningCLI):
@@ -346,7 +264,13 @@ class PPOCLI(_CLI):
         module, data = self.model, self.datamodule
         assert isinstance(module, PPOModule) and isinstance(data, PromptDataModule)
         with one_line_errors():
-            self._check(module, data)
+            policy = module.policy_args
+            if self.warm_start is not None and not (self.warm_start_dir / "model").exists():
+                policy = PolicyArgs(**self.warm_start_config["model"]["policy"])
+            saved = None if self.resumed_iteration is None else self.resumed_run["shapes"]
+            check_run(
+                module, data, self.trainer, policy, saved, makes_tokenizer=bool(self.warm_start)
+            )
         if self.warm_start is None or (self.warm_start_dir / "model").exists():
             return
         if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) > 0:
@@ -356,67 +280,6 @@ class PPOCLI(_CLI):
         options = {"subcommand": "fit", "fit": self.warm_start_config}
         SFTCLI(options, SFTModule, Demonstrations)
         self.warm_start_seconds = time.perf_counter() - started
-
-    def _check(self, module: PPOModule, data: PromptDataModule) -> None:
-        find_loss_terms(self.trainer.callbacks)  # type: ignore[attr-defined]
-        self._check_batches(module, data)
-        policy = module.policy_args
-        if self.warm_start is not None and not Path(policy.model or "").exists():
-            policy = PolicyArgs(**self.warm_start_config["model"]["policy"])
-        config = self._model_config(policy)
-        named = policy.tokenizer_source
-        if named is None and self.warm_start is None:
-            raise ValueError(
-                "model.policy.architecture alone has no tokenizer; give model.policy.tokenizer "
-                "or a warm_start"
-            )
-        data.check(
-            word_tokenizer(data.vocabulary(), config)
-            if named is None
-            else read("model.policy.tokenizer", named, load_tokenizer)
-        )
-        context = getattr(config.get_text_config(), "max_position_embeddings", None)
-        needed = data.longest_prompt + module.rollout_args.max_new_tokens
-        if context is not None and needed > context:
-            raise ValueError(
-                f"model.rollout.max_new_tokens={module.rollout_args.max_new_tokens} and the "
-                f"longest prompt of {data.longest_prompt} tokens exceed the model's context of "
-                f"{context} tokens; lower it or drop long prompts"
-            )
-        if self.resumed_iteration is not None:
-            refuse_other_model(expected_shapes(policy, config), self.resumed_run["shapes"])
-
-    @staticmethod
-    def _model_config(policy: PolicyArgs) -> PreTrainedConfig:
-        if (policy.model is None) == (policy.architecture is None):
-            raise ValueError(
-                "give exactly one of model.policy.model (a directory or hub name) and "
-                f"model.policy.architecture, not model={policy.model}, "
-                f"architecture={policy.architecture}"
-            )
-        if policy.critic_model is not None:
-            read("model.policy.critic_model", policy.critic_model, AutoConfig.from_pretrained)
-        if policy.architecture is None:
-            config = read("model.policy.model", str(policy.model), AutoConfig.from_pretrained)
-        else:
-            architecture = dict(policy.architecture)
-            config = AutoConfig.for_model(architecture.pop("model_type"), **architecture)
-        return cast(PreTrainedConfig, config)
-
-    def _check_batches(self, module: PPOModule, data: PromptDataModule) -> None:
-        devices = self.trainer.world_size
-        if data.batch_size < devices:
-            raise ValueError(
-                f"data.batch_size={data.batch_size} must be at least one prompt for each of the "
-                f"{devices} devices"
-            )
-        minibatches, responses = module.ppo_args.num_minibatches, module.rollout_args.num_responses
-        if data.batch_size * responses < minibatches * devices:
-            raise ValueError(
-                f"model.ppo.num_minibatches={minibatches} is too many for data.batch_size="
-                f"{data.batch_size} x model.rollout.num_responses={responses} responses on "
-                f"{devices} device(s): every minibatch needs one for each; lower it"
-            )
 
     def before_fit(self) -> None:
         """Warm start, and the scores before training."""

@@ -1,5 +1,6 @@
 """What a run logs, as collections of torchmetrics; docs/metrics.md defines every tag."""
 
+import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, SumMetric
 
@@ -31,12 +32,12 @@ class _Collection(nn.Module):
         return metric
 
     def flush(self) -> dict[str, Tensor]:
-        """Values over all ranks, then empty; what nothing was counted for is left out."""
+        """Values over all ranks, then empty; a metric that is never updated is left out."""
         used = [tag for tag in self.tags if self[tag].update_called]
         values = {tag: self[tag].compute().float() for tag in used}
         for tag in used:
             self[tag].reset()
-        return {tag: value for tag, value in values.items() if not value.isnan()}
+        return values
 
 
 class RolloutMetrics(_Collection):
@@ -142,9 +143,9 @@ class UpdateMetrics(_Collection):
         values = super().flush()
         for name, loss in self.losses.items():
             assert isinstance(loss, SumMetric)
-            if not loss.update_called:  # a term whose coefficient is 0 by now
-                continue
-            values[f"loss/{name}"] = loss.compute() / self.steps
+            # A tag once logged goes on: Lightning would repeat its last value.
+            counted = loss.update_called  # not where the coefficient is 0 by now
+            values[f"loss/{name}"] = loss.compute() / self.steps if counted else torch.zeros(())
             loss.reset()
         self.steps = 0
         return values

@@ -223,8 +223,9 @@ class MaskedExplainedVariance(_Float64Metric):
     """Share of the returns' variance the values explain, 1 - Var(returns - values) / Var(returns).
 
     1 is a perfect critic (up to a constant), 0 one no better than a constant. NaN where the returns
-    are constant (all within a relative 1e-6, float32 rounding): torchmetrics' ExplainedVariance
-    reports 0 or 1 there, and loses float32 returns far from 0 to rounding.
+    are constant (all within 1e-6 of the largest return or value, float32 rounding: returns are
+    sums of values): torchmetrics' ExplainedVariance reports 0 or 1 there, and loses float32 returns
+    far from 0 to rounding.
     """
 
     higher_is_better = True
@@ -236,6 +237,7 @@ class MaskedExplainedVariance(_Float64Metric):
     return_squares: Tensor
     return_min: Tensor
     return_max: Tensor
+    value_max: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -246,6 +248,7 @@ class MaskedExplainedVariance(_Float64Metric):
         infinity = torch.tensor(torch.inf, dtype=torch.float64)
         self.add_state("return_min", infinity, dist_reduce_fx="min")
         self.add_state("return_max", -infinity, dist_reduce_fx="max")
+        self.add_state("value_max", -infinity, dist_reduce_fx="max")
 
     def update(self, values: Tensor, returns: Tensor, mask: Tensor) -> None:
         """Count the tokens where ``mask`` is True.
@@ -263,7 +266,8 @@ class MaskedExplainedVariance(_Float64Metric):
         target = returns.detach()[mask].double()
         if target.numel() == 0:
             return
-        error = target - values.detach()[mask]
+        predicted = values.detach()[mask].double()
+        error = target - predicted
         self.count = self.count + target.numel()
         self.error_sum = self.error_sum + error.sum()
         self.error_squares = self.error_squares + error.square().sum()
@@ -271,10 +275,12 @@ class MaskedExplainedVariance(_Float64Metric):
         self.return_squares = self.return_squares + target.square().sum()
         self.return_min = torch.minimum(self.return_min, target.min())
         self.return_max = torch.maximum(self.return_max, target.max())
+        self.value_max = torch.maximum(self.value_max, predicted.abs().max())
 
     def compute(self) -> Tensor:
         """Explained variance so far, a float64 scalar <= 1; NaN if empty or returns constant."""
         magnitude = torch.maximum(self.return_min.abs(), self.return_max.abs())
+        magnitude = torch.maximum(magnitude, self.value_max)
         varies = self.return_max - self.return_min > _CONSTANT * magnitude
         unexplained = self._variance(self.error_sum, self.error_squares)
         variance = self._variance(self.return_sum, self.return_squares)

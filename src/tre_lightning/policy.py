@@ -1,6 +1,7 @@
 """The policy (a Hugging Face causal language model) and its critic."""
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -17,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from tre_lightning.errors import read
 from tre_lightning.rollout import Rollout, positions
 
 
@@ -169,14 +171,7 @@ def load_config(args: PolicyArgs) -> PreTrainedConfig:
     if args.architecture is not None:
         fields = dict(args.architecture)
         return without_dropout(AutoConfig.for_model(fields.pop("model_type"), **fields))
-    assert args.model is not None
-    try:
-        return without_dropout(AutoConfig.from_pretrained(args.model))
-    except OSError as error:
-        raise ValueError(
-            f"model.policy.model={args.model} is no model directory and was not found on the hub; "
-            "give a directory with config.json, or a hub name and a network"
-        ) from error
+    return without_dropout(read("model.policy.model", str(args.model), AutoConfig.from_pretrained))
 
 
 def load_language_model(args: PolicyArgs) -> PreTrainedModel:
@@ -214,3 +209,18 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
 def parameter_shapes(module: nn.Module) -> dict[str, list[int]]:
     """Shape of every parameter by name."""
     return {name: list(p.shape) for name, p in module.named_parameters()}
+
+
+def refuse_other_model(ours: Mapping[str, list[int]], saved: Mapping[str, list[int]]) -> None:
+    """Compare the parameter shapes of the configured model with those in a checkpoint.
+
+    Raises:
+        ValueError: if a parameter is not the same, or is in one of them only.
+    """
+    for name in sorted(ours.keys() | saved.keys()):
+        if ours.get(name) != saved.get(name):
+            raise ValueError(
+                f"ckpt_path is a checkpoint of another model: {name} has shape {saved.get(name)} "
+                f"there and {ours.get(name)} in model.policy; give the checkpoint's own "
+                "configuration"
+            )

@@ -46,6 +46,7 @@ from tre_lightning.policy import (
     end_tokens,
     load_tokenizer,
     parameter_shapes,
+    refuse_other_model,
     response_logits,
     sequence_inputs,
 )
@@ -148,14 +149,7 @@ class PPOModule(LightningModule):
         state = checkpoint.get("tre_lightning")
         if state is None:
             raise ValueError("ckpt_path holds no PPO run of tre_lightning; give one that fit wrote")
-        shapes = parameter_shapes(self.actor_critic)
-        for name in sorted(shapes.keys() | state["shapes"].keys()):
-            ours, theirs = shapes.get(name), state["shapes"].get(name)
-            if ours != theirs:
-                raise ValueError(
-                    f"ckpt_path is a checkpoint of another model: {name} has shape {theirs} there "
-                    f"and {ours} in model.policy; give the checkpoint's own configuration"
-                )
+        refuse_other_model(parameter_shapes(self.actor_critic), state["shapes"])
         self.iteration = state["iteration"]
 
     # ----- one iteration
@@ -189,7 +183,12 @@ class PPOModule(LightningModule):
         values["value/lr"] = torch.tensor(share * self.optim_args.critic_lr)
         values["rollout/seconds"] = torch.tensor(sampled - started)
         values["policy/update_seconds"] = torch.tensor(time.perf_counter() - sampled)
-        self.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
+        self.log_dict(values, logger=False, batch_size=1)  # for callbacks and progress bar
+        if (self.iteration + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            # Lightning would log after the iteration's checkpoint: a kill in between would lose it.
+            for logger in self.loggers:
+                logger.log_metrics({k: float(v) for k, v in values.items()}, step=self.iteration)
+                logger.save()
         self.iteration += 1
 
     @property
@@ -395,6 +394,6 @@ class PPOModule(LightningModule):
         ]
         for logger in self.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text(
-                    f"{prompts.split}/samples", "\n\n".join(lines), self.iteration
-                )
+                # The step at which Lightning logs this validation's scores.
+                step = max(self.iteration - 1, 0)
+                logger.experiment.add_text(f"{prompts.split}/samples", "\n\n".join(lines), step)

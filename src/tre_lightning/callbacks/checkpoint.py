@@ -155,18 +155,3 @@ def saved_run(path: Path) -> dict[str, Any]:
             f"ckpt_path={path} is not a checkpoint that fit wrote ({type(error).__name__}); give "
             "another"
         ) from error
-
-
-def refuse_other_model(ours: dict[str, list[int]], saved: dict[str, list[int]]) -> None:
-    """Compare the parameter shapes of the configured model with those in a checkpoint.
-
-    Raises:
-        ValueError: if a parameter is not the same, or is in one of them only.
-    """
-    for name in sorted(ours.keys() | saved.keys()):
-        if ours.get(name) != saved.get(name):
-            raise ValueError(
-                f"ckpt_path is a checkpoint of another model: {name} has shape {saved.get(name)} "
-                f"there and {ours.get(name)} in model.policy; give the checkpoint's own "
-                "configuration"
-            )

@@ -1,0 +1,100 @@
+"""What must fit together before any work: data, model, devices, loss terms and checkpoint."""
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from lightning.pytorch import Trainer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
+
+from tre_lightning.callbacks.loss_term import find_loss_terms
+from tre_lightning.data.prompts import PromptDataModule
+from tre_lightning.errors import read
+from tre_lightning.policy import (
+    ActorCritic,
+    PolicyArgs,
+    load_config,
+    load_tokenizer,
+    parameter_shapes,
+    refuse_other_model,
+)
+from tre_lightning.ppo import PPOModule
+from tre_lightning.tokenizer import word_tokenizer
+
+
+def check_run(
+    module: PPOModule,
+    data: PromptDataModule,
+    trainer: Trainer,
+    policy: PolicyArgs,
+    saved_shapes: Mapping[str, list[int]] | None,
+    *,
+    makes_tokenizer: bool,
+) -> None:
+    """Refuse a run that could not work, without loading a model.
+
+    Args:
+        module: the configured module.
+        data: the configured task; its tokenizer is set and its prompts are read.
+        trainer: the configured trainer.
+        policy: the model to look at, the warm start's where that is still to be trained.
+        saved_shapes: parameter shapes in the checkpoint to go on with, where there is one.
+        makes_tokenizer: a warm start builds the tokenizer of a new architecture.
+
+    Raises:
+        ValueError: naming the field, its value and the fix.
+    """
+    find_loss_terms(trainer.callbacks)  # type: ignore[attr-defined]
+    check_batches(module, data, trainer.world_size)
+    config = load_config(policy)
+    if policy.critic_model is not None:
+        read("model.policy.critic_model", policy.critic_model, AutoConfig.from_pretrained)
+    named = policy.tokenizer_source
+    if named is None and not makes_tokenizer:
+        raise ValueError(
+            "model.policy.architecture alone has no tokenizer; give model.policy.tokenizer or a "
+            "warm_start"
+        )
+    data.check(
+        word_tokenizer(data.vocabulary(), config)
+        if named is None
+        else read("model.policy.tokenizer", named, load_tokenizer)
+    )
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    new_tokens = module.rollout_args.max_new_tokens
+    if context is not None and data.longest_prompt + new_tokens > context:
+        raise ValueError(
+            f"model.rollout.max_new_tokens={new_tokens} and the longest prompt of "
+            f"{data.longest_prompt} tokens exceed the model's context of {context} tokens; lower "
+            "it or drop long prompts"
+        )
+    if saved_shapes is not None:
+        refuse_other_model(expected_shapes(policy, config), saved_shapes)
+
+
+def check_batches(module: PPOModule, data: PromptDataModule, devices: int) -> None:
+    """Raise ValueError unless every device has a response in every minibatch."""
+    if data.batch_size < devices:
+        raise ValueError(
+            f"data.batch_size={data.batch_size} must be at least one prompt for each of the "
+            f"{devices} devices"
+        )
+    minibatches, responses = module.ppo_args.num_minibatches, module.rollout_args.num_responses
+    if data.batch_size * responses < minibatches * devices:
+        raise ValueError(
+            f"model.ppo.num_minibatches={minibatches} is too many for data.batch_size="
+            f"{data.batch_size} x model.rollout.num_responses={responses} responses on "
+            f"{devices} device(s): every minibatch needs one for each; lower it"
+        )
+
+
+def expected_shapes(policy: PolicyArgs, config: PreTrainedConfig) -> dict[str, list[int]]:
+    """Shape of every parameter that a run on ``policy`` has, without loading or building it."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        critic = None
+        if policy.critic_model is not None:
+            critic = AutoModel.from_config(AutoConfig.from_pretrained(policy.critic_model))
+        elif policy.critic == "separate":
+            critic = copy.deepcopy(model.base_model)
+        return parameter_shapes(ActorCritic(model, critic))
