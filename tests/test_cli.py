@@ -310,6 +310,20 @@ def test_shipped_configurations_can_be_built(
     assert cli.trainer.max_epochs > 0 and not (tmp_path / "run").exists()
 
 
+def test_the_quick_start_is_its_layers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed = []
+    layers = ["task/countdown.yaml", "model/tiny.yaml", "method/tre_p.yaml"]
+    for files in (["countdown_tiny.yaml"], layers):
+        words = [word for name in files for word in ("--config", str(CONFIGS / name))]
+        with pytest.raises(SystemExit) as stopped:
+            main(["fit", *words, f"--trainer.default_root_dir={tmp_path}", "--print_config"])
+        assert stopped.value.code == 0
+        printed.append(yaml.safe_load(capsys.readouterr().out))
+    assert printed[0] == printed[1] and printed[0]["trainer"]["max_epochs"] == 12
+
+
 def test_the_help_is_readable(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["fit", "--help"])
