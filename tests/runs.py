@@ -153,6 +153,10 @@ def resume(
     run_dir: Path, ckpt_path: str = "last", *, changes: Mapping[str, Any] | None = None
 ) -> LightningCLI:
     """Go on with a run from a checkpoint."""
+    # TensorBoard reads event files in the order of the seconds in their names.
+    newest = max(int(file.name.split(".")[3]) for file in run_dir.glob("events.out.tfevents.*"))
+    while int(time.time()) <= newest:
+        time.sleep(0.01)
     return run(run_dir, f"--ckpt_path={ckpt_path}", changes=changes)
 
 
