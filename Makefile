@@ -1,8 +1,6 @@
 PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
-# Two OpenMP threads that spin on a busy machine can be far slower than one that sleeps.
-export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
