@@ -310,9 +310,20 @@ def test_shipped_configurations_can_be_built(
     assert cli.trainer.max_epochs > 0 and not (tmp_path / "run").exists()
 
 
-def test_the_quick_start_is_its_layers(
+def test_a_number_outside_the_vocabulary_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    puzzles = tmp_path / "eval.jsonl"
+    puzzles.write_text('{"nums": [3, 31], "target": 28}\n')
+    with pytest.raises(SystemExit) as stopped:
+        runs.run(tmp_path / "run", changes={"data.init_args.eval_file": str(puzzles)})
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
+    assert "'3 31 = 28 :' holds a word that the tokenizer does not know" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_quick_start_is_its_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = []
     layers = ["task/countdown.yaml", "model/tiny.yaml", "method/tre_p.yaml"]
     for files in (["countdown_tiny.yaml"], layers):

@@ -110,7 +110,15 @@ class PromptDataModule(LightningDataModule, ABC):
             for held_out in self.heldout_prompts(stage).values():
                 prompts += held_out
         self._tokenizer = tokenizer
-        self.longest_prompt = self._encode(prompts)[1].shape[1]
+        texts, ids, mask = self._encode(prompts)
+        self.longest_prompt = ids.shape[1]
+        unknown = ((ids == tokenizer.unk_token_id) & mask).any(1)
+        if unknown.any():
+            text = texts[int(unknown.int().argmax())]
+            raise ValueError(
+                f"the prompt {text[:80]!r} holds a word that the tokenizer does not know; widen "
+                "the task's vocabulary (data.puzzles.max_intermediate) or drop the prompt"
+            )
 
     def train_dataloader(self) -> "IterationLoader":
         """One batch an iteration; it knows where to go on after a resume."""
