@@ -8,8 +8,7 @@ FROM ${BASE_IMAGE}
 
 ENV PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
-    PYTHONUNBUFFERED=1 \
-    OMP_WAIT_POLICY=PASSIVE
+    PYTHONUNBUFFERED=1
 
 # The virtual environment sees the base's torch and pip, and leaves the base's own packages alone.
 RUN python3 -m venv --system-site-packages --without-pip /opt/venv

@@ -117,7 +117,11 @@ class _CLI(LightningCLI):
             save_config_callback=RunConfig,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            parser_kwargs={**parser, **{name: dict(parser) for name in self.subcommands()}},
+            parser_kwargs={
+                "prog": "python -m tre_lightning",
+                **parser,
+                **{name: dict(parser) for name in self.subcommands()},
+            },
             trainer_defaults={
                 "default_root_dir": "runs/default",
                 "enable_model_summary": False,

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,6 @@ class CountdownDataModule(PromptDataModule):
 
     def __init__(
         self,
-        tokenizer: str | None = None,
         puzzles: PuzzleSpec = PuzzleSpec(),
         format: Format = "think_answer",
         instruct: bool = True,
@@ -53,16 +53,11 @@ class CountdownDataModule(PromptDataModule):
         eval_file: str | None = None,
         val_size: int = 256,
         test_size: int = 1024,
-        batch_size: int = 64,
-        iterations_per_epoch: int = 10,
-        eval_batch_size: int = 64,
-        max_prompt_length: int = 512,
-        seed: int = 42,
+        **kwargs: Any,
     ) -> None:
         """Keep the options.
 
         Args:
-            tokenizer: directory or hub name; the command line sets it to the policy's.
             puzzles: what generated puzzles look like.
             format: what a response must look like to score 1.
             instruct: ask in English, as for a pretrained model; else ``3 5 7 = 22 :``.
@@ -71,15 +66,9 @@ class CountdownDataModule(PromptDataModule):
                 val_file/ and test_file/.
             val_size: generated validation puzzles.
             test_size: generated test puzzles.
-            batch_size: prompts an iteration, over all devices.
-            iterations_per_epoch: PPO iterations an epoch; validation runs between epochs.
-            eval_batch_size: held-out prompts a batch, over all devices.
-            max_prompt_length: longest prompt, tokens; a longer one is an error.
-            seed: of the puzzles and their order.
+            kwargs: options of :class:`PromptDataModule`.
         """
-        super().__init__(
-            tokenizer, batch_size, iterations_per_epoch, eval_batch_size, max_prompt_length, seed
-        )
+        super().__init__(**kwargs)
         for name, value in (("val_size", val_size), ("test_size", test_size)):
             if value < 1:
                 raise ValueError(f"data.{name}={value} must be at least 1 puzzle")
