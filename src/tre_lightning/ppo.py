@@ -368,14 +368,15 @@ class PPOModule(LightningModule):
     on_test_epoch_end = on_validation_epoch_end
 
     def predict_step(self, prompts: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """One record a prompt: prompt, responses and scores."""
+        """One record a prompt: prompt, responses and scores (None = could not be scored)."""
         _, texts, scores = self._answer(prompts)
         n = self.evaluation_args.num_responses
+        values = [None if math.isnan(score) else score for score in scores.tolist()]
         return [
             {
                 "prompt": prompt,
                 "responses": texts[i * n : (i + 1) * n],
-                "scores": scores[i * n : (i + 1) * n].tolist(),
+                "scores": values[i * n : (i + 1) * n],
             }
             for i, prompt in enumerate(prompts.texts)
         ]
