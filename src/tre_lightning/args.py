@@ -89,8 +89,7 @@ class PPOArgs:
         for name in ("num_epochs", "num_minibatches", "micro_batch_size"):
             at_least(f"ppo.{name}", getattr(self, name), 1)
         for name in ("gamma", "gae_lambda"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"ppo.{name}={getattr(self, name)} must lie in [0, 1]")
+            unit_share(f"ppo.{name}", getattr(self, name))
         if not 0.0 < self.clip_eps_low < 1.0:
             raise ValueError(f"ppo.clip_eps_low={self.clip_eps_low} must lie between 0 and 1")
         positive("ppo.clip_eps_high", self.clip_eps_high)
@@ -173,3 +172,9 @@ def positive(name: str, value: float) -> None:
     """Raise ValueError unless the value is above 0."""
     if not value > 0.0:
         raise ValueError(f"{name}={value} must be above 0")
+
+
+def unit_share(name: str, value: float) -> None:
+    """Raise ValueError unless the value lies in [0, 1]."""
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name}={value} must lie in [0, 1]")

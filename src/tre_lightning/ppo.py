@@ -38,6 +38,7 @@ from tre_lightning.experience import (
     compute_targets,
     minibatches,
 )
+from tre_lightning.horizon import total_batches
 from tre_lightning.losses import label_logprobs, masked_sum, policy_loss, value_loss
 from tre_lightning.metrics import MaskedMean
 from tre_lightning.policy import (
@@ -158,7 +159,7 @@ class PPOModule(LightningModule):
         """One PPO iteration."""
         started = time.perf_counter()
         terms = find_loss_terms(self.trainer.callbacks)  # type: ignore[attr-defined]
-        share = self.optim_args.lr_share(self.iteration, self.total_iterations)
+        share = self.optim_args.lr_share(self.iteration, total_batches(self.trainer))
         rollout = self._sample(prompts, self.rollout_args)
         scores = self._score(self._texts(rollout), prompts)
         sampled = time.perf_counter()
@@ -190,14 +191,6 @@ class PPOModule(LightningModule):
                 logger.log_metrics({k: float(v) for k, v in values.items()}, step=self.iteration)
                 logger.save()
         self.iteration += 1
-
-    @property
-    def total_iterations(self) -> float:
-        """Iterations of the whole run; infinite where the trainer has no end."""
-        epochs = self.trainer.max_epochs
-        if epochs is None or epochs < 0:
-            return math.inf
-        return epochs * self.trainer.num_training_batches
 
     def _sample(self, prompts: PromptBatch, how: RolloutArgs | EvaluationArgs) -> Rollout:
         policy, n = self.actor_critic.policy, how.num_responses

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tre_lightning.args import at_least, positive
+from tre_lightning.args import at_least, positive, unit_share
 
 # Options of the task that say nothing about its demonstrations.
 _IRRELEVANT = (
@@ -47,10 +47,7 @@ class WarmStart:
         at_least("warm_start.steps", self.steps, 1)
         at_least("warm_start.batch_size", self.batch_size, 1)
         positive("warm_start.lr", self.lr)
-        if not 0.0 <= self.misleading_share <= 1.0:
-            raise ValueError(
-                f"warm_start.misleading_share={self.misleading_share} must lie in [0, 1]"
-            )
+        unit_share("warm_start.misleading_share", self.misleading_share)
 
     def directory(self, policy: dict[str, Any], data: dict[str, Any], seed: int) -> Path:
         """Folder of the warm start of this model on this task: named by a hash of both."""

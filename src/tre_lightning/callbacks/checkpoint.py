@@ -8,6 +8,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from tre_lightning.args import at_least
+
 FOLDER = "checkpoints"
 
 
@@ -33,10 +35,7 @@ class IterationCheckpoint(Checkpoint):
             monitor: metric of which ``best.ckpt`` holds the highest value.
             keep_all: keep ``iteration=N.ckpt`` of every save too.
         """
-        if every_n_iterations < 1:
-            raise ValueError(
-                f"checkpoint.every_n_iterations={every_n_iterations} must be at least 1"
-            )
+        at_least("checkpoint.every_n_iterations", every_n_iterations, 1)
         self.every_n_iterations = every_n_iterations
         self.monitor = monitor
         self.keep_all = keep_all

@@ -17,6 +17,8 @@ from rich.progress import (
 )
 from rich.table import Column
 
+from tre_lightning.horizon import total_batches
+
 _SHOWN = {
     "rollout/score": "score {:.3f}",
     "entropy/full": "entropy {:.2f}",
@@ -56,10 +58,7 @@ class RunProgress(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the bar where the run starts or goes on."""
-        epochs = trainer.max_epochs
-        self._total = (
-            math.inf if epochs is None or epochs < 0 else epochs * trainer.num_training_batches
-        )
+        self._total = total_batches(trainer)
         self._start, self._started = self._done(trainer), time.perf_counter()
         if not self._enabled or not sys.stdout.isatty():
             return

@@ -5,6 +5,7 @@ from typing import Protocol, runtime_checkable
 
 from lightning.pytorch import LightningDataModule
 
+from tre_lightning.args import at_least, unit_share
 from tre_lightning.data.prompts import PromptDataModule
 from tre_lightning.seeding import uniforms
 
@@ -40,11 +41,9 @@ class Demonstrations(LightningDataModule):
         super().__init__()
         if not isinstance(task, Demonstrates):
             raise ValueError(f"{type(task).__name__} has no demonstration() to learn from")
-        for name, value in (("steps", steps), ("batch_size", batch_size)):
-            if value < 1:
-                raise ValueError(f"warm_start.{name}={value} must be at least 1")
-        if not 0.0 <= misleading_share <= 1.0:
-            raise ValueError(f"warm_start.misleading_share={misleading_share} must lie in [0, 1]")
+        at_least("warm_start.steps", steps, 1)
+        at_least("warm_start.batch_size", batch_size, 1)
+        unit_share("warm_start.misleading_share", misleading_share)
         self.task: Demonstrates = task
         self.prompts = task
         self.steps = steps

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from tre_lightning.args import at_least
 from tre_lightning.policy import load_tokenizer
 from tre_lightning.rollout import PromptBatch
 
@@ -58,8 +59,7 @@ class PromptDataModule(LightningDataModule, ABC):
             "max_prompt_length": max_prompt_length,
         }
         for name, value in named.items():
-            if value < 1:
-                raise ValueError(f"data.{name}={value} must be at least 1")
+            at_least(f"data.{name}", value, 1)
         self.tokenizer_source = tokenizer
         self.batch_size = batch_size
         self.iterations_per_epoch = iterations_per_epoch
