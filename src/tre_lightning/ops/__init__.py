@@ -1,0 +1,1 @@
+"""Log-probabilities and entropies at the speed of memory."""

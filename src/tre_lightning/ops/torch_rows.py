@@ -1,0 +1,197 @@
+"""The passes over the logits, in plain torch: summary, wide regions, gradient.
+
+A step takes as many rows as stay in the processor's cache, so that each pass reads the logits from
+memory once, whatever is computed from them.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tre_lightning.ops.region import (
+    BLOCK,
+    STEP,
+    Region,
+    RegionRows,
+    Summary,
+    as_computed,
+    batches,
+    compute_dtype,
+)
+
+_FLOOR = -1e30  # stands for a logit of -inf where it meets a factor of 0
+
+
+def summarise(logits: Tensor, temperature: float) -> Summary:
+    """Norm, entropy and blocks of ``softmax(logits / temperature)``, ``[N, V]``."""
+    pieces = [_summarise(x, buffer) for _, x, buffer in _steps(logits, temperature)]
+    return Summary(*(torch.cat(column) for column in zip(*pieces, strict=True)))
+
+
+def read(
+    logits: Tensor,
+    temperature: float,
+    summary: Summary,
+    region: Region,
+    rows: Tensor,
+    out: RegionRows,
+) -> None:
+    """Fill in the regions of some rows from all their logits.
+
+    The logits fall into bins by the upper 16 bits of their float, which are in the order of the
+    floats; the bin in which the region ends is sorted.
+    """
+    for part in batches(rows, logits.shape[1]):
+        _read_batch(logits, temperature, summary, region, part, out)
+
+
+def gradient(
+    logits: Tensor,
+    temperature: float,
+    log_norm: Tensor,
+    ids: Tensor,
+    at_ids: Tensor,
+    factor: Tensor,
+    wide: Sequence[tuple[RegionRows, Tensor, Tensor]],
+    out: Tensor,
+) -> None:
+    """Write p_j * f_j + what is added at some tokens, to ``out``, which may be ``logits``.
+
+    Args:
+        logits: ``[N, V]``.
+        temperature: p is the softmax of logits / temperature, x.
+        log_norm: logsumexp of x, ``[N]``.
+        ids: tokens ``[N, K]`` at which something is added.
+        at_ids: what is added there, ``[N, K]``.
+        factor: f_j before the wide regions, ``[N]``.
+        wide: regions with slope and level ``[N]`` each: slope * (x_j + level) is added to f_j at
+            the tokens of the region, in the rows where it is wide.
+        out: ``[N, V]``, of the dtype of the logits.
+    """
+    for rows, x, buffer in _steps(logits, temperature):
+        p = out[rows] if out.dtype == x.dtype else buffer
+        full = factor[rows, None]
+        for region, slope, level in wide:
+            part = region.rows(rows)
+            which = part.wide.nonzero().squeeze(1)
+            if not len(which):
+                continue
+            every = len(which) == len(x)
+            z = x if every else x[which]
+            piece = z.clamp(min=_FLOOR).add_(level[rows][which, None])
+            piece.mul_(slope[rows][which, None])
+            if (part.threshold[which] > -math.inf).any():
+                piece.mul_(_mask(z, part.rows(which)))
+            if every:
+                full = piece.add_(full)
+            else:
+                full = full.repeat(1, x.shape[1] // full.shape[1])
+                full[which] += piece
+        torch.softmax(x, 1, out=p).mul_(full).scatter_add_(1, ids[rows], at_ids[rows])
+        if p is buffer:
+            out[rows] = p
+
+
+def _steps(logits: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Rows, their logits in the compute dtype, temperature applied, and a buffer of their shape."""
+    count, vocabulary = logits.shape
+    dtype = compute_dtype(logits)
+    step = max(2, STEP // vocabulary)  # torch's softmax gives each thread whole rows
+    buffers = logits.new_empty((2, min(step, count), vocabulary), dtype=dtype)
+    for start in range(0, max(count, 1), step):  # one step without rows if there are none
+        x = logits[start : start + step]
+        if dtype != logits.dtype:
+            x = buffers[0, : len(x)].copy_(x)
+        if temperature != 1.0:
+            x = torch.div(x, temperature, out=buffers[0, : len(x)])
+        yield slice(start, start + len(x)), x, buffers[1, : len(x)]
+
+
+def _summarise(x: Tensor, p: Tensor) -> Summary:
+    block_max = _over_blocks(x, torch.amax)
+    peak, block = block_max.max(1)
+    torch.softmax(x, 1, out=p)
+    # torch adds a row up token by token, in float32 to some 1e-5; these sums tell what it missed.
+    block_mass = _over_blocks(p, torch.sum)
+    total = block_mass.sum(1)
+    # The largest probability is 1 / sum(exp(x - peak)); it stands in the block of the peak.
+    near = block.unsqueeze(1) * BLOCK + torch.arange(BLOCK, device=x.device)
+    largest = p.gather(1, near.clamp_(max=x.shape[1] - 1)).amax(1)
+    log_norm = peak + (total / largest).log()
+    entropy = (log_norm - _dot(p, x) / total).clamp(min=0.0)
+    return Summary(log_norm, entropy, block_max, block_mass / total.unsqueeze(1))
+
+
+def _over_blocks(x: Tensor, reduce: Any) -> Tensor:
+    """Reduce every BLOCK neighbours, ``[N, V] -> [N, ceil(V / BLOCK)]``."""
+    whole = x.shape[1] - x.shape[1] % BLOCK
+    parts = [reduce(x[:, :whole].unflatten(1, (-1, BLOCK)), 2)] if whole else []
+    if whole < x.shape[1]:
+        parts.append(reduce(x[:, whole:], 1, keepdim=True))
+    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+
+def _read_batch(
+    logits: Tensor,
+    temperature: float,
+    summary: Summary,
+    region: Region,
+    rows: Tensor,
+    out: RegionRows,
+) -> None:
+    x = as_computed(logits[rows], temperature).add_(0.0)  # -0 becomes 0: they tie
+    log_norm = summary.log_norm[rows, None]
+    p = (x - log_norm).exp_()
+    wanted, weight = region.top_p or float(region.top_k or 0), p.double()
+    if region.top_p is None:
+        weight = (x > -math.inf).double()
+    bits = 8 * x.element_size()
+    raw = x.view({32: torch.int32, 64: torch.int64}[bits])
+    ordered = raw ^ ((raw >> (bits - 1)) & (2 ** (bits - 1) - 1))
+    bins = (ordered >> (bits - 16)).long().add_(2**15)
+    held = weight.new_zeros(len(x), 2**16).scatter_add_(1, bins, weight).flip(1)
+    reached = held.cumsum(1)
+    # Rounding may leave top_p out of reach; the last bin with any mass ends the region then.
+    target = reached[:, -1:].clamp(max=wanted)
+    crossing = (reached < target).sum(1, keepdim=True)
+    above = (reached - held).gather(1, crossing)
+    ends = bins == 0xFFFF - crossing
+    for i, row in enumerate(rows.tolist()):
+        ids = ends[i].nonzero().squeeze(1)
+        values, order = x[i, ids].sort(descending=True, stable=True)  # ties: lower id first
+        mass = weight[i, ids[order]].cumsum(0) + above[i]
+        place = min(int((mass < target[i]).sum()), len(ids) - 1)
+        out.threshold[row] = values[place]
+        if place + 1 < len(ids) and values[place + 1] == values[place]:
+            out.last[row] = ids[order[place]]
+    inside = _mask(x, out.rows(rows))
+    out.size[rows] = inside.sum(1).long()
+    inside.mul_(p)
+    mass = inside.sum(1)
+    out.mass[rows] = mass
+    out.tail_mass[rows] = p.sub_(inside).sum(1)
+    entropy = log_norm.squeeze(1) + mass.log() - _dot(inside, x) / mass
+    out.entropy[rows] = entropy.clamp_(min=0.0)
+
+
+def _mask(x: Tensor, region: RegionRows) -> Tensor:
+    """1 inside the region and 0 outside, ``[N, V]`` in the dtype of x."""
+    # Comparing in place keeps the dtype: torch's masks and selections by bool are far slower.
+    mask = x.clone().ge_(region.threshold.unsqueeze(1))
+    for row in (region.last < x.shape[1] - 1).nonzero().squeeze(1).tolist():
+        first = int(region.last[row]) + 1
+        mask[row, first:] = x[row, first:] > region.threshold[row]
+    return mask
+
+
+def _dot(p: Tensor, x: Tensor) -> Tensor:
+    """Sum of p * x over each row; a token of probability 0 adds nothing, whatever its logit."""
+    dots = torch.mul(p, x).sum(1)
+    odd = dots.isnan()
+    if odd.any():
+        odd &= ~p[:, 0].isnan()  # a row with NaN stays NaN
+        dots[odd] = torch.mul(p[odd], x[odd].clamp(min=_FLOOR)).sum(1)
+    return dots
