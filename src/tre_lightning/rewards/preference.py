@@ -1,0 +1,274 @@
+"""Scores of a reward model, a Hugging Face sequence classifier with one label, in this process.
+
+How a prompt and a response become one text is decided here, for training and scoring alike: the
+reward model's own chat template where it has one, else a transcript in the format of Anthropic's
+HH data (Bai et al. 2022, arXiv 2204.05862) with the end token behind it.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Literal, Protocol, Self, cast, get_args
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from tre_lightning.args import at_least
+from tre_lightning.errors import read
+from tre_lightning.policy import load_tokenizer
+
+ChatPrompt = str | Sequence[Mapping[str, str]]  # a text, or messages with role and content
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+_SPEAKERS = {"user": "Human", "assistant": "Assistant"}
+_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+class PreferenceScorer(Protocol):
+    """What scores responses to prompts: a model in this process, or a server."""
+
+    def score(self, prompts: Sequence[ChatPrompt], responses: Sequence[str]) -> list[float]:
+        """A score of each response to the prompt at its place; NaN = could not be scored."""
+
+
+class RewardModelScorer:
+    """A frozen reward model; no module, so that no checkpoint of a trainer holds it."""
+
+    def __init__(
+        self,
+        model: str,
+        batch_size: int = 64,
+        max_length: int | None = None,
+        dtype: Dtype = "float32",
+    ) -> None:
+        """Read the configuration; the weights are loaded when they are first needed.
+
+        Args:
+            model: directory or hub name of a sequence classifier with one label.
+            batch_size: texts in a forward pass.
+            max_length: longest text, tokens; a longer one gets NaN. None = the model's context.
+            dtype: of the weights.
+
+        Raises:
+            ValueError: if there is no such model or it has not exactly one label.
+        """
+        at_least("reward.batch_size", batch_size, 1)
+        if max_length is not None:
+            at_least("reward.max_length", max_length, 1)
+        if dtype not in get_args(Dtype):
+            raise ValueError(f"reward.dtype={dtype} is unknown; use one of {get_args(Dtype)}")
+        config = read("reward.model", model, AutoConfig.from_pretrained)
+        if config.num_labels != 1:
+            raise ValueError(
+                f"reward.model={model} has {config.num_labels} labels; give a sequence classifier "
+                "with one (num_labels: 1)"
+            )
+        self.name = model
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.dtype = dtype
+        self._device = torch.device("cpu")
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The reward model's own tokenizer."""
+        return read("reward.model", self.name, load_tokenizer)
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The reward model, frozen.
+
+        Raises:
+            ValueError: if it cannot be loaded, or weights are missing in its files.
+        """
+        # Weights made in inference mode, as during a validation, could not be moved afterwards.
+        with torch.inference_mode(False):
+            model, info = read(
+                "reward.model",
+                self.name,
+                lambda name: AutoModelForSequenceClassification.from_pretrained(
+                    name, dtype=getattr(torch, self.dtype), output_loading_info=True
+                ),
+            )
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(
+                f"reward.model={self.name} has no weights for {', '.join(missing[:3])}; give a "
+                "trained sequence classifier, not a language model"
+            )
+        if model.config.get_text_config().pad_token_id is None:
+            set_pad_token(model.config, int(self.tokenizer.pad_token_id))
+        model.config.use_cache = False
+        return cast(PreTrainedModel, model.eval().requires_grad_(False).to(self._device))
+
+    def to(self, device: torch.device | str) -> Self:
+        """Score on this device from now on; the caller says so on use, it costs nothing there."""
+        self._device = torch.device(device)
+        if "model" in vars(self) and self.model.device != self._device:
+            self.model.to(self._device)  # type: ignore[arg-type]
+        return self
+
+    @torch.no_grad()
+    def score(self, prompts: Sequence[ChatPrompt], responses: Sequence[str]) -> list[float]:
+        """A score of each response to the prompt at its place, float32.
+
+        NaN = could not be scored: the text is too long, or the model's output is not finite.
+
+        Raises:
+            ValueError: for a prompt that is neither text nor messages, or unequal numbers.
+        """
+        check_equal_numbers(prompts, responses)
+        scores = [math.nan] * len(responses)
+        if not scores:
+            return scores
+        model = self.model
+        rows = encode(self.tokenizer, prompts, responses)
+        limit = self.max_length or context_length(model.config, self.tokenizer)
+        # Texts of like length share a batch; the longest first, where memory is needed most.
+        order = [i for i, row in enumerate(rows) if limit is None or len(row) <= limit]
+        order.sort(key=lambda i: len(rows[i]), reverse=True)
+        pad_token_id = int(model.config.get_text_config().pad_token_id)
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            ids, mask = pad([rows[i] for i in batch], pad_token_id)
+            # The trainer's mixed precision is not this model's.
+            with torch.autocast(model.device.type, enabled=False):
+                values = scalar_scores(model, ids.to(model.device), mask.to(model.device))
+            for i, value in zip(batch, values.tolist(), strict=True):
+                scores[i] = value if math.isfinite(value) else math.nan
+        return scores
+
+
+def as_messages(prompt: ChatPrompt, field: str = "prompt") -> list[dict[str, str]]:
+    r"""A prompt as messages with ``role`` and ``content``.
+
+    A text that starts with ``\n\nHuman:`` is a transcript and is split into its turns, a last
+    empty ``\n\nAssistant:`` left out. Any other text is one message of the user.
+
+    Args:
+        prompt: text or messages.
+        field: what an error message calls it.
+
+    Raises:
+        ValueError: if it is neither text nor a list of at least one such message.
+    """
+    if isinstance(prompt, str):
+        if not prompt.startswith(HUMAN):
+            return [{"role": "user", "content": prompt}]
+        _, *parts = re.split(r"\n\n(Human|Assistant):", prompt)
+        turns = zip(parts[::2], parts[1::2], strict=True)
+        messages = [{"role": _ROLES[who], "content": text.strip()} for who, text in turns]
+        if messages[-1] == {"role": "assistant", "content": ""}:
+            messages.pop()
+        return messages
+    given: object = prompt
+    if not (isinstance(given, Sequence) and given and all(map(_is_message, given))):
+        raise ValueError(
+            f"{field}={repr(prompt)[:80]} is neither text nor messages; give a string or a list "
+            'of at least one {"role": ..., "content": ...}, both strings'
+        )
+    return [{"role": message["role"], "content": message["content"]} for message in prompt]
+
+
+def _is_message(value: object) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(value.get(key), str) for key in ("role", "content")
+    )
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[ChatPrompt], responses: Sequence[str]
+) -> list[list[int]]:
+    r"""Token ids of each prompt with its response, as a reward model reads them.
+
+    Without a chat template the text is ``\n\nHuman: ...\n\nAssistant: ...`` (other roles by their
+    own name, white space around a message stripped) and the end token follows it.
+
+    Raises:
+        ValueError: for a prompt that is neither text nor messages, or that the chat template
+            refuses.
+    """
+    templated = tokenizer.chat_template is not None
+    texts = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        messages = [*as_messages(prompt), {"role": "assistant", "content": response}]
+        text = _in_template(tokenizer, messages) if templated else _transcript(messages)
+        texts.append(text.encode(errors="replace").decode())  # no lone surrogates
+    if not texts:
+        return []
+    # A chat template writes the special tokens itself.
+    encoded = tokenizer(texts, add_special_tokens=not templated, verbose=False)["input_ids"]
+    rows = cast(list[list[int]], encoded)
+    end = tokenizer.eos_token_id
+    if not templated and end is not None:
+        rows = [row if row[-1:] == [end] else [*row, int(end)] for row in rows]
+    return rows
+
+
+def _in_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
+    try:
+        return cast(str, tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception as error:  # a template may raise anything
+        roles = " ".join(message["role"] for message in messages)
+        raise ValueError(
+            f"the reward model's chat template refuses messages of the roles {roles} "
+            f"({type(error).__name__}: {str(error)[:100]}); change the prompts"
+        ) from error
+
+
+def _transcript(messages: list[dict[str, str]]) -> str:
+    return "".join(
+        f"\n\n{_SPEAKERS.get(m['role'], m['role'].capitalize())}: {m['content'].strip()}"
+        for m in messages
+    )
+
+
+def pad(rows: Sequence[Sequence[int] | Tensor], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask (both int64) ``[B, T]``, padded on the right.
+
+    Sequence classifiers of transformers take the score at the last token that is not
+    ``pad_token_id``, so it must be the one of their configuration; then padding changes nothing,
+    also where it is the end token, which just is never the one that counts.
+    """
+    ids = torch.full((len(rows), max(map(len, rows))), pad_token_id)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)] = torch.as_tensor(row)
+        mask[number, : len(row)] = 1
+    return ids, mask
+
+
+def scalar_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Scores ``[B]``, float32, of padded texts ``[B, T]``."""
+    logits: Tensor = model(input_ids=input_ids, attention_mask=attention_mask).logits
+    return logits.squeeze(-1).float()
+
+
+def set_pad_token(config: PreTrainedConfig, pad_token_id: int) -> None:
+    """Tell a classifier which token is padding, its text part where it has others too."""
+    config.pad_token_id = pad_token_id
+    config.get_text_config().pad_token_id = pad_token_id
+
+
+def context_length(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Longest text of a model, tokens; None = no limit is known."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    # A tokenizer without a limit of its own has one of about 1e30.
+    known = [int(n) for n in (context, tokenizer.model_max_length) if n is not None and n < 1e9]
+    return min(known, default=None)
+
+
+def check_equal_numbers(prompts: Sequence[ChatPrompt], responses: Sequence[str]) -> None:
+    """Raise ValueError unless there is one response for each prompt."""
+    if len(prompts) != len(responses):
+        raise ValueError(
+            f"{len(prompts)} prompts and {len(responses)} responses; give one response a prompt"
+        )
