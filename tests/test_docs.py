@@ -40,7 +40,6 @@ def test_readme_method_is_a_loss_term() -> None:
     exec(block, names)  # our own README
     term = names["ConfidencePenalty"](coef=0.5)  # type: ignore[operator]
     assert isinstance(term, LossTerm) and term.coef_at(3) == 0.5
-    logprobs = torch.tensor([[-1.0, -2.0]])
-    outputs = PolicyOutputs(torch.zeros(1, 2, 4), logprobs, torch.ones(1, 2, dtype=torch.bool))
-    assert torch.equal(term.per_token(outputs), logprobs)
+    logprobs = torch.tensor([-1.0, -2.0])
+    assert torch.equal(term.per_token(PolicyOutputs(logprobs, {})), logprobs)
     assert term.name == "confidence"
