@@ -7,9 +7,10 @@ and computed with in float32; nothing of their size is allocated. Their last axi
 Triton's maximum passes over NaN; NaN reaches the results through the sums.
 """
 
-# Triton's decorators and the bodies of its kernels have no types.
+# The bodies of kernels have no types, and Triton's own types take a launch for a call of the body.
 # mypy: disallow-untyped-decorators=False, disallow-untyped-defs=False
 # mypy: disallow-untyped-calls=False, disallow-incomplete-defs=False
+# mypy: disable-error-code="arg-type,call-arg,misc,operator"
 
 import math
 from collections.abc import Sequence
@@ -53,7 +54,7 @@ def summarise(logits: Tensor, temperature: float) -> Summary:
             *parts,
             BLOCK=BLOCK,
             BLOCKS=_TILE // BLOCK,
-            num_warps=4,
+            num_warps=8,
         )
         _row_sums[(count,)](
             blocks,
@@ -256,10 +257,9 @@ def _row_sums(
     for start in range(0, blocks, LOOP):
         block = start + tl.arange(0, LOOP)
         here = row * blocks + block
-        peak = tl.load(block_max + here, mask=block < blocks, other=float("-inf"))
-        mass = tl.load(block_mass + here, mask=block < blocks, other=0.0)
-        mass = tl.exp2((peak - top) * scale) * mass / total
-        tl.store(block_mass + here, mass, mask=block < blocks)
+        d_block = (tl.load(block_max + here, mask=block < blocks, other=0.0) - top) * scale
+        mass = tl.load(block_mass + here, mask=block < blocks, other=0.0) / total
+        tl.store(block_mass + here, tl.exp2(d_block) * mass, mask=block < blocks)
 
 
 @triton.jit
@@ -310,10 +310,7 @@ def _read(
         held = tl.zeros((16, LOOP), tl.float32)
         for start in range(0, vocabulary, LOOP):
             x, key = _load(logits, start + tl.arange(0, LOOP), vocabulary, inverse, UNUSED)
-            if NUCLEUS:
-                weight = tl.exp(x - norm)
-            else:
-                weight = (x > float("-inf")).to(tl.float32)
+            weight = tl.exp(x - norm) if NUCLEUS else (x > float("-inf")).to(tl.float32)
             held += tl.where(key[None, :] >= edges[:, None], weight[None, :], 0.0)
         reached = tl.sum(held.to(tl.float64), axis=1)
         # Rounding may leave top_p out of reach; the smallest logit with any mass ends the region.
