@@ -24,12 +24,14 @@ from tre_lightning.ops import torch_rows
 from tre_lightning.ops.region import BLOCK, Region, RegionRows, Summary, as_computed
 
 _TILE = 64 * BLOCK  # tokens that one program streams through
-_LOOP = 1024  # tokens, or blocks, of one step where one program goes through a row
+_LOOP = 512  # tokens, or blocks, of one step where one program goes through a row
 _CHUNK = 64  # tokens of a list that one program compares with the whole list
 # Bits at the end of a float32 that are the same in every number of the dtype.
 _UNUSED_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 _LOG2_E = math.log2(math.e)
 _LN_2 = tl.constexpr(math.log(2.0))
+# x / temperature has the same bits in every kernel, whatever is done with it next.
+_EXACT = {"enable_fp_fusion": False}
 
 
 def summarise(logits: Tensor, temperature: float) -> Summary:
@@ -55,6 +57,7 @@ def summarise(logits: Tensor, temperature: float) -> Summary:
             BLOCK=BLOCK,
             BLOCKS=_TILE // BLOCK,
             num_warps=8,
+            **_EXACT,
         )
         _row_sums[(count,)](
             blocks,
@@ -67,6 +70,7 @@ def summarise(logits: Tensor, temperature: float) -> Summary:
             TILES=triton.next_power_of_2(tiles),
             LOOP=_LOOP,
             num_warps=4,
+            **_EXACT,
         )
     # Divided by torch, as the candidates are: a tie across the edge shows by bitwise equality.
     return Summary(log_norm, entropy, as_computed(block_max, temperature), block_mass)
@@ -110,6 +114,7 @@ def read(
             UNUSED=_UNUSED_BITS[logits.dtype],
             LOOP=_LOOP,
             num_warps=8,
+            **_EXACT,
         )
 
 
@@ -156,6 +161,7 @@ def gradient(
             WIDE=len(wide),
             CHUNK=_CHUNK,
             num_warps=4,
+            **_EXACT,
         )
         _products[(count * tiles,)](
             *shared,
@@ -166,6 +172,7 @@ def gradient(
             WIDE=len(wide),
             TILE=_TILE,
             num_warps=8,
+            **_EXACT,
         )
     out.scatter_(1, ids, sums)  # a token that is listed twice has the same sum twice
 
@@ -303,16 +310,19 @@ def _read(
     above = goal * 0.0  # mass, or tokens, known to lie above the region's smallest logit
     low = tl.full((), -(1 << (31 - UNUSED)), tl.int64)
     LEVELS: tl.constexpr = (32 - UNUSED + 3) // 4
+    SPAN: tl.constexpr = 16 * LOOP
     for level in range(LEVELS):
         shift = 4 * (LEVELS - 1 - level)
         edges = (low + (tl.arange(0, 16).to(tl.int64) << shift)).to(tl.int32)
-        # Each lane adds up in float32 what few tokens it meets; float64 adds up the lanes.
-        held = tl.zeros((16, LOOP), tl.float32)
-        for start in range(0, vocabulary, LOOP):
-            x, key = _load(logits, start + tl.arange(0, LOOP), vocabulary, inverse, UNUSED)
-            weight = tl.exp(x - norm) if NUCLEUS else (x > float("-inf")).to(tl.float32)
-            held += tl.where(key[None, :] >= edges[:, None], weight[None, :], 0.0)
-        reached = tl.sum(held.to(tl.float64), axis=1)
+        reached = tl.zeros((16,), tl.float64)
+        for span in range(0, vocabulary, SPAN):
+            # A lane adds up no more than 16 tokens in float32, which would round many too far.
+            held = tl.zeros((16, LOOP), tl.float32)
+            for start in range(span, tl.minimum(span + SPAN, vocabulary), LOOP):
+                x, key = _load(logits, start + tl.arange(0, LOOP), vocabulary, inverse, UNUSED)
+                weight = tl.exp(x - norm) if NUCLEUS else (x > float("-inf")).to(tl.float32)
+                held += tl.where(key[None, :] >= edges[:, None], weight[None, :], 0.0)
+            reached += tl.sum(held.to(tl.float64), axis=1)
         # Rounding may leave top_p out of reach; the smallest logit with any mass ends the region.
         goal = tl.minimum(goal, tl.max(reached, axis=0))
         enough = reached >= goal
