@@ -243,6 +243,8 @@ def test_a_region_of_one_token_has_entropy_and_gradient_0(
     assert out.region_size.tolist() == [1, 1]
     assert out.entropy.tolist() == [0.0, 0.0]
     assert grad(out.entropy.sum(), logits)[0].count_nonzero() == 0
+    stats = token_stats(logits, torch.tensor([0, 0]), [region])
+    assert stats.entropies[region].scale.tolist() == [0.0, 0.0]
 
 
 def test_only_logprobs_and_entropy_carry_a_gradient() -> None:
@@ -265,6 +267,12 @@ def test_any_number_of_axes_and_any_strides(shape: tuple[int, ...]) -> None:
     fused = fused_linear_token_stats(hidden, weight, labels, [TOP_P], memory=1)
     expected = reference(F.linear(hidden, weight), labels, [TOP_P])
     assert_same(named(fused, TOP_P), named(expected, TOP_P))
+
+
+def test_many_tokens_and_any_strides() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2560, 3, dtype=torch.float64).T
+    assert_like_reference(logits, torch.tensor([5, 0, 2559]), [WHOLE, TOP_K, TOP_P])
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
@@ -505,6 +513,21 @@ def test_more_logits_than_are_worked_on_at_once(region: Region, shape: tuple[int
     assert_like_reference(logits, labels, [region], 0.7)
 
 
+@pytest.mark.parametrize("vocabulary", [512, 513, 3500, 18_000])
+def test_sizes_around_those_that_are_looked_for(vocabulary: int) -> None:
+    # 16 and 128 tokens of a nucleus, then all; 256 of the top k.
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.empty(1, vocabulary, dtype=torch.float64)
+    order = torch.randperm(vocabulary, generator=generator)
+    logits[0, order] = -1e-3 * torch.arange(vocabulary, dtype=torch.float64)
+    p = logits.softmax(-1)[0, order]
+    for size in (15, 16, 17, 18, 127, 128, 129, 130, 255, 256, 257):
+        top_p = float(p[:size].sum() - p[size - 1] / 2)
+        for region in (Region(top_p=top_p), Region(top_k=size)):
+            assert assert_mask(logits, region).size.item() == size
+            assert_like_reference(logits, torch.tensor([0]), [region])
+
+
 # --- ties ---
 
 
@@ -700,24 +723,24 @@ def test_no_gradient_of_a_region_that_the_loss_leaves_out() -> None:
 # --- chunks ---
 
 
-@REGIONS
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_results_do_not_depend_on_memory(region: Region, with_bias: bool) -> None:
+def test_results_do_not_depend_on_memory(with_bias: bool) -> None:
     hidden, weight, bias, labels = operands(150, 4, 60)
     leaves = (hidden, weight, bias) if with_bias else (hidden, weight)
-    row = 60 * 8
+    regions, row = [WHOLE, TOP_K, TOP_P], 60 * 8
     tight = {"rtol": 1e-12, "atol": 1e-12}
     options: dict[str, Any] = {"bias": bias if with_bias else None, "temperature": 0.7}
-    expected = reference(F.linear(*leaves), labels, [region], 0.7)
+    expected = reference(F.linear(*leaves), labels, regions, 0.7)
     d_expected = grad(weighted(expected), *leaves)
-    outside = unfused_loss(leaves, labels, [region], 0.7)
+    outside = unfused_loss(leaves, labels, regions, 0.7)
     d_outside = grad(outside.total, *leaves)
     for memory in (1, row, 7 * row, 64 * row, 149 * row, 150 * row, 2**40):
         options["memory"] = memory
-        stats = fused_linear_token_stats(hidden, weight, labels, [region], **options)
-        assert_same(named(stats, region), named(expected, region), **tight)
+        stats = fused_linear_token_stats(hidden, weight, labels, regions, **options)
+        for region in regions:
+            assert_same(named(stats, region), named(expected, region), **tight)
         assert_same(grad(weighted(stats), *leaves), d_expected, **tight)
-        loss = fused_linear_loss(hidden, weight, labels, curved_loss, [region], **options)
+        loss = fused_linear_loss(hidden, weight, labels, curved_loss, regions, **options)
         assert_same(tuple(loss), tuple(outside), **tight)
         assert_same(grad(loss.total, *leaves), d_outside, **tight)
 

@@ -109,7 +109,7 @@ def test_summary_of_logits_far_from_zero(rows: ModuleType) -> None:
         (1000, 1.0, torch.bfloat16),
         (1000, 1.0, torch.float16),
         (1000, 0.7, torch.float32),
-        (20007, 0.7, torch.bfloat16),
+        (8713, 0.7, torch.bfloat16),
         (5003, 1.0, torch.float32),
     ],
 )
@@ -156,18 +156,19 @@ def test_ties_enter_by_token_id(rows: ModuleType, region: Region, dtype: torch.d
 
 @kernels
 def test_tokens_at_minus_infinity_are_in_no_region(rows: ModuleType) -> None:
-    """With fewer tokens than top_k, and with a mass that rounding keeps under top_p."""
+    """With fewer tokens than top_k, and where rounding keeps the mass under top_p."""
     logits = torch.full((2, 700), -math.inf, device=DEVICE)
     logits[0, ::7] = -300.0
     logits[1, ::7] = torch.linspace(-1.0, 1.0, 100, device=DEVICE)
     for region in (Region(top_k=500), Region(top_p=1.0 - 1e-12)):
         summary = rows.summarise(logits, 1.0)
-        # A norm that is a little too large keeps the whole mass under top_p.
+        # A norm that is a little too large, for want of worse rounding.
         summary = summary._replace(log_norm=summary.log_norm + 1e-3)
         found = find_wide(rows, logits, region, summary)
         assert found.size.tolist() == [100, 100]
         assert found.threshold.tolist() == [-300.0, -1.0]
         assert found.last.tolist() == [699, 699]
+        close(found.mass, torch.ones(2))
         close(found.entropy[0], torch.tensor(math.log(100)))
 
 

@@ -6,6 +6,7 @@ memory once, whatever is computed from them.
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,8 +29,14 @@ _FLOOR = -1e30  # stands for a logit of -inf where it meets a factor of 0
 
 def summarise(logits: Tensor, temperature: float) -> Summary:
     """Norm, entropy and blocks of ``softmax(logits / temperature)``, ``[N, V]``."""
-    pieces = [_summarise(x, buffer) for _, x, buffer in _steps(logits, temperature)]
-    return Summary(*(torch.cat(column) for column in zip(*pieces, strict=True)))
+    count, vocabulary = logits.shape
+    blocks = -(-vocabulary // BLOCK)
+    empty = partial(logits.new_empty, dtype=compute_dtype(logits))
+    out = Summary(empty(count), empty(count), empty(count, blocks), empty(count, blocks))
+    for rows, x, buffer in _steps(logits, temperature):
+        for whole, part in zip(out, _summarise(x, buffer), strict=True):
+            whole[rows] = part
+    return out
 
 
 def read(
@@ -102,7 +109,7 @@ def _steps(logits: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor, 
     dtype = compute_dtype(logits)
     step = max(2, STEP // vocabulary)  # torch's softmax gives each thread whole rows
     buffers = logits.new_empty((2, min(step, count), vocabulary), dtype=dtype)
-    for start in range(0, max(count, 1), step):  # one step without rows if there are none
+    for start in range(0, count, step):
         x = logits[start : start + step]
         if dtype != logits.dtype:
             x = buffers[0, : len(x)].copy_(x)

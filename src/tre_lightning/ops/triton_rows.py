@@ -323,8 +323,9 @@ def _read(
                 weight = tl.exp(x - norm) if NUCLEUS else (x > float("-inf")).to(tl.float32)
                 held += tl.where(key[None, :] >= edges[:, None], weight[None, :], 0.0)
             reached += tl.sum(held.to(tl.float64), axis=1)
-        # Rounding may leave top_p out of reach; the smallest logit with any mass ends the region.
-        goal = tl.minimum(goal, tl.max(reached, axis=0))
+        every = tl.max(reached, axis=0)  # at first all there is, 1 but for rounding
+        first_goal = goal * every if NUCLEUS else tl.minimum(goal, every)
+        goal = tl.where(level == 0, first_goal, goal)
         enough = reached >= goal
         low += (tl.sum(enough.to(tl.int32), axis=0) - 1).to(tl.int64) << shift
         above = tl.maximum(above, tl.max(tl.where(enough, 0.0, reached), axis=0))
@@ -364,17 +365,17 @@ def _read(
     places = tl.minimum(places, tied)
     p_in = p_edge.to(tl.float64) * places
     p_out = p_edge.to(tl.float64) * (tied - places)
-    held_mass = tl.sum(mass_over.to(tl.float64), axis=0) + p_in
-    # q, the softmax over the region, is p / mass.
+    held_in = tl.sum(mass_over.to(tl.float64), axis=0) + p_in
+    held_out = tl.sum(mass_under.to(tl.float64), axis=0) + p_out
+    total = held_in + held_out  # 1 but for rounding
+    # q, the softmax over the region, is p / held_in.
     held_moment = tl.sum(moment.to(tl.float64), axis=0) + p_in * (edge - norm)
-    held_mass = held_mass.to(tl.float32)
-    spread = tl.log(held_mass) - held_moment.to(tl.float32) / held_mass
+    spread = tl.log(held_in.to(tl.float32)) - (held_moment / held_in).to(tl.float32)
     last_id = tl.where(places < tied, tl.max(end, axis=0), vocabulary - 1)
-    outside = tl.sum(mass_under.to(tl.float64), axis=0) + p_out
     tl.store(entropy + row, tl.where(spread < 0.0, 0.0, spread))
     tl.store(size + row, (tl.sum(over, axis=0) + places).to(tl.int64))
-    tl.store(mass + row, held_mass)
-    tl.store(tail_mass + row, outside.to(tl.float32))
+    tl.store(mass + row, (held_in / total).to(tl.float32))
+    tl.store(tail_mass + row, (held_out / total).to(tl.float32))
     tl.store(threshold + row, edge)
     tl.store(last + row, last_id.to(tl.int64))
 
