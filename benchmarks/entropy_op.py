@@ -269,7 +269,7 @@ def measure_memory(what: str, count: int, vocabulary: int, dtype: str) -> float:
     labels = torch.randint(vocabulary, (count,))
     if what.startswith("linear"):
         hidden = torch.randn(count, HIDDEN).to(kind).requires_grad_()
-        weight = torch.empty(vocabulary, HIDDEN, dtype=kind).normal_(std=0.1).requires_grad_()
+        weight = (0.1 * torch.randn(vocabulary, HIDDEN)).to(kind).requires_grad_()
         gradients = (hidden.numel() + weight.numel()) * kind.itemsize
 
         def run() -> None:
