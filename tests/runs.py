@@ -74,6 +74,17 @@ class FailingBonus(EntropyBonus):
         return super().per_token(outputs)
 
 
+class NeedsLogits(EntropyBonus):
+    """An entropy bonus that has the logits computed, and checks them."""
+
+    needs_logits = True
+
+    def per_token(self, outputs: PolicyOutputs) -> Tensor:
+        assert outputs.logits is not None
+        log_p = outputs.logits.log_softmax(-1)
+        return (log_p.exp() * log_p).sum(-1)
+
+
 TRE = {
     "class_path": "tre_lightning.callbacks.TrustRegionEntropy",
     "init_args": {"top_p": 0.9, "coef": 0.01},

@@ -34,13 +34,28 @@ def test_metrics_page_defines_exactly_what_a_run_logs(
     assert runs.texts(tmp_path / "run", "val/samples")
 
 
+def blocks() -> list[str]:
+    """The README's Python."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_readme_ops_give_gradients() -> None:
+    _, ops = blocks()
+    lm_head = torch.nn.Linear(4, 9, bias=False)
+    hidden = torch.randn(2, 3, 4, requires_grad=True)
+    labels = torch.randint(9, (2, 3))
+    names = {"hidden": hidden, "lm_head": lm_head, "labels": labels, "policy_loss": torch.sum}
+    exec(ops, names)  # our own README
+    assert hidden.grad is not None and hidden.grad.any()
+    assert lm_head.weight.grad is not None and lm_head.weight.grad.any()
+
+
 def test_readme_method_is_a_loss_term() -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    method, _ = blocks()
     names: dict[str, object] = {}
-    exec(block, names)  # our own README
+    exec(method, names)  # our own README
     term = names["ConfidencePenalty"](coef=0.5)  # type: ignore[operator]
     assert isinstance(term, LossTerm) and term.coef_at(3) == 0.5
-    logprobs = torch.tensor([[-1.0, -2.0]])
-    outputs = PolicyOutputs(torch.zeros(1, 2, 4), logprobs, torch.ones(1, 2, dtype=torch.bool))
-    assert torch.equal(term.per_token(outputs), logprobs)
+    logprobs = torch.tensor([-1.0, -2.0])
+    assert torch.equal(term.per_token(PolicyOutputs(logprobs, {})), logprobs)
     assert term.name == "confidence"

@@ -306,6 +306,37 @@ def test_micro_batch_size_does_not_change_the_update(
         assert others[tag] == [(step, pytest.approx(v, abs=1e-6)) for step, v in events], tag
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [(), ("--model.ppo.kl_coef=0.5", "--model.policy.critic=shared")],
+    ids=["", "kl-shared"],
+)
+@pytest.mark.parametrize(("precision", "close"), [("64-true", 1e-6), ("32-true", 2e-3)])
+def test_the_fused_ops_change_nothing(
+    precision: str, close: float, flags: tuple[str, ...], tmp_path: Path
+) -> None:
+    # 16 updates, with values and advantages in float32. AdamW would make a whole step of the sign
+    # of a gradient that is all but 0, hence the eps.
+    logits = {"class_path": "runs.NeedsLogits", "init_args": {"coef": 0.02}}
+    ways = {
+        "fused": ("--model.ppo.fused=true", ENTROPY),
+        "reference": ("--model.ppo.fused=false", ENTROPY),
+        "logits": ("--model.ppo.fused=true", logits),
+    }
+    for way, (flag, bonus) in ways.items():
+        changes = {"trainer.callbacks": [runs.TRE, bonus]}
+        precise = f"--trainer.precision={precision}"
+        runs.run(tmp_path / way, flag, precise, "--model.optim.eps=1e-4", *flags, changes=changes)
+    expected, curves = runs.weights(tmp_path / "fused"), runs.scalars(tmp_path / "fused")
+    for way in ("reference", "logits"):
+        assert 0.0 < runs.distance(runs.weights(tmp_path / way), expected) < close
+        others = runs.scalars(tmp_path / way)
+        for tag, events in curves.items():
+            if not tag.endswith("seconds"):
+                same = [(step, pytest.approx(v, rel=close, abs=close)) for step, v in events]
+                assert others[tag] == same, tag
+
+
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -17,15 +17,30 @@ from tre_lightning.callbacks.loss_term import (
     TrustRegionEntropy,
     find_loss_terms,
 )
+from tre_lightning.head import Head, HeadInput
+from tre_lightning.ops import Region
 
 P = [0.5, 0.3, 0.1, 0.1]
 
 
-def outputs(*rows: list[float]) -> PolicyOutputs:
-    """One response whose tokens have these probabilities."""
-    logits = torch.tensor([rows]).log().requires_grad_()
-    shape = logits.shape[:2]
-    return PolicyOutputs(logits, torch.zeros(shape), torch.ones(shape, dtype=torch.bool))
+REGIONS = (
+    Region(),
+    Region(top_k=2),
+    Region(top_k=3),
+    Region(top_p=0.75),
+    Region(top_p=0.85),
+    Region(top_p=0.9),
+)
+
+
+def of_logits(logits: Tensor, fused: bool = True) -> PolicyOutputs:
+    head = Head(REGIONS, temperature=1.0, memory=1, fused=fused)
+    return head.outputs(HeadInput(logits=logits), torch.zeros(len(logits), dtype=torch.long))
+
+
+def outputs(*rows: list[float], fused: bool = True) -> PolicyOutputs:
+    """Tokens that have these probabilities."""
+    return of_logits(torch.tensor(rows).log(), fused)
 
 
 def entropy(*weights: float) -> float:
@@ -45,23 +60,26 @@ def entropy(*weights: float) -> float:
         ({"top_p": 0.85}, [0.5, 0.3, 0.1]),
     ],
 )
-def test_trust_region_entropy_by_hand(region: dict[str, float], kept: list[float]) -> None:
+@pytest.mark.parametrize("fused", [True, False])
+def test_trust_region_entropy_by_hand(
+    region: dict[str, float], kept: list[float], fused: bool
+) -> None:
     scale = math.log(4) / math.log(len(kept))
     rescaled = TrustRegionEntropy(**region)
     plain = TrustRegionEntropy(**region, rescale=False)
-    out = outputs(P, [0.97, 0.01, 0.01, 0.01])
+    out = outputs(P, [0.97, 0.01, 0.01, 0.01], fused=fused)
     loss = rescaled.per_token(out)
-    assert loss.shape == (1, 2)
-    assert loss[0, 0].item() == pytest.approx(-scale * entropy(*kept), rel=1e-5)
-    assert plain.per_token(out)[0, 0].item() == pytest.approx(-entropy(*kept), rel=1e-5)
-    assert rescaled.scale(out)[0, 0].item() == pytest.approx(scale, rel=1e-6)
-    assert torch.equal(plain.scale(out), torch.ones(1, 2))
+    assert loss.shape == (2,)
+    assert loss[0].item() == pytest.approx(-scale * entropy(*kept), rel=1e-5)
+    assert plain.per_token(out)[0].item() == pytest.approx(-entropy(*kept), rel=1e-5)
+    assert rescaled.scale(out)[0].item() == pytest.approx(scale, rel=1e-6)
+    assert torch.equal(plain.scale(out), torch.ones(2))
 
 
 def test_effective_scale_of_top_k_is_log_v_over_log_k() -> None:
     out = outputs(P, [0.97, 0.01, 0.01, 0.01])
     scale = TrustRegionEntropy(top_k=2).scale(out)
-    torch.testing.assert_close(scale, torch.full((1, 2), math.log(4) / math.log(2)))
+    torch.testing.assert_close(scale, torch.full((2,), math.log(4) / math.log(2)))
 
 
 def test_a_region_of_one_token_has_scale_and_loss_zero() -> None:
@@ -74,19 +92,17 @@ def test_a_region_of_one_token_has_scale_and_loss_zero() -> None:
 def test_entropy_bonus_by_hand() -> None:
     term = EntropyBonus()
     out = outputs(P, [0.25] * 4)
-    expected = torch.tensor([[-entropy(*P), -math.log(4)]])
+    expected = torch.tensor([-entropy(*P), -math.log(4)])
     torch.testing.assert_close(term.per_token(out), expected)
-    assert torch.equal(term.scale(out), torch.ones(1, 2))
+    assert torch.equal(term.scale(out), torch.ones(2))
 
 
 def test_lowering_the_loss_raises_the_entropy() -> None:
     for term in (EntropyBonus(), TrustRegionEntropy(top_k=2)):
-        out = outputs(P)
-        before = term.per_token(out)
+        logits = torch.tensor([P]).log().requires_grad_()
+        before = term.per_token(of_logits(logits))
         before.sum().backward()
-        step = PolicyOutputs(
-            (out.logits - 0.1 * out.logits.grad).detach(), out.logprobs, out.response_mask
-        )
+        step = of_logits((logits - 0.1 * logits.grad).detach())
         assert term.per_token(step).item() < before.item()
 
 
@@ -101,13 +117,11 @@ def test_trust_region_entropy_refuses_a_bad_region(region: dict[str, float]) -> 
         TrustRegionEntropy(**region)
 
 
-def test_stats_are_searched_once_for_each_region() -> None:
-    out = outputs(P)
-    assert out.entropy_stats(2, None) is out.entropy_stats(2, None)
-    assert out.entropy_stats(3, None).size.item() == 3
-    assert out.entropy_stats(None, 0.75).size.item() == 2
-    assert not out.entropy_stats(2, None).scaled.requires_grad
-    assert outputs([0.25] * 4).entropy_stats(2, None) is not out.entropy_stats(2, None)
+def test_a_region_that_no_term_names_is_refused() -> None:
+    assert EntropyBonus().regions == (Region(),)
+    assert TrustRegionEntropy(top_k=4).regions == (Region(top_k=4),)
+    with pytest.raises(ValueError, match=r"top_k=4.* name it in the loss term's `regions`"):
+        TrustRegionEntropy(top_k=4).per_token(outputs(P))
 
 
 # --- coefficients ---
@@ -180,7 +194,7 @@ def test_terms_of_different_names_may_run_together() -> None:
 
 def test_a_term_of_its_own_has_scale_one() -> None:
     out = outputs(P, P)
-    assert torch.equal(Constant("mine", 1.0).scale(out), torch.ones(1, 2))
+    assert torch.equal(Constant("mine", 1.0).scale(out), torch.ones(2))
 
 
 @pytest.mark.parametrize(

@@ -17,14 +17,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from tre_lightning.head import HeadInput
 from tre_lightning.policy import (
     ActorCritic,
     PolicyArgs,
     end_tokens,
+    head_input,
     load_language_model,
     load_tokenizer,
     parameter_shapes,
-    response_logits,
     response_positions,
     sequence_inputs,
 )
@@ -60,16 +61,31 @@ def actor_critic(policy: PreTrainedModel, kind: str) -> ActorCritic:
     return model
 
 
+def run(
+    model: ActorCritic, ids: Tensor, mask: Tensor, length: int, takes_hidden: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Logits and values of the last ``length`` tokens."""
+    counted = torch.ones(len(ids), length, dtype=torch.bool)
+
+    def logits(source: HeadInput) -> Tensor:
+        assert (source.logits is None) == takes_hidden
+        made = source.logits if source.head is None else source.head(source.hidden)
+        return made.view(len(ids), length, -1)
+
+    return model(ids, mask, counted, logits, takes_hidden=takes_hidden)
+
+
 # --- forward ---
 
 
+@pytest.mark.parametrize("takes_hidden", [True, False])
 @pytest.mark.parametrize("kind", ["separate", "shared"])
 def test_logits_and_values_are_those_of_each_row_alone(
-    any_policy: PreTrainedModel, rollout: Rollout, kind: str
+    any_policy: PreTrainedModel, rollout: Rollout, kind: str, takes_hidden: bool
 ) -> None:
     model = actor_critic(any_policy, kind)
     ids, mask = sequence_inputs(rollout)
-    logits, values = model(ids, mask, 4)
+    logits, values = run(model, ids, mask, 4, takes_hidden)
     assert logits.shape == (3, 4, 50)
     assert values.shape == (3, 4) and values.dtype == torch.float32
     for row, (p, t) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
@@ -80,21 +96,29 @@ def test_logits_and_values_are_those_of_each_row_alone(
         close = {"atol": 1e-4, "rtol": 1e-4}
         torch.testing.assert_close(logits[row, :t], expected, **close)
         torch.testing.assert_close(values[row, :t], model.value_head(hidden)[:, 0], **close)
-        short_logits, short_values = model(alone, torch.ones_like(alone, dtype=torch.bool), t)
-        torch.testing.assert_close(logits[row, :t], short_logits[0], **close)
-        torch.testing.assert_close(values[row, :t], short_values[0], **close)
+        short = run(model, alone, torch.ones_like(alone, dtype=torch.bool), t, takes_hidden)
+        torch.testing.assert_close(logits[row, :t], short[0][0], **close)
+        torch.testing.assert_close(values[row, :t], short[1][0], **close)
 
 
-def test_response_logits_are_those_of_forward(
-    any_policy: PreTrainedModel, rollout: Rollout
+@pytest.mark.parametrize("takes_hidden", [True, False])
+def test_only_counted_tokens_reach_the_head(
+    policy: PreTrainedModel, rollout: Rollout, takes_hidden: bool
 ) -> None:
+    model = ActorCritic(policy, None)
     ids, mask = sequence_inputs(rollout)
-    logits, _ = ActorCritic(any_policy, None)(ids, mask, 4)
-    torch.testing.assert_close(response_logits(any_policy, ids, mask, 4), logits)
+    every, _ = run(model, ids, mask, 4, takes_hidden)
+
+    def use(source: HeadInput) -> Tensor:
+        return source.logits if source.head is None else source.head(source.hidden)
+
+    counted = rollout.response_mask
+    logits, _ = model(ids, mask, counted, use, takes_hidden=takes_hidden)
+    torch.testing.assert_close(logits, every[counted])
 
 
 def test_response_positions_are_the_predecessors() -> None:
-    assert response_positions(torch.ones(2, 7), 3).tolist() == [3, 4, 5]
+    assert response_positions(torch.ones(2, 7), torch.ones(2, 3)).tolist() == [3, 4, 5]
 
 
 def test_sequence_inputs_put_the_response_behind_the_prompt(rollout: Rollout) -> None:
@@ -118,9 +142,9 @@ def test_sampled_tokens_are_likely_under_forward(
         temperature=1e-5,
     )
     ids, mask = sequence_inputs(rollout)
-    logits = response_logits(any_policy, ids, mask, rollout.response_ids.shape[1])
     counted = rollout.response_mask
-    assert torch.equal(logits.argmax(-1)[counted], rollout.response_ids[counted])
+    source, _ = head_input(any_policy, None, ids, mask, counted)
+    assert torch.equal(source.logits.argmax(-1), rollout.response_ids[counted])
 
 
 # --- critic ---
@@ -130,7 +154,7 @@ def test_sampled_tokens_are_likely_under_forward(
 def test_the_critic_starts_at_0(architecture: dict[str, Any], rollout: Rollout, kind: Any) -> None:
     model = ActorCritic.load(PolicyArgs(architecture=architecture, critic=kind))
     assert (model.critic is None) == (kind == "shared")
-    _, values = model(*sequence_inputs(rollout), 4)
+    _, values = run(model, *sequence_inputs(rollout), 4)
     assert torch.equal(values, torch.zeros(3, 4))
 
 
@@ -141,11 +165,11 @@ def test_a_separate_critic_does_not_follow_the_policy(
     shared = ActorCritic.load(PolicyArgs(architecture=architecture, critic="shared"))
     for model, follows in ((separate, False), (shared, True)):
         torch.nn.init.ones_(model.value_head.weight)
-        before = model(*sequence_inputs(rollout), 4)[1]
+        before = run(model, *sequence_inputs(rollout), 4)[1]
         with torch.no_grad():
             for parameter in model.policy.parameters():
                 parameter.normal_()
-        after = model(*sequence_inputs(rollout), 4)[1]
+        after = run(model, *sequence_inputs(rollout), 4)[1]
         assert torch.equal(before, after) != follows
 
 
@@ -160,7 +184,7 @@ def test_policy_and_critic_share_out_the_parameters(
     assert not ours & theirs
     assert ours | theirs == {id(p) for p in model.parameters()}
     # The loss of the values reaches the critic's parameters, and the policy's in a shared trunk.
-    _, values = model(*sequence_inputs(rollout), 4)
+    _, values = run(model, *sequence_inputs(rollout), 4)
     values.square().sum().backward()
     assert model.value_head.weight.grad.any()
     assert any(p.grad is not None for p in model.policy_parameters()) == (kind == "shared")
@@ -175,7 +199,7 @@ def test_the_critic_may_start_from_a_model_of_its_own(
     torch.nn.init.ones_(model.value_head.weight)
     stored = AutoModelForCausalLM.from_pretrained(model_dir)
     ids, mask = sequence_inputs(rollout)
-    _, values = model(ids, mask, 4)
+    _, values = run(model, ids, mask, 4)
     hidden = stored.base_model(unpadded(rollout, 0)).last_hidden_state[0, 2:6]
     torch.testing.assert_close(values[0], hidden.sum(-1), atol=1e-4, rtol=1e-4)
 
@@ -186,14 +210,14 @@ def test_a_critic_of_another_width_fits(architecture: dict[str, Any], tmp_path: 
     wide.save_pretrained(tmp_path)
     model = ActorCritic.load(PolicyArgs(architecture=architecture, critic_model=str(tmp_path)))
     ids = torch.full((2, 5), 3)
-    _, values = model(ids, torch.ones_like(ids, dtype=torch.bool), 2)
+    _, values = run(model, ids, torch.ones_like(ids, dtype=torch.bool), 2)
     assert values.shape == (2, 2)
 
 
 def test_the_value_head_has_the_policys_type(policy: PreTrainedModel, rollout: Rollout) -> None:
     model = ActorCritic(policy.to(torch.bfloat16), None)
     assert model.value_head.weight.dtype == torch.bfloat16
-    assert model(*sequence_inputs(rollout), 4)[1].dtype == torch.float32
+    assert run(model, *sequence_inputs(rollout), 4)[1].dtype == torch.float32
 
 
 # --- loading and saving ---
@@ -223,7 +247,7 @@ def test_training_carries_no_dropout_noise(
     model = ActorCritic.load(args).train()
     torch.nn.init.normal_(model.value_head.weight)
     ids = torch.arange(20).view(2, 10)
-    first, second = (model(ids, torch.ones_like(ids, dtype=torch.bool), 4) for _ in range(2))
+    first, second = (run(model, ids, torch.ones_like(ids, dtype=torch.bool), 4) for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
 

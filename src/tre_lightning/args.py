@@ -70,6 +70,9 @@ class PPOArgs:
         gae_lambda: lambda of generalised advantage estimation.
         whiten_advantages: zero mean and unit variance over the global batch.
         kl_coef: weight of the token-wise KL to the initial policy in the reward; 0 = no reference.
+        fused: log-probabilities and entropies by the fused ops, which never hold all the logits;
+            false = by the readable reference (entropy.py), to check against.
+        logits_memory: MiB of logits that the fused ops hold at a time.
     """
 
     num_epochs: int = 1
@@ -84,9 +87,11 @@ class PPOArgs:
     gae_lambda: float = 1.0
     whiten_advantages: bool = True
     kl_coef: float = 0.0
+    fused: bool = True
+    logits_memory: int = 128
 
     def __post_init__(self) -> None:
-        for name in ("num_epochs", "num_minibatches", "micro_batch_size"):
+        for name in ("num_epochs", "num_minibatches", "micro_batch_size", "logits_memory"):
             at_least(f"ppo.{name}", getattr(self, name), 1)
         for name in ("gamma", "gae_lambda"):
             unit_share(f"ppo.{name}", getattr(self, name))

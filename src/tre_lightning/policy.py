@@ -1,10 +1,10 @@
 """The policy (a Hugging Face causal language model) and its critic."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,10 @@ from transformers import (
 )
 
 from tre_lightning.errors import read
+from tre_lightning.head import HeadInput, plain_head
 from tre_lightning.rollout import Rollout, positions
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -68,12 +71,20 @@ class ActorCritic(nn.Module):
         super().__init__()
         self.policy = policy
         self.critic = critic
+        self._head: list[nn.Linear | None] = []  # a list, so that it is no second parameter
         hidden = (critic or policy).config.get_text_config().hidden_size
         self.value_head = nn.Linear(hidden, 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         self.to(dtype=next(policy.parameters()).dtype)
         self.train()  # from_pretrained leaves it in eval mode, which Lightning warns of
+
+    @property
+    def head(self) -> nn.Linear | None:
+        """The policy's linear head; None where it is more than that. Found at the first use."""
+        if not self._head:
+            self._head.append(plain_head(self.policy))
+        return self._head[0]
 
     @classmethod
     def load(cls, args: PolicyArgs) -> "ActorCritic":
@@ -92,25 +103,32 @@ class ActorCritic(nn.Module):
         return cls(policy, AutoModel.from_pretrained(args.critic_model, config=config))
 
     def forward(
-        self, input_ids: Tensor, mask: Tensor, response_length: int
-    ) -> tuple[Tensor, Tensor]:
-        """Logits ``[B, T, V]`` and values ``[B, T]`` (float32) that precede each response token.
+        self,
+        input_ids: Tensor,
+        mask: Tensor,
+        counted: Tensor,
+        use: Callable[[HeadInput], T],
+        *,
+        takes_hidden: bool = True,
+    ) -> tuple[T, Tensor]:
+        """What ``use`` makes of the counted tokens' head input, and values ``[B, T]`` (float32).
+
+        ``use`` is called in here, where a sharded head has its weight at hand.
 
         Args:
             input_ids: ``[B, P + T]`` prompt and response.
             mask: ``[B, P + T]`` bool, True = a real token.
-            response_length: T.
+            counted: ``[B, T]`` bool, the n response tokens that ``use`` gets, in reading order.
+            use: a function of hidden states and head, or of logits.
+            takes_hidden: hidden states are enough for ``use``; it gets logits if not, or where the
+                head is more than a linear layer.
         """
-        keep = response_positions(mask, response_length)
-        inputs = _inputs(input_ids, mask)
-        if self.critic is None:
-            out = self.policy(**inputs, logits_to_keep=keep, output_hidden_states=True)
-            hidden = out.hidden_states[-1]
-        else:
-            out = self.policy(**inputs, logits_to_keep=keep)
-            hidden = self.critic(**inputs).last_hidden_state
-        values = self.value_head(hidden[:, keep]).squeeze(-1)
-        return out.logits, values.float()
+        head = self.head if takes_hidden else None
+        source, hidden = head_input(self.policy, head, input_ids, mask, counted)
+        if self.critic is not None:
+            hidden = self.critic(**_inputs(input_ids, mask)).last_hidden_state
+        values = self.value_head(hidden[:, response_positions(mask, counted)]).squeeze(-1)
+        return use(source), values.float()
 
     def save_pretrained(self, directory: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write the policy, without the critic, as a plain Hugging Face model directory."""
@@ -127,18 +145,29 @@ class ActorCritic(nn.Module):
         return trunk + list(self.value_head.parameters())
 
 
-def response_logits(
-    policy: PreTrainedModel, input_ids: Tensor, mask: Tensor, response_length: int
-) -> Tensor:
-    """The logits ``[B, T, V]`` of :meth:`ActorCritic.forward` alone."""
-    keep = response_positions(mask, response_length)
-    return cast(Tensor, policy(**_inputs(input_ids, mask), logits_to_keep=keep).logits)
+def head_input(
+    policy: PreTrainedModel,
+    head: nn.Linear | None,
+    input_ids: Tensor,
+    mask: Tensor,
+    counted: Tensor,
+) -> tuple[HeadInput, Tensor]:
+    """What precedes each counted response token, and all last hidden states ``[B, P + T, D]``.
+
+    Arguments as of :meth:`ActorCritic.forward`; ``head`` None asks for the logits.
+    """
+    keep, inputs = response_positions(mask, counted), _inputs(input_ids, mask)
+    if head is None:
+        out = policy(**inputs, logits_to_keep=keep, output_hidden_states=True)
+        return HeadInput(logits=out.logits[counted]), out.hidden_states[-1]
+    hidden = policy.base_model(**inputs).last_hidden_state
+    return HeadInput(hidden=hidden[:, keep][counted], head=head), hidden
 
 
-def response_positions(mask: Tensor, response_length: int) -> Tensor:
+def response_positions(mask: Tensor, counted: Tensor) -> Tensor:
     """Columns whose outputs predict the T response tokens: each one's predecessor, ``[T]``."""
     end = mask.shape[1] - 1
-    return torch.arange(end - response_length, end, device=mask.device)
+    return torch.arange(end - counted.shape[1], end, device=mask.device)
 
 
 def _inputs(input_ids: Tensor, mask: Tensor) -> dict[str, Any]:

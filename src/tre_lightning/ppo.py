@@ -7,10 +7,11 @@ no entropy method: methods are :class:`~tre_lightning.callbacks.LossTerm` callba
 import copy
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
-from typing import Any, Protocol
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -31,6 +32,7 @@ from tre_lightning.args import (
 from tre_lightning.callbacks.loss_term import LossTerm, PolicyOutputs, find_loss_terms
 from tre_lightning.diagnostics import EvaluationMetrics, RolloutMetrics, UpdateMetrics
 from tre_lightning.distributed import world
+from tre_lightning.entropy import EntropyStats
 from tre_lightning.experience import (
     Experience,
     TrainingBatch,
@@ -38,21 +40,25 @@ from tre_lightning.experience import (
     compute_targets,
     minibatches,
 )
+from tre_lightning.head import Head, HeadInput
 from tre_lightning.horizon import total_batches
-from tre_lightning.losses import label_logprobs, masked_sum, policy_loss, value_loss
+from tre_lightning.losses import masked_sum, policy_loss, value_loss
 from tre_lightning.metrics import MaskedMean
+from tre_lightning.ops import Region
 from tre_lightning.policy import (
     ActorCritic,
     PolicyArgs,
     end_tokens,
+    head_input,
     load_tokenizer,
     parameter_shapes,
     refuse_other_model,
-    response_logits,
     sequence_inputs,
 )
 from tre_lightning.rollout import PromptBatch, Rollout, generate
 from tre_lightning.seeding import uniforms
+
+T = TypeVar("T")
 
 
 class Task(Protocol):
@@ -234,19 +240,24 @@ class PPOModule(LightningModule):
         """Log-probabilities, values and entropies of the policy that sampled."""
         pieces: list[tuple[Tensor, ...]] = []
         scales = {term.name: MaskedMean().to(self.device) for term in terms}
+        shown = Region(self.diagnostics_args.top_k, self.diagnostics_args.top_p)
+        head = self._head(terms, shown)
         size = self.ppo_args.micro_batch_size
         for start in range(0, len(rollout), size):
             micro = rollout[start : start + size]
-            outputs, values = self._forward(micro)
-            piece = [outputs.logprobs, values]
-            if self._reference:
-                piece.append(self._reference_logprobs(micro))
-            pieces.append(tuple(piece))
             mask = micro.response_mask
-            stats = outputs.entropy_stats(self.diagnostics_args.top_k, self.diagnostics_args.top_p)
+            labels = micro.response_ids[mask]
+            outputs, values = self._forward(micro, partial(head.outputs, labels=labels), head)
+            piece = [_spread(outputs.logprobs, mask), values]
+            if self._reference:
+                piece.append(self._reference_logprobs(micro, head))
+            pieces.append(tuple(piece))
+            stats = EntropyStats(*(_spread(part, mask) for part in outputs.entropy(shown)))
             self._rollout_metrics.update_entropy(stats, mask)
             for term in terms:
-                scales[term.name].update(term.scale(outputs), mask)
+                scales[term.name].update(
+                    term.scale(outputs), torch.ones_like(labels, dtype=torch.bool)
+                )
         columns = [torch.cat(column) for column in zip(*pieces, strict=True)]
         logprobs, values, *rest = columns
         experience = build_experience(rollout, scores, logprobs, rest[0] if rest else None, values)
@@ -259,24 +270,37 @@ class PPOModule(LightningModule):
             )
         return experience, effective
 
-    def _forward(self, batch: Rollout) -> tuple[PolicyOutputs, Tensor]:
-        ids, mask = sequence_inputs(batch)
-        logits, values = self.actor_critic(ids, mask, batch.response_ids.shape[1])
-        logits = logits / self.rollout_args.temperature
-        outputs = PolicyOutputs(
-            logits=logits,
-            logprobs=label_logprobs(logits, batch.response_ids),
-            response_mask=batch.response_mask,
+    def _head(self, terms: Sequence[LossTerm], *regions: Region) -> Head:
+        """How to compute what these terms ask for."""
+        wanted = dict.fromkeys([*regions, *(region for term in terms for region in term.regions)])
+        return Head(
+            regions=tuple(wanted),
+            temperature=self.rollout_args.temperature,
+            memory=self.ppo_args.logits_memory * 2**20,
+            fused=self.ppo_args.fused,
+            show_logits=any(term.needs_logits for term in terms),
         )
-        return outputs, values
 
-    def _reference_logprobs(self, batch: Rollout) -> Tensor:
+    def _forward(
+        self, batch: Rollout, use: Callable[[HeadInput], T], head: Head
+    ) -> tuple[T, Tensor]:
         ids, mask = sequence_inputs(batch)
-        reference = self._reference[0]
+        made: tuple[T, Tensor] = self.actor_critic(
+            ids, mask, batch.response_mask, use, takes_hidden=head.takes_hidden
+        )
+        return made
+
+    def _reference_logprobs(self, batch: Rollout, head: Head) -> Tensor:
+        ids, mask = sequence_inputs(batch)
+        reference, counted = self._reference[0], batch.response_mask
         if reference.device != self.device:
             reference.to(self.device)  # type: ignore[arg-type]
-        logits = response_logits(reference, ids, mask, batch.response_ids.shape[1])
-        return label_logprobs(logits / self.rollout_args.temperature, batch.response_ids)
+        plain = replace(head, regions=(), show_logits=False)
+        linear = self.actor_critic.head and reference.get_output_embeddings()
+        source, _ = head_input(
+            reference, linear if plain.takes_hidden else None, ids, mask, counted
+        )
+        return _spread(plain.outputs(source, batch.response_ids[counted]).logprobs, counted)
 
     def _update(self, minibatch: TrainingBatch, terms: Sequence[LossTerm], share: float) -> None:
         """One optimiser step on this rank's share of a global minibatch."""
@@ -303,28 +327,36 @@ class PPOModule(LightningModule):
     def _loss(self, micro: TrainingBatch, terms: Sequence[LossTerm], tokens: Tensor) -> Tensor:
         """This micro-batch's part of the minibatch's loss; the parts add up to the whole."""
         ppo, mask = self.ppo_args, micro.response_mask
-        outputs, values = self._forward(micro)
-        per_token = {
-            "policy": policy_loss(
+        coefs = {term: coef for term in terms if (coef := term.coef_at(self.iteration)) > 0.0}
+        head = self._head(list(coefs))
+        old_logprobs, advantages = micro.old_logprobs[mask], micro.advantages[mask]
+
+        def losses(rows: slice, outputs: PolicyOutputs) -> Tensor:
+            clipped = policy_loss(
                 outputs.logprobs,
-                micro.old_logprobs,
-                micro.advantages,
+                old_logprobs[rows],
+                advantages[rows],
                 clip_eps_low=ppo.clip_eps_low,
                 clip_eps_high=ppo.clip_eps_high,
                 dual_clip=ppo.dual_clip,
-            ),
-            "value": ppo.value_coef
-            * value_loss(values, micro.values, micro.returns, value_clip_eps=ppo.value_clip_eps),
-        }
-        for term in terms:
-            if (coef := term.coef_at(self.iteration)) > 0.0:
-                per_token[term.name] = coef * term.per_token(outputs)
-        parts = {name: masked_sum(loss, mask) / tokens for name, loss in per_token.items()}
-        total = torch.stack(list(parts.values())).sum()
-        for name, part in (*parts.items(), ("total", total)):
+            )
+            return torch.stack(
+                [clipped, *(coef * term.per_token(outputs) for term, coef in coefs.items())]
+            )
+
+        labels = micro.response_ids[mask]
+        use = partial(head.loss, labels=labels, losses=losses)
+        policy, values = self._forward(micro, use, head)
+        value = ppo.value_coef * masked_sum(
+            value_loss(values, micro.values, micro.returns, value_clip_eps=ppo.value_clip_eps), mask
+        )
+        total = (policy.total + value) / tokens
+        names = ["policy", *(term.name for term in coefs)]
+        parts = dict(zip(names, policy.losses.sum(1) / tokens, strict=True))
+        for name, part in (*parts.items(), ("value", value / tokens), ("total", total)):
             self._update_metrics.add_loss(name, part)
         self._update_metrics.update_policy(
-            outputs.logprobs, micro, ppo.clip_eps_low, ppo.clip_eps_high
+            _spread(policy.logprobs, mask), micro, ppo.clip_eps_low, ppo.clip_eps_high
         )
         return total
 
@@ -391,3 +423,8 @@ class PPOModule(LightningModule):
                 # The step at which Lightning logs this validation's scores.
                 step = max(self.iteration - 1, 0)
                 logger.experiment.add_text(f"{prompts.split}/samples", "\n\n".join(lines), step)
+
+
+def _spread(values: Tensor, mask: Tensor) -> Tensor:
+    """Values ``[n]`` of the True entries at their places, ``[B, T]``; 0 elsewhere."""
+    return values.new_zeros(mask.shape).masked_scatter_(mask, values)

@@ -6,20 +6,15 @@ the global minibatch as it reduces the policy loss, multiplies by ``coef`` and a
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from tre_lightning.entropy import (
-    EntropyStats,
-    check_region,
-    entropy_stats,
-    full_entropy,
-    trust_region_entropy,
-)
+from tre_lightning.entropy import EntropyStats, check_region
+from tre_lightning.ops.region import Region
 
 
 @dataclass(frozen=True)
@@ -48,28 +43,37 @@ class LinearSchedule:
 
 @dataclass(frozen=True)
 class PolicyOutputs:
-    """What the policy says of the responses of one micro-batch."""
+    """What the policy says of some response tokens, n in all, padding left out."""
 
-    logits: Tensor  # [B, T, V], temperature applied
-    logprobs: Tensor  # [B, T] float32, of the response tokens
-    response_mask: Tensor  # [B, T] bool, True = counts
-    _stats: dict[tuple[int | None, float | None], EntropyStats] = field(
-        default_factory=dict, repr=False, compare=False
-    )
+    logprobs: Tensor  # [n] float32, of the response tokens
+    entropies: Mapping[Region, EntropyStats]  # [n] each, of the regions that the terms name
+    logits: Tensor | None = None  # [n, V], temperature applied, if a term has ``needs_logits``
 
-    def entropy_stats(self, top_k: int | None, top_p: float | None) -> EntropyStats:
-        """Entropies and region, ``[B, T]`` each, no gradient; searched once for each region."""
-        if (top_k, top_p) not in self._stats:
-            self._stats[top_k, top_p] = entropy_stats(self.logits, top_k=top_k, top_p=top_p)
-        return self._stats[top_k, top_p]
+    def entropy(self, region: Region) -> EntropyStats:
+        """Entropies and region of each token; ``region`` and ``scaled`` are differentiable.
+
+        Raises:
+            ValueError: if no term's ``regions`` names this region.
+        """
+        if region not in self.entropies:
+            raise ValueError(f"{region} is not at hand; name it in the loss term's `regions`")
+        return self.entropies[region]
 
 
 class LossTerm(Callback, ABC):
     """A term of the policy loss, ``coef * masked mean of per_token``.
 
     A subclass implements :meth:`per_token`, and :meth:`scale` where it rescales itself. It must
-    hold no state that changes between calls.
+    hold no state that changes between calls. A loss is a function of its token alone: tokens may
+    come in any number of parts.
+
+    Attributes:
+        regions: the regions whose entropies it asks the outputs for.
+        needs_logits: whether it asks for the logits; they cost memory, n x V numbers.
     """
+
+    regions: tuple[Region, ...] = ()
+    needs_logits: bool = False
 
     def __init__(self, name: str, coef: float | LinearSchedule) -> None:
         """``name`` stands in the logs (``loss/<name>``); ``coef`` 0 switches the term off."""
@@ -90,10 +94,10 @@ class LossTerm(Callback, ABC):
 
     @abstractmethod
     def per_token(self, outputs: PolicyOutputs) -> Tensor:
-        """Loss of each token, ``[B, T]``, differentiable; training lowers it."""
+        """Loss of each token, ``[n]``, differentiable; training lowers it."""
 
     def scale(self, outputs: PolicyOutputs) -> Tensor:
-        """Factor ``[B, T]`` by which ``per_token`` multiplies its plain form; 1 unless said.
+        """Factor ``[n]`` by which ``per_token`` multiplies its plain form; 1 unless said.
 
         ``coef`` times its mean is the effective coefficient, the one to compare between methods.
         """
@@ -126,25 +130,26 @@ class TrustRegionEntropy(LossTerm):
         """
         super().__init__(name, coef)
         check_region(top_k, top_p)
-        self.top_k = top_k
-        self.top_p = top_p
+        self.region = Region(top_k, top_p)
+        self.regions = (self.region,)
         self.rescale = rescale
 
     def per_token(self, outputs: PolicyOutputs) -> Tensor:
-        """Minus the (rescaled) entropy inside the region, ``[B, T]``."""
-        return -trust_region_entropy(
-            outputs.logits, top_k=self.top_k, top_p=self.top_p, rescale=self.rescale
-        )
+        """Minus the (rescaled) entropy inside the region, ``[n]``."""
+        stats = outputs.entropy(self.region)
+        return -(stats.scaled if self.rescale else stats.region)
 
     def scale(self, outputs: PolicyOutputs) -> Tensor:
-        """log|V| / log|A|, 0 where the region is one token, ``[B, T]``."""
+        """log|V| / log|A|, 0 where the region is one token, ``[n]``."""
         if not self.rescale:
             return super().scale(outputs)
-        return outputs.entropy_stats(self.top_k, self.top_p).scale
+        return outputs.entropy(self.region).scale
 
 
 class EntropyBonus(LossTerm):
     """The standard entropy bonus, over the whole vocabulary."""
+
+    regions = (Region(),)
 
     def __init__(self, coef: float | LinearSchedule = 0.001, name: str = "entropy") -> None:
         """Set the coefficient.
@@ -156,8 +161,8 @@ class EntropyBonus(LossTerm):
         super().__init__(name, coef)
 
     def per_token(self, outputs: PolicyOutputs) -> Tensor:
-        """Minus the entropy over the whole vocabulary, ``[B, T]``."""
-        return -full_entropy(outputs.logits)
+        """Minus the entropy over the whole vocabulary, ``[n]``."""
+        return -outputs.entropy(Region()).region
 
 
 def find_loss_terms(callbacks: Sequence[Callback]) -> list[LossTerm]:

@@ -19,6 +19,7 @@ from tre_lightning.entropy import check_region
 BLOCK = 64  # tokens of one maximum
 _SPARE = 8  # blocks looked at beyond the tokens wanted: where more tie, the whole row is read
 _LOOKS = (16, 128)  # tokens of a nucleus looked for among candidates, before its row is read
+_ROUNDING = 1e-3
 _MOST = 256  # a larger top_k reads the row at once
 STEP = 2**20  # logits worked on at once: buffers of 4 MB, that stay in the processor's cache
 
@@ -130,11 +131,14 @@ def find(
         out.tail_mass.zero_()
         out.threshold.fill_(-math.inf)
         return out
+    largest_p = (summary.block_max.amax(1) - values).exp()
     left = (values.abs() < math.inf).nonzero().squeeze(1)
     for look in looks:
-        pieces = batches(left, min(vocabulary, (look + _SPARE) * BLOCK))
+        # So many tokens hold top_p at best if each is as probable as the first.
+        may = look * largest_p[left] > (region.top_p or 0.0) - _ROUNDING
+        pieces = batches(left[may], min(vocabulary, (look + _SPARE) * BLOCK))
         rest = [_look(logits, temperature, summary, region, look, rows, out) for rows in pieces]
-        left = torch.cat(rest) if rest else left
+        left = torch.cat([left[~may], *rest])
     if len(left):
         read(logits, temperature, summary, region, left, out)
     return out

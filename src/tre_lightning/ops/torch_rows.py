@@ -6,6 +6,7 @@ memory once, whatever is computed from them.
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,13 +23,20 @@ from tre_lightning.ops.region import (
     compute_dtype,
 )
 
+_BINS, _BINS_A_NAT = 4096, 64  # the last bin takes all that lies lower
 _FLOOR = -1e30  # stands for a logit of -inf where it meets a factor of 0
 
 
 def summarise(logits: Tensor, temperature: float) -> Summary:
     """Norm, entropy and blocks of ``softmax(logits / temperature)``, ``[N, V]``."""
-    pieces = [_summarise(x, buffer) for _, x, buffer in _steps(logits, temperature)]
-    return Summary(*(torch.cat(column) for column in zip(*pieces, strict=True)))
+    count, vocabulary = logits.shape
+    blocks = -(-vocabulary // BLOCK)
+    empty = partial(logits.new_empty, dtype=compute_dtype(logits))
+    out = Summary(empty(count), empty(count), empty(count, blocks), empty(count, blocks))
+    for rows, x, buffer in _steps(logits, temperature):
+        for whole, part in zip(out, _summarise(x, buffer), strict=True):
+            whole[rows] = part
+    return out
 
 
 def read(
@@ -41,10 +49,10 @@ def read(
 ) -> None:
     """Fill in the regions of some rows from all their logits.
 
-    The logits fall into bins by the upper 16 bits of their float, which are in the order of the
-    floats; the bin in which the region ends is sorted.
+    The logits fall into bins by their distance from the largest; the bin in which the region ends
+    is sorted.
     """
-    for part in batches(rows, logits.shape[1]):
+    for part in batches(rows, 2 * logits.shape[1]):  # several buffers, of float64 and int64 too
         _read_batch(logits, temperature, summary, region, part, out)
 
 
@@ -101,7 +109,7 @@ def _steps(logits: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor, 
     dtype = compute_dtype(logits)
     step = max(2, STEP // vocabulary)  # torch's softmax gives each thread whole rows
     buffers = logits.new_empty((2, min(step, count), vocabulary), dtype=dtype)
-    for start in range(0, max(count, 1), step):  # one step without rows if there are none
+    for start in range(0, count, step):
         x = logits[start : start + step]
         if dtype != logits.dtype:
             x = buffers[0, : len(x)].copy_(x)
@@ -142,48 +150,54 @@ def _read_batch(
     rows: Tensor,
     out: RegionRows,
 ) -> None:
-    x = as_computed(logits[rows], temperature).add_(0.0)  # -0 becomes 0: they tie
-    log_norm = summary.log_norm[rows, None]
-    p = (x - log_norm).exp_()
-    wanted, weight = region.top_p or float(region.top_k or 0), p.double()
-    if region.top_p is None:
-        weight = (x > -math.inf).double()
-    bits = 8 * x.element_size()
-    raw = x.view({32: torch.int32, 64: torch.int64}[bits])
-    ordered = raw ^ ((raw >> (bits - 1)) & (2 ** (bits - 1) - 1))
-    bins = (ordered >> (bits - 16)).long().add_(2**15)
-    held = weight.new_zeros(len(x), 2**16).scatter_add_(1, bins, weight).flip(1)
+    x = as_computed(logits[rows], temperature)
+    p = torch.softmax(x, 1)
+    weight = p.double() if region.top_p else (x > -math.inf).double()
+    peak = summary.block_max[rows].amax(1, keepdim=True)
+    bins = (peak - x).mul_(_BINS_A_NAT).clamp_(max=_BINS - 1).long()
+    held = weight.new_zeros(len(x), _BINS).scatter_add_(1, bins, weight)
     reached = held.cumsum(1)
-    # Rounding may leave top_p out of reach; the last bin with any mass ends the region then.
-    target = reached[:, -1:].clamp(max=wanted)
+    # The region ends with the last token at the latest, also where rounding makes top_p 1.
+    every = reached[:, -1:]
+    target = every * region.top_p if region.top_p else every.clamp(max=float(region.top_k or 0))
     crossing = (reached < target).sum(1, keepdim=True)
     above = (reached - held).gather(1, crossing)
-    ends = bins == 0xFFFF - crossing
-    for i, row in enumerate(rows.tolist()):
-        ids = ends[i].nonzero().squeeze(1)
-        values, order = x[i, ids].sort(descending=True, stable=True)  # ties: lower id first
-        mass = weight[i, ids[order]].cumsum(0) + above[i]
-        place = min(int((mass < target[i]).sum()), len(ids) - 1)
-        out.threshold[row] = values[place]
-        if place + 1 < len(ids) and values[place + 1] == values[place]:
-            out.last[row] = ids[order[place]]
+    # The tokens of those bins, row by row, in the order of their logits, ties by id.
+    row, ids = (bins == crossing).nonzero(as_tuple=True)
+    order = x[row, ids].sort(stable=True, descending=True).indices
+    order = order[row[order].sort(stable=True).indices]
+    row, ids = row[order], ids[order]
+    values, mass = x[row, ids], weight[row, ids]
+    count = row.bincount(minlength=len(x))
+    first = count.cumsum(0) - count
+    running = mass.cumsum(0)
+    before = (running - mass)[first]
+    short = running - before[row] + above.squeeze(1)[row] < target.squeeze(1)[row]
+    place = torch.zeros_like(count).index_add_(0, row, short.long()).minimum(count - 1)
+    end = first + place
+    threshold = values[end]
+    more_tie = (place + 1 < count) & (values[(end + 1).clamp(max=len(values) - 1)] == threshold)
+    out.threshold[rows] = threshold
+    out.last[rows] = torch.where(more_tie, ids[end], x.shape[1] - 1)
     inside = _mask(x, out.rows(rows))
     out.size[rows] = inside.sum(1).long()
     inside.mul_(p)
-    mass = inside.sum(1)
-    out.mass[rows] = mass
-    out.tail_mass[rows] = p.sub_(inside).sum(1)
-    entropy = log_norm.squeeze(1) + mass.log() - _dot(inside, x) / mass
-    out.entropy[rows] = entropy.clamp_(min=0.0)
+    held_inside, held_outside = inside.sum(1), p.sub_(inside).sum(1)
+    total = held_inside + held_outside  # 1 but for rounding
+    out.mass[rows] = held_inside / total
+    out.tail_mass[rows] = held_outside / total
+    log_mass = summary.log_norm[rows] + (held_inside / total).log()
+    out.entropy[rows] = (log_mass - _dot(inside, x) / held_inside).clamp_(min=0.0)
 
 
 def _mask(x: Tensor, region: RegionRows) -> Tensor:
     """1 inside the region and 0 outside, ``[N, V]`` in the dtype of x."""
     # Comparing in place keeps the dtype: torch's masks and selections by bool are far slower.
     mask = x.clone().ge_(region.threshold.unsqueeze(1))
+    last = region.last.tolist()
     for row in (region.last < x.shape[1] - 1).nonzero().squeeze(1).tolist():
-        first = int(region.last[row]) + 1
-        mask[row, first:] = x[row, first:] > region.threshold[row]
+        late = slice(last[row] + 1, None)  # here, tokens at the threshold are outside
+        mask[row, late].copy_(x[row, late]).gt_(region.threshold[row])
     return mask
 
 
