@@ -4,14 +4,23 @@ BIN := .venv/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test lint format tensorboard clean
+.PHONY: help train train-math train-hh test lint format tensorboard clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
-	@echo 'ARGS="..." goes on to train, test and tensorboard; PYTHON=... picks the interpreter.'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+	@echo 'ARGS="..." goes on to train..., test and tensorboard; PYTHON=... picks the interpreter.'
 
 train: .venv/.stamp ## train the smallest example
 	$(BIN)/python -m tre_lightning fit --config configs/countdown_tiny.yaml $(ARGS)
+
+train-math: .venv/.stamp ## train the smallest example of mathematics
+	$(BIN)/python -m tre_lightning fit --config configs/math_tiny.yaml $(ARGS)
+
+train-hh: .venv/.stamp runs/hh_reward_tiny/model ## train the smallest example of alignment
+	$(BIN)/python -m tre_lightning fit --config configs/hh_tiny.yaml $(ARGS)
+
+runs/hh_reward_tiny/model: | .venv/.stamp
+	$(BIN)/python -m tre_lightning reward fit --config configs/reward/hh_tiny.yaml
 
 test: .venv/.stamp ## run the tests; fails under 90 % line coverage
 	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=90 $(ARGS)

@@ -1,6 +1,10 @@
 """The command line: ``python -m tre_lightning {fit,validate,test,predict} --config FILE``.
 
 A leading ``sft`` trains on demonstrations instead: ``python -m tre_lightning sft fit ...``.
+
+A leading ``reward`` trains a reward model on pairs of responses. ``fit`` alone does so too where
+the last ``data.class_path`` that is given, in a file or as a flag, is ``PreferencePairs``: the data
+say what is trained.
 """
 
 import logging
@@ -8,14 +12,16 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from omegaconf import OmegaConf
 from transformers.utils import logging as transformers_logging
 
 from tre_lightning.callbacks.checkpoint import (
@@ -28,11 +34,14 @@ from tre_lightning.callbacks.progress import RunProgress
 from tre_lightning.callbacks.summary import PredictionWriter, RunSummary
 from tre_lightning.checks import check_run
 from tre_lightning.data.demonstrations import Demonstrations
+from tre_lightning.data.preferences import PreferencePairs
 from tre_lightning.data.prompts import PromptDataModule
-from tre_lightning.errors import one_line_errors
+from tre_lightning.errors import one_line, one_line_errors
 from tre_lightning.memory import keep_freed_memory
 from tre_lightning.policy import PolicyArgs
 from tre_lightning.ppo import PPOModule
+from tre_lightning.reward_model import RewardModelModule
+from tre_lightning.rewards.remote import RewardServerError
 from tre_lightning.sft import SFTModule
 from tre_lightning.warm_start import WarmStart, wait_for
 
@@ -46,13 +55,18 @@ def main(args: Sequence[str] | None = None) -> LightningCLI:
         The command line object, with ``trainer``, ``model`` and ``datamodule``.
 
     Raises:
-        SystemExit: with code 2 and one line on stderr for a configuration that cannot work.
+        SystemExit: with one line on stderr and code 2 for a configuration that cannot work, code 1
+            where the reward server ended the run.
     """
     keep_freed_memory()
     _be_quiet()
     words = list(sys.argv[1:] if args is None else args)
     if words[:1] == ["sft"]:
         return SFTCLI(words[1:], SFTModule, Demonstrations)
+    if words[:1] == ["reward"]:
+        return RewardCLI(words[1:], RewardModelModule, PreferencePairs)
+    if words[:1] == ["fit"] and _data_class(words[1:]) == PreferencePairs.__name__:
+        return RewardCLI(words, RewardModelModule, PreferencePairs)
     return PPOCLI(words, PPOModule, PromptDataModule)
 
 
@@ -87,6 +101,31 @@ def _be_quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+
+
+def _data_class(words: Sequence[str]) -> str | None:
+    """Name of the last data class given; None = none, or a file that the parser will refuse."""
+    found = None
+    for option, value in _options(words):
+        data: Any = value
+        if option in ("--config", "-c"):
+            try:
+                data = cast(Any, OmegaConf.to_container(OmegaConf.load(value)))["data"]
+            except Exception:  # the parser will say what is wrong
+                continue
+        elif option not in ("--data", "--data.class_path"):
+            continue
+        name = data.get("class_path") if isinstance(data, Mapping) else data
+        if isinstance(name, str):
+            found = name.rpartition(".")[2]
+    return found
+
+
+def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Option and value, written ``--option=value`` or ``--option value``."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        option, joined, value = word.partition("=")
+        yield option, value if joined else following
 
 
 def _seed(seed: bool | int) -> int:
@@ -179,10 +218,8 @@ class _CLI(LightningCLI):
         return str(self.options.trainer.default_root_dir)
 
 
-class SFTCLI(_CLI):
-    """Supervised training on a task's demonstrations."""
-
-    progress_name = "warm start"
+class _TrainingCLI(_CLI):
+    """Only ``fit``, which writes one model."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -199,6 +236,57 @@ class SFTCLI(_CLI):
             )
 
 
+class SFTCLI(_TrainingCLI):
+    """Supervised training on a task's demonstrations."""
+
+    progress_name = "warm start"
+
+
+class RewardCLI(_TrainingCLI):
+    """Training of a reward model on pairs of responses."""
+
+    progress_name = "reward model"
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the seed of the data; the result is the model, so checkpoints are off by default."""
+        super().add_arguments_to_parser(parser)
+        parser.set_defaults({"trainer.enable_checkpointing": False})
+        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_seed)
+
+
+class ServerErrorCheckpoint(Callback):
+    """Saves what is trained where the reward server ends the run.
+
+    Such an error comes before the update of an iteration, so the model is that of a whole one. On
+    several devices there is no save: the others do not know that the run ends.
+    """
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Save, unless the last iteration is saved already."""
+        epoch = trainer.fit_loop.epoch_loop
+        progress = epoch.batch_progress
+        checkpoint = next(c for c in trainer.callbacks if isinstance(c, IterationCheckpoint))  # type: ignore[attr-defined]
+        iteration = cast(int, pl_module.iteration)
+        if (
+            not isinstance(exception, RewardServerError)
+            or not trainer.training
+            or trainer.world_size > 1
+            or progress.current.completed == 0  # saved at the end of the epoch before
+            or iteration % checkpoint.every_n_iterations == 0
+        ):
+            return
+        # The state in which Lightning saves at the end of a batch, which it counts a moment later.
+        for counts in cast(Any, (progress.total, progress.current)):
+            counts.ready = counts.started = counts.processed = counts.completed
+            counts.completed -= 1
+        progress.is_last_batch = False
+        epoch._batches_that_stepped -= 1
+        trainer.datamodule.load_state_dict({"iteration": iteration})  # type: ignore[attr-defined]
+        checkpoint._save_last(trainer, pl_module)
+
+
 class PPOCLI(_CLI):
     """PPO with a warm start where one is asked for."""
 
@@ -210,6 +298,7 @@ class PPOCLI(_CLI):
         parser.add_lightning_class_args(IterationCheckpoint, "checkpoint")
         parser.add_lightning_class_args(RunSummary, "summary")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
+        parser.add_lightning_class_args(ServerErrorCheckpoint, "server_error")
         parser.add_argument(
             "--warm_start",
             type=WarmStart | None,
@@ -302,5 +391,17 @@ class PPOCLI(_CLI):
         summary = cast(RunSummary, self.config_init[self.subcommand].summary)
         if self.trainer.is_global_zero and summary.after:
             summary.print_table(self.trainer, self.warm_start_seconds)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run; a reward server that fails is one line and exit code 1, as it is no bug."""
+        try:
+            super()._run_subcommand(subcommand)
+        except RewardServerError as error:
+            if os.environ.get("TRE_DEBUG"):
+                raise
+            saved = subcommand == "fit" and (folder(self.run_dir) / "last.ckpt").exists()
+            hint = f"; go on with --ckpt_path last (saved in {self.run_dir})" if saved else ""
+            print(f"error: {one_line(str(error))}{hint}", file=sys.stderr)
+            raise SystemExit(1) from error
 
     before_validate = before_test = before_predict = prepare

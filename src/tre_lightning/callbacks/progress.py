@@ -23,8 +23,11 @@ _SHOWN = {
     "rollout/score": "score {:.3f}",
     "entropy/full": "entropy {:.2f}",
     "entropy/region_size": "region {:.1f}",
-    "val/pass@1": "val {:.3f}",
+    "val/score": "val {:.3f}",
     "sft/loss": "loss {:.3f}",
+    "reward/loss": "loss {:.3f}",
+    "reward/accuracy": "accuracy {:.3f}",
+    "val/accuracy": "val {:.3f}",
 }
 
 

@@ -1,8 +1,18 @@
 """Tasks: prompts, scorers and demonstrations."""
 
+from tre_lightning.data.arithmetic import ArithmeticSpec
 from tre_lightning.data.countdown import CountdownDataModule
 from tre_lightning.data.demonstrations import Demonstrations
+from tre_lightning.data.math import MathDataModule
 from tre_lightning.data.prompts import Prompt, PromptDataModule
 from tre_lightning.data.puzzles import PuzzleSpec
 
-__all__ = ["CountdownDataModule", "Demonstrations", "Prompt", "PromptDataModule", "PuzzleSpec"]
+__all__ = [
+    "ArithmeticSpec",
+    "CountdownDataModule",
+    "Demonstrations",
+    "MathDataModule",
+    "Prompt",
+    "PromptDataModule",
+    "PuzzleSpec",
+]

@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -26,6 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tre_lightning.args import at_least
+from tre_lightning.data.sources import read_rows
 from tre_lightning.rewards.preference import (
     ASSISTANT,
     HUMAN,
@@ -199,43 +199,7 @@ def _read_margin(value: object) -> float:
 
 def _rows(source: str, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Rows and where each stands."""
-    suffix = Path(source).suffix
-    if suffix == ".jsonl":
-        yield from _jsonl_rows(source)
-        return
-    # Late: it takes a second, and synthetic pairs and JSONL do without.
-    import datasets  # type: ignore[import-untyped]
-
-    try:
-        if suffix == ".parquet":
-            rows = datasets.load_dataset("parquet", data_files=source, split="train")
-        else:
-            rows = datasets.load_dataset(source, split=split)
-    except Exception as error:
-        raise ValueError(
-            f"data.source={source} (split {split}) could not be loaded; give a .jsonl or .parquet "
-            f"file, or a dataset of the hub ({type(error).__name__}: {str(error).strip()[:200]})"
-        ) from error
-    for number, row in enumerate(rows):
-        yield f"{source}: row {number}", row
-
-
-def _jsonl_rows(source: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    try:
-        lines = Path(source).read_bytes().split(b"\n")
-    except OSError as error:
-        raise ValueError(f"data.source={source} cannot be read ({error.strerror})") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{source}:{number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            raise ValueError(f"{where}: the line is not JSON; write one object") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: the line is no object; write one with chosen and rejected")
-        yield where, row
+    return read_rows("data.source", source, split)
 
 
 # ----- batches

@@ -4,11 +4,12 @@ A task is a subclass with three things: the stream of training prompts, the held
 the scorer.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
@@ -19,6 +20,8 @@ from tre_lightning.policy import load_tokenizer
 from tre_lightning.rollout import PromptBatch
 
 _CHECKED_TRAIN_PROMPTS = 256  # prompts of the endless training stream whose length is checked first
+_ENCODED_AT_ONCE = 1024  # prompts
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class PromptDataModule(LightningDataModule, ABC):
         eval_batch_size: int = 64,
         max_prompt_length: int = 512,
         seed: int = 42,
+        long_prompts: Literal["error", "drop"] = "error",
     ) -> None:
         """Keep the options.
 
@@ -48,8 +52,10 @@ class PromptDataModule(LightningDataModule, ABC):
             batch_size: prompts an iteration, over all devices.
             iterations_per_epoch: PPO iterations an epoch; validation runs between epochs.
             eval_batch_size: held-out prompts a batch, over all devices.
-            max_prompt_length: longest prompt, tokens; a longer one is an error.
+            max_prompt_length: longest prompt, tokens.
             seed: of the prompts and their order.
+            long_prompts: what becomes of a longer prompt. ``drop`` leaves it out and logs how many
+                there were; only for prompts of files, as generated ones have no end.
         """
         super().__init__()
         named = {
@@ -66,6 +72,7 @@ class PromptDataModule(LightningDataModule, ABC):
         self.eval_batch_size = eval_batch_size
         self.max_prompt_length = max_prompt_length
         self.seed = seed
+        self.long_prompts = long_prompts
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._train_loader = IterationLoader(self._train_batch, iterations_per_epoch)
 
@@ -87,6 +94,14 @@ class PromptDataModule(LightningDataModule, ABC):
     def score(self, responses: Sequence[str], prompts: PromptBatch) -> Tensor:
         """Scores ``[len(prompts) * n]`` of n responses a prompt; NaN = could not be scored."""
 
+    def file_prompts(self) -> dict[str, list[Prompt]]:
+        """The lists of prompts that come from files, by the option that names the file.
+
+        These are the task's own lists, not copies: what is too long is taken out of them once,
+        before the first prompt is asked for. A task without files needs none.
+        """
+        return {}
+
     def vocabulary(self) -> list[str]:
         """Words that a tokenizer from scratch needs; only for tasks of a closed vocabulary."""
         raise ValueError(
@@ -105,20 +120,57 @@ class PromptDataModule(LightningDataModule, ABC):
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Use this tokenizer; refuse data that cannot be read and prompts that are too long."""
+        self._tokenizer = tokenizer
+        files = self.file_prompts()
+        if self.long_prompts == "drop":
+            self._drop_long(files)
         prompts = [self.train_prompt(i) for i in range(_CHECKED_TRAIN_PROMPTS)]
         for stage in ("val", "test"):
             for held_out in self.heldout_prompts(stage).values():
                 prompts += held_out
-        self._tokenizer = tokenizer
-        texts, ids, mask = self._encode(prompts)
-        self.longest_prompt = ids.shape[1]
-        unknown = ((ids == tokenizer.unk_token_id) & mask).any(1)
-        if unknown.any():
-            text = texts[int(unknown.int().argmax())]
+        for listed in files.values():
+            prompts += listed
+        self.longest_prompt = 0
+        for start in range(0, len(prompts), _ENCODED_AT_ONCE):
+            texts, ids, mask = self._encode(prompts[start : start + _ENCODED_AT_ONCE])
+            self.longest_prompt = max(self.longest_prompt, ids.shape[1])
+            unknown = ((ids == tokenizer.unk_token_id) & mask).any(1)
+            if unknown.any():
+                text = texts[int(unknown.int().argmax())]
+                raise ValueError(
+                    f"the prompt {text[:80]!r} holds a word that the tokenizer does not know; "
+                    "widen the ranges of the task's numbers or drop the prompt"
+                )
+
+    def _drop_long(self, files: Mapping[str, list[Prompt]]) -> None:
+        """Take out of the lists what is longer than ``max_prompt_length``."""
+        if not files:
             raise ValueError(
-                f"the prompt {text[:80]!r} holds a word that the tokenizer does not know; widen "
-                "the task's vocabulary (data.puzzles.max_intermediate) or drop the prompt"
+                "data.long_prompts=drop needs prompts of a file; use error and raise "
+                "data.max_prompt_length"
             )
+        for name, prompts in files.items():
+            fitting: list[Prompt] = []
+            for start in range(0, len(prompts), _ENCODED_AT_ONCE):
+                some = prompts[start : start + _ENCODED_AT_ONCE]
+                lengths = self._tokenized(some)[2].sum(1).tolist()
+                fitting += [
+                    prompt
+                    for prompt, length in zip(some, lengths, strict=True)
+                    if length <= self.max_prompt_length
+                ]
+            if not fitting:
+                raise ValueError(
+                    f"data.max_prompt_length={self.max_prompt_length} is too short for all "
+                    f"{len(prompts)} prompts of data.{name}; raise it"
+                )
+            if len(fitting) < len(prompts):
+                _log.warning(
+                    "left out %d of %d prompts of data.%s longer than data.max_prompt_length=%d "
+                    "tokens",
+                    *(len(prompts) - len(fitting), len(prompts), name, self.max_prompt_length),
+                )
+            prompts[:] = fitting
 
     def train_dataloader(self) -> "IterationLoader":
         """One batch an iteration; it knows where to go on after a resume."""
@@ -198,6 +250,16 @@ class PromptDataModule(LightningDataModule, ABC):
         )
 
     def _encode(self, prompts: list[Prompt]) -> tuple[tuple[str, ...], Tensor, Tensor]:
+        texts, ids, mask = self._tokenized(prompts)
+        if ids.shape[1] > self.max_prompt_length:
+            row = int(mask.sum(1).argmax())
+            raise ValueError(
+                f"data.max_prompt_length={self.max_prompt_length} is too short for the prompt "
+                f"{texts[row][:80]!r} of {int(mask[row].sum())} tokens; raise it or drop the prompt"
+            )
+        return texts, ids, mask
+
+    def _tokenized(self, prompts: list[Prompt]) -> tuple[tuple[str, ...], Tensor, Tensor]:
         tokenizer = self._tokenizer
         assert tokenizer is not None, "setup() comes first"
         texts = tuple(self.render(prompt) for prompt in prompts)
@@ -208,14 +270,7 @@ class PromptDataModule(LightningDataModule, ABC):
             return_tensors="pt",
             add_special_tokens=tokenizer.chat_template is None,
         )
-        ids, mask = encoded["input_ids"], encoded["attention_mask"].bool()
-        if ids.shape[1] > self.max_prompt_length:
-            row = int(mask.sum(1).argmax())
-            raise ValueError(
-                f"data.max_prompt_length={self.max_prompt_length} is too short for the prompt "
-                f"{texts[row][:80]!r} of {int(mask[row].sum())} tokens; raise it or drop the prompt"
-            )
-        return texts, ids, mask
+        return texts, encoded["input_ids"], encoded["attention_mask"].bool()
 
     def _world(self) -> tuple[int, int]:
         trainer = self.trainer
