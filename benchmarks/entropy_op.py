@@ -167,7 +167,8 @@ def has_trl() -> bool:
 def time_linear(count: int, vocabulary: int, dtype: str, repetitions: int) -> Fields:
     """Fused head beside its matrix products alone, forward and backward."""
     torch.manual_seed(0)
-    hidden = torch.randn(count, HIDDEN).to(DTYPES[dtype]).requires_grad_()
+    # Logits of standard deviation 9: some nuclei of a few tokens, some of thousands.
+    hidden = (9.0 * torch.randn(count, HIDDEN)).to(DTYPES[dtype]).requires_grad_()
     weight = (torch.randn(vocabulary, HIDDEN) / HIDDEN**0.5).to(DTYPES[dtype]).requires_grad_()
     labels = torch.randint(vocabulary, (count,))
     given = torch.randn(count, vocabulary).to(DTYPES[dtype])
@@ -206,9 +207,12 @@ def time_linear(count: int, vocabulary: int, dtype: str, repetitions: int) -> Fi
         },
         repetitions,
     )
+    with torch.no_grad():
+        found = fused_linear_logprobs_and_entropy(hidden, weight, labels, top_p=0.99)
+    nucleus = found.region_size.float().quantile(torch.tensor([0.5, 0.9, 1.0])).tolist()
     base = seconds["head alone"]
     shares = {name: value / base for name, value in seconds.items()}
-    fields = {"N": count, "V": vocabulary, "D": HIDDEN, "dtype": dtype}
+    fields = {"N": count, "V": vocabulary, "D": HIDDEN, "dtype": dtype, "nucleus": nucleus}
     return {**fields, "head_s": base, "of the head": shares}
 
 
@@ -223,6 +227,7 @@ def time_update(dtype: str, repetitions: int) -> Fields:
 
     torch.manual_seed(0)
     model = ActorCritic.load(PolicyArgs(architecture=QWEN, critic="shared")).to(DTYPES[dtype])
+    model.policy.base_model.norm.weight.data.fill_(15.0)  # logits as in time_linear
     ids = torch.randint(1000, (4, 160))
     mask, counted = torch.ones(4, 160, dtype=torch.bool), torch.ones(4, 128, dtype=torch.bool)
     labels = ids[:, -128:].flatten()
@@ -268,8 +273,8 @@ def measure_memory(what: str, count: int, vocabulary: int, dtype: str) -> float:
     region = REGIONS[what.split()[1]]
     labels = torch.randint(vocabulary, (count,))
     if what.startswith("linear"):
-        hidden = torch.randn(count, HIDDEN).to(kind).requires_grad_()
-        weight = (0.1 * torch.randn(vocabulary, HIDDEN)).to(kind).requires_grad_()
+        hidden = (9.0 * torch.randn(count, HIDDEN)).to(kind).requires_grad_()
+        weight = (torch.randn(vocabulary, HIDDEN) / HIDDEN**0.5).to(kind).requires_grad_()
         gradients = (hidden.numel() + weight.numel()) * kind.itemsize
 
         def run() -> None:
@@ -337,7 +342,7 @@ def report(results: Fields, console: Console) -> None:
     for name in names:
         table.add_column(name, justify="right")
     for row in results["logits"]:
-        nucleus = "/".join(f"{size:.0f}" for size in row["nucleus"])
+        nucleus = cell(row["nucleus"])
         cells = [str(row[key]) for key in ("N", "V", "dtype", "logits")]
         units = [f"{row['units'][name]:.1f}" for name in names]
         table.add_row(*cells, nucleus, f"{row['read_ms']:.1f}", *units)
@@ -354,9 +359,7 @@ def report(results: Fields, console: Console) -> None:
             for column in (*columns, *results[key][0][title]):
                 table.add_column(column, justify="right")
             for row in results[key]:
-                plain = [
-                    f"{row[c]:.2f}" if isinstance(row[c], float) else str(row[c]) for c in columns
-                ]
+                plain = [cell(row[c]) for c in columns]
                 table.add_row(*plain, *(f"{value:.2f}" for value in row[title].values()))
             console.print(table)
     table = Table(title="peak memory above the inputs, in a process of its own")
@@ -366,6 +369,13 @@ def report(results: Fields, console: Console) -> None:
         cells = [str(row[key]) for key in ("what", "N", "V", "dtype")]
         table.add_row(*cells, f"{row['extra_mib']:.0f}", f"{row['extra_logits']:.2f}")
     console.print(table)
+
+
+def cell(value: Any) -> str:
+    """A number or a list of sizes."""
+    if isinstance(value, list):
+        return "/".join(f"{size:.0f}" for size in value)
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def plot(results: Fields, file: Path) -> None:

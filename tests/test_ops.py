@@ -433,7 +433,7 @@ def cases(draw: st.DrawFn) -> Case:
             st.integers(1, 8),
             st.integers(1, 600),
             st.integers(500, 3000),
-            st.sampled_from([64, 512, 513, 3073, 4100, 18_000]),
+            st.sampled_from([64, 512, 513, 3073, 4096, 18_000, 18_432]),
         )
     )
     region = draw(

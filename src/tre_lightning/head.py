@@ -122,7 +122,7 @@ def _reference(logits: Tensor, labels: Tensor, regions: Sequence[Region]) -> Tok
 def plain_head(model: PreTrainedModel) -> nn.Linear | None:
     """The layer from last hidden states to logits, where it is all that stands between them.
 
-    Tried out, on a token and with hidden states so large that a soft cap shows: the model's logits
+    Tried out, with hidden states so large that a soft cap shows: the model's logits
     must be the layer's output, and its input the trunk's.
     """
     head = model.get_output_embeddings()
@@ -132,13 +132,14 @@ def plain_head(model: PreTrainedModel) -> nn.Linear | None:
 
     def enlarge(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         seen["input"] = args[0]
-        return (args[0] * 1000.0,)
+        return (torch.full_like(args[0], 1000.0),)
 
     def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         seen["output"] = output
 
     hooks = [head.register_forward_pre_hook(enlarge), head.register_forward_hook(keep)]
-    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    # More than one id: that of padding may have hidden states of 0.
+    ids = torch.arange(4, device=model.device).unsqueeze(0)
     try:
         logits = model(input_ids=ids, use_cache=False).logits
     finally:

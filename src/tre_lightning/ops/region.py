@@ -162,19 +162,14 @@ def _look(
     vocabulary, blocks = logits.shape[1], summary.block_max.shape[1]
     log_norm, block_mass = summary.log_norm[rows, None], summary.block_mass[rows]
     if 2 * (look + _SPARE) >= blocks:
-        ids = torch.arange(vocabulary, device=logits.device).expand(len(rows), -1)
         pool = as_computed(logits[rows], temperature)
+        chosen = torch.arange(blocks, device=logits.device).expand(len(rows), -1)
         bound = torch.full_like(log_norm, -math.inf)
         rest = torch.zeros_like(log_norm)
     else:
         best = summary.block_max[rows].topk(look + _SPARE)
         chosen = best.indices.sort(1).values
-        inner = torch.arange(BLOCK, device=logits.device)
-        ids = (chosen.unsqueeze(2) * BLOCK + inner).flatten(1)
-        missing = ids >= vocabulary
-        ids.clamp_(max=vocabulary - 1)
-        near = logits.view(-1)[rows.unsqueeze(1) * vocabulary + ids]
-        pool = as_computed(near, temperature).masked_fill_(missing, -math.inf)
+        pool = as_computed(_blocks_of(logits, rows, chosen), temperature)
         bound = best.values[:, -1:]  # at or under it, a logit may have a tie elsewhere
         rest = block_mass.scatter_(1, chosen, 0.0).sum(1, keepdim=True)
     values, order = pool.topk(min(look + 1, pool.shape[1]))
@@ -202,7 +197,7 @@ def _look(
     mass = inside.sum(1, keepdim=True)
     # Subtracting the mass from 1 would lose a thin tail.
     tail_mass = p.scatter_(1, order, 0.0).sum(1, keepdim=True) + rest
-    ids = ids.gather(1, order)
+    ids = chosen.gather(1, order // BLOCK) * BLOCK + order % BLOCK
     last = torch.where(cut, ids.gather(1, (size - 1).clamp(max=look - 1)), vocabulary - 1)
     found = done.squeeze(1)
     filled = rows[found]
@@ -219,3 +214,17 @@ def _look(
     out.ids[filled, :look] = ids[found]
     out.wide[filled] = False
     return rows[~found]
+
+
+def _blocks_of(logits: Tensor, rows: Tensor, chosen: Tensor) -> Tensor:
+    """The logits of some blocks of some rows, ``[n, c] -> [n, c * BLOCK]``; -inf beyond the end."""
+    vocabulary = logits.shape[1]
+    if vocabulary % BLOCK == 0:
+        places = rows.unsqueeze(1) * (vocabulary // BLOCK) + chosen
+        near = logits.view(-1, BLOCK).index_select(0, places.flatten())
+        return near.view(len(rows), -1)
+    inner = torch.arange(BLOCK, device=logits.device)
+    ids = (chosen.unsqueeze(2) * BLOCK + inner).flatten(1)
+    missing = ids >= vocabulary
+    near = logits.view(-1)[rows.unsqueeze(1) * vocabulary + ids.clamp_(max=vocabulary - 1)]
+    return near.masked_fill_(missing, -math.inf)

@@ -52,7 +52,7 @@ def read(
     The logits fall into bins by their distance from the largest; the bin in which the region ends
     is sorted.
     """
-    for part in batches(rows, 2 * logits.shape[1]):  # several buffers, of float64 and int64 too
+    for part in batches(rows, 3 * logits.shape[1]):  # several buffers, of float64 and int64 too
         _read_batch(logits, temperature, summary, region, part, out)
 
 
