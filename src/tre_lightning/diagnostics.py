@@ -61,12 +61,12 @@ class RolloutMetrics(_Collection):
             }
         )
 
-    def update_scores(self, experience: Experience) -> None:
-        """Count one rollout (rows of one prompt side by side)."""
+    def update_scores(self, experience: Experience, *, binary: bool = True) -> None:
+        """Count one rollout (rows of one prompt side by side); pass@k of ``binary`` scores only."""
         grouped = experience.scores.view(-1, self.num_responses)
         scored = ~experience.scores.isnan()
         self["rollout/score"].update(experience.scores, scored)
-        for k in sorted({1, self.num_responses}):
+        for k in sorted({1, self.num_responses}) if binary else ():
             self[f"rollout/pass@{k}"].update(grouped)
         self["rollout/response_length"].update(experience.response_mask.sum(1), scored)
         self["rollout/finished_share"].update(experience.finished)
@@ -166,11 +166,13 @@ class EvaluationMetrics(_Collection):
             }
         )
 
-    def update(self, scores: Tensor, response_mask: Tensor, finished: Tensor) -> None:
-        """Count some responses (rows of one prompt side by side)."""
+    def update(
+        self, scores: Tensor, response_mask: Tensor, finished: Tensor, *, binary: bool = True
+    ) -> None:
+        """Count some responses (rows of one prompt side by side); pass@k of ``binary`` scores."""
         grouped = scores.view(-1, self.num_responses)
         self["score"].update(scores, ~scores.isnan())
-        for k in sorted({1, self.num_responses}):
+        for k in sorted({1, self.num_responses}) if binary else ():
             self[f"pass@{k}"].update(grouped)
         self["response_length"].update(response_mask.sum(1))
         self["finished_share"].update(finished)

@@ -64,6 +64,9 @@ T = TypeVar("T")
 class Task(Protocol):
     """What the module asks of the data module besides prompts."""
 
+    binary_scores: bool
+    """Whether a score is 1 for right and 0 for wrong, so that pass@k means something."""
+
     def score(self, responses: Sequence[str], prompts: PromptBatch) -> Tensor:
         """One score a response ``[len(prompts) * n]``; NaN = could not be scored."""
 
@@ -171,7 +174,7 @@ class PPOModule(LightningModule):
         sampled = time.perf_counter()
 
         experience, effective = self._judge(rollout, scores, terms)
-        self._rollout_metrics.update_scores(experience)
+        self._rollout_metrics.update_scores(experience, binary=self._task.binary_scores)
         batch = compute_targets(
             experience.gathered(),
             gamma=self.ppo_args.gamma,
@@ -224,9 +227,13 @@ class PPOModule(LightningModule):
         ids = [row[:length] for row, length in rows]
         return list(self.tokenizer.batch_decode(ids, skip_special_tokens=True))
 
-    def _score(self, responses: Sequence[str], prompts: PromptBatch) -> Tensor:
+    @property
+    def _task(self) -> Task:
         task: Task = self.trainer.datamodule  # type: ignore[attr-defined]
-        scores = task.score(responses, prompts)
+        return task
+
+    def _score(self, responses: Sequence[str], prompts: PromptBatch) -> Tensor:
+        scores = self._task.score(responses, prompts)
         if scores.shape != (len(responses),):
             raise ValueError(
                 f"the scorer gave {list(scores.shape)} scores for {len(responses)} responses"
@@ -379,7 +386,8 @@ class PPOModule(LightningModule):
             self._evaluations[prompts.split] = new.to(self.device)
         metrics = self._evaluations[prompts.split]
         assert isinstance(metrics, EvaluationMetrics)
-        metrics.update(scores, rollout.response_mask, rollout.finished)
+        binary = self._task.binary_scores
+        metrics.update(scores, rollout.response_mask, rollout.finished, binary=binary)
         if batch_idx == 0:
             self._log_samples(prompts, texts, scores)
 

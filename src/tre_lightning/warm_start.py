@@ -18,6 +18,10 @@ _IRRELEVANT = (
     "max_prompt_length",
     "val_size",
     "test_size",
+    "long_prompts",
+    "reward",
+    "timeout",
+    "workers",
 )
 _WAIT_SECONDS = 3600.0
 

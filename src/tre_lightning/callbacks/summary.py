@@ -1,6 +1,7 @@
 """The closing table of a run, its export, and predictions as JSONL."""
 
 import json
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,11 +28,10 @@ class RunSummary(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the scores; the first ones, from before training, stay."""
-        self.after = {
-            tag: float(value)
-            for tag, value in trainer.callback_metrics.items()
-            if tag.startswith("val") and "pass@" in tag
-        }
+        values = {tag: float(value) for tag, value in trainer.callback_metrics.items()}
+        shares = {tag: v for tag, v in values.items() if tag.startswith("val") and "pass@" in tag}
+        scores = {tag: v for tag, v in values.items() if re.fullmatch(r"val\w*/score", tag)}
+        self.after = shares or scores  # a task without right and wrong has no pass@k
         self.before = self.before or self.after
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -106,6 +106,8 @@ class PreferenceDataModule(PromptDataModule):
     ``\n\nHuman: ...\n\nAssistant:``. The scorer gets the messages.
     """
 
+    binary_scores = False
+
     def __init__(
         self,
         reward: RewardArgs,

@@ -35,6 +35,9 @@ class Prompt:
 class PromptDataModule(LightningDataModule, ABC):
     """Base of the tasks: batches of prompts that depend only on the seed and the iteration."""
 
+    binary_scores = True
+    """Whether a score is 1 for right and 0 for wrong, so that pass@k means something."""
+
     def __init__(
         self,
         tokenizer: str | None = None,
