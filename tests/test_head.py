@@ -77,8 +77,8 @@ def test_a_head_with_changed_logits_is_not_plain(
     assert plain_head(model) is model.get_output_embeddings()
 
 
-# Fails: the embedding of the pad token starts as zeros, and it is token 0 that is tried out. Its
-# hidden states and logits are 0, which no cap and no scale changes.
+# The embedding of the pad token starts as zeros, and so do its hidden states and logits, which no
+# cap and no scale changes.
 @pytest.mark.parametrize(
     ("model_type", "changed"),
     [

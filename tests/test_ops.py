@@ -788,7 +788,6 @@ def test_a_loss_of_several_parts() -> None:
 def test_the_loss_inside_without_any_gradient() -> None:
     hidden, weight, _, labels = operands(9, 3, 20)
     expected = unfused_loss((hidden, weight), labels, [TOP_K], 1.0).total.item()
-    # Fails in inference mode: the gradient is taken all the same, and there it cannot be.
     for guard in (torch.no_grad(), torch.inference_mode()):
         with guard:
             out = fused_linear_loss(hidden, weight, labels, curved_loss, [TOP_K], memory=700)
@@ -944,7 +943,6 @@ def test_autocast(region: Region) -> None:
 def test_gradients_of_bf16_weights_add_up_over_any_number_of_chunks(
     chunk: int, inside: bool
 ) -> None:
-    # Fails for chunks of 1 and 64 rows: the sum over the chunks is kept in bf16.
     generator = torch.Generator().manual_seed(0)
     hidden = (torch.rand(4096, 8, generator=generator) + 0.5).bfloat16()  # all of one sign
     weight = (0.1 * torch.randn(64, 8, generator=generator)).bfloat16().requires_grad_()

@@ -178,9 +178,9 @@ def fused_linear_loss(
         ValueError: as :func:`fused_linear_logprobs_and_entropy`.
     """
     hidden, weight, bias = _operands(hidden, weight, labels, bias, temperature, memory)
-    values = _apply(
-        _FusedLinearLoss, hidden, weight, bias, labels, loss, regions, temperature, memory
-    )
+    wanted = torch.is_grad_enabled()  # within the function it never is
+    operands = (hidden, weight, bias, labels)
+    values = _apply(_FusedLinearLoss, *operands, loss, regions, temperature, memory, wanted)
     return LossSum(*values)
 
 
@@ -243,14 +243,14 @@ class _FusedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, labels, *rest = ctx.saved_tensors
         result, (d_logprobs, d_entropies) = _unflat(rest), _by_output(grads)
-        sums = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
+        sums = _Gradients(hidden, weight, bias, ctx.needs_input_grad, ctx.memory)
         with _plain(hidden):
             for rows, logits in _chunks(hidden, weight, bias, ctx.memory):
                 part = Scan(*(_rows(field, rows) for field in result))
                 d_logprob, d_entropy = _rows(d_logprobs, rows), _rows(d_entropies, rows)
                 d_logits(logits, labels[rows], part, d_logprob, d_entropy, ctx.temperature, logits)
                 sums.add(rows, logits)
-        return sums.hidden, sums.weight, sums.bias, None, None, None, None
+        return *sums.sums(), None, None, None, None
 
 
 class _FusedLinearLoss(torch.autograd.Function):
@@ -265,8 +265,10 @@ class _FusedLinearLoss(torch.autograd.Function):
         regions: Sequence[Region],
         temperature: float,
         memory: int,
+        grad: bool,
     ) -> tuple[Tensor, ...]:
-        sums = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
+        needed = [grad and need for need in ctx.needs_input_grad]
+        sums = _Gradients(hidden, weight, bias, needed, memory)
         losses, logprobs = [], []
         for rows, logits in _chunks(hidden, weight, bias, memory):
             with _plain(hidden):
@@ -280,12 +282,12 @@ class _FusedLinearLoss(torch.autograd.Function):
                 total = chunk.sum()
             losses.append(chunk.detach())
             logprobs.append(result.logprobs)
-            if any(ctx.needs_input_grad):
+            if any(needed):
                 d = torch.autograd.grad(total, leaves, allow_unused=True)
                 with _plain(hidden):
                     d_logits(logits, labels[rows], result, d[0], d[1:], temperature, logits)
                     sums.add(rows, logits)
-        ctx.sums, ctx.spent = sums, False
+        ctx.sums, ctx.spent = sums.sums(), False
         all_losses, all_logprobs = torch.cat(losses, -1), torch.cat(logprobs)
         ctx.mark_non_differentiable(all_losses, all_logprobs)
         return all_losses.sum(), all_losses, all_logprobs
@@ -295,39 +297,61 @@ class _FusedLinearLoss(torch.autograd.Function):
     def backward(ctx: Any, d_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         if ctx.spent:
             raise RuntimeError("fused_linear_loss gives its gradient once; call it again")
-        sums, ctx.spent = ctx.sums, True
-        grads = [sums.hidden, sums.weight, sums.bias]
-        ctx.sums = None
-        return *(None if grad is None else grad.mul_(d_total) for grad in grads), *[None] * 5
+        grads, ctx.sums, ctx.spent = ctx.sums, None, True
+        return *(None if grad is None else grad.mul_(d_total) for grad in grads), *[None] * 6
 
 
 class _Gradients:
-    """Gradients of the head's operands, added up chunk by chunk, in the operands' dtypes."""
+    """Gradients of the head's operands, added up chunk by chunk.
+
+    Where there are several chunks, 16-bit weights have theirs added up in float32.
+    """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: Sequence[bool]
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        needed: Sequence[bool],
+        memory: int,
     ) -> None:
+        several = _chunk_rows(hidden, weight, memory) < len(hidden)
+        wide = torch.float32 if several and weight.itemsize < 4 else weight.dtype
         self._operands = hidden, weight
         self.hidden = torch.empty_like(hidden) if needed[0] else None
-        self.weight = torch.zeros_like(weight) if needed[1] else None
-        self.bias = torch.zeros_like(bias) if needed[2] and bias is not None else None
+        self._weight = torch.zeros_like(weight, dtype=wide) if needed[1] else None
+        needs_bias = needed[2] and bias is not None
+        self._bias = weight.new_zeros(len(weight), dtype=wide) if needs_bias else None
 
     def add(self, rows: slice, d: Tensor) -> None:
         """Add what the gradient of some rows' logits, ``[n, V]``, brings."""
         hidden, weight = self._operands
         if self.hidden is not None:
             torch.mm(d, weight, out=self.hidden[rows])
-        if self.weight is not None:
-            self.weight.addmm_(d.T, hidden[rows])
-        if self.bias is not None:
-            self.bias += d.sum(0)
+        if self._weight is not None and self._weight.dtype == d.dtype:
+            self._weight.addmm_(d.T, hidden[rows])
+        elif self._weight is not None:
+            self._weight += d.T @ hidden[rows]
+        if self._bias is not None:
+            self._bias += d.sum(0, dtype=self._bias.dtype)
+
+    def sums(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Of hidden, weight and bias, in the operands' dtype; None where none is needed."""
+        dtype = self._operands[1].dtype
+        parts = [None if part is None else part.to(dtype) for part in (self._weight, self._bias)]
+        return self.hidden, parts[0], parts[1]
+
+
+def _chunk_rows(hidden: Tensor, weight: Tensor, memory: int) -> int:
+    """Rows of a chunk."""
+    size = max(1, memory // (len(weight) * hidden.element_size()))
+    return min(size - size % _ROWS if size > _ROWS else size, len(hidden))
 
 
 def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, memory: int) -> Any:
     """Rows and their logits ``[n, V]``, all in one buffer."""
     count, vocabulary = len(hidden), len(weight)
-    size = max(1, memory // (vocabulary * hidden.element_size()))
-    size = min(size - size % _ROWS if size > _ROWS else size, count)
+    size = _chunk_rows(hidden, weight, memory)
     buffer = hidden.new_empty(size, vocabulary)
     for start in range(0, max(count, 1), max(size, 1)):  # one chunk without rows if there are none
         rows = slice(start, min(start + size, count))
