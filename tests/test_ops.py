@@ -788,9 +788,13 @@ def test_a_loss_of_several_parts() -> None:
 def test_the_loss_inside_without_any_gradient() -> None:
     hidden, weight, _, labels = operands(9, 3, 20)
     expected = unfused_loss((hidden, weight), labels, [TOP_K], 1.0).total.item()
+
+    def loss(rows: slice, stats: TokenStats) -> Tensor:
+        return curved_loss(rows, stats).detach()  # to take its gradient would be an error
+
     for guard in (torch.no_grad(), torch.inference_mode()):
         with guard:
-            out = fused_linear_loss(hidden, weight, labels, curved_loss, [TOP_K], memory=700)
+            out = fused_linear_loss(hidden, weight, labels, loss, [TOP_K], memory=700)
         assert not out.total.requires_grad
         assert out.total.item() == pytest.approx(expected)
 
@@ -962,6 +966,14 @@ def test_gradients_of_bf16_weights_add_up_over_any_number_of_chunks(
         assert relative(mine, theirs) < torch.finfo(torch.bfloat16).eps / 2
 
 
+@pytest.mark.parametrize("value", [math.nan, -INF])
+def test_an_undefined_row_has_no_region_of_the_whole_vocabulary(value: float) -> None:
+    logits = torch.stack([torch.zeros(5), torch.full((5,), value)])
+    out = logprobs_and_entropy(logits, torch.zeros(2, dtype=torch.long))
+    assert out.region_size.tolist() == [5, 0]
+    assert out.tail_mass[0] == 0.0 and out.tail_mass[1].isnan()
+
+
 # --- bad input ---
 
 Z, HIDDEN, WEIGHT = torch.zeros(2, 5), torch.zeros(2, 3), torch.zeros(5, 3)
@@ -1032,6 +1044,8 @@ def test_a_bad_region_is_refused(region: dict[str, Any], message: str) -> None:
         ({"weight": torch.zeros(5, 3, 1)}, r"hidden \[2, 3\] and weight \[5, 3, 1\] do not fit"),
         ({"bias": torch.zeros(3)}, r"bias \[3\] must be \[5\]"),
         ({"bias": torch.zeros(5, 1)}, r"bias \[5, 1\] must be \[5\]"),
+        ({"bias": torch.zeros(5).double()}, r"bias is torch\.float64 and weight torch\.float32"),
+        ({"weight": torch.tensor(1.0)}, "no token axis"),
         ({"weight": WEIGHT.double()}, r"hidden is torch\.float32 and weight torch\.float64"),
         ({"hidden": HIDDEN.bfloat16()}, r"hidden is torch\.bfloat16 and weight torch\.float32"),
         ({"memory": 0}, "memory=0 must be at least 1 byte"),

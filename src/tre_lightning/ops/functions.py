@@ -126,7 +126,7 @@ def token_stats(
     reuse_logits: bool = False,
 ) -> TokenStats:
     """:func:`logprobs_and_entropy` for any number of regions, in one look at the logits."""
-    _check(logits.shape, logits.shape[-1], labels, temperature)
+    _check(logits.shape, logits.shape[-1] if logits.dim() else 0, labels, temperature)
     flat = logits.reshape(-1, logits.shape[-1]).contiguous()
     values = _apply(_FromLogits, flat, labels.reshape(-1), regions, temperature, reuse_logits)
     return _stats(values, regions, logits.shape[-1], labels.shape)
@@ -179,7 +179,7 @@ def fused_linear_loss(
     """
     hidden, weight, bias = _operands(hidden, weight, labels, bias, temperature, memory)
     wanted = torch.is_grad_enabled()  # within the function it never is
-    operands = (hidden, weight, bias, labels)
+    operands = (hidden, weight, bias, labels.reshape(-1))
     values = _apply(_FusedLinearLoss, *operands, loss, regions, temperature, memory, wanted)
     return LossSum(*values)
 
@@ -372,7 +372,7 @@ def _operands(
     memory: int,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The operands in autocast's dtype, the hidden states as ``[N, D]``; checked."""
-    _check(hidden.shape, len(weight), labels, temperature)
+    _check(hidden.shape, len(weight) if weight.dim() else 0, labels, temperature)
     if memory < 1:
         raise ValueError(f"memory={memory} must be at least 1 byte of logits")
     width = (weight.shape[1],) if weight.dim() == 2 else ()
@@ -383,6 +383,8 @@ def _operands(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias {list(bias.shape)} must be [{len(weight)}], one a token of weight")
+    if bias is not None and bias.dtype != weight.dtype:
+        raise ValueError(f"bias is {bias.dtype} and weight {weight.dtype}; cast one of them")
     device = hidden.device.type
     parts: list[Tensor | None] = [hidden.reshape(-1, hidden.shape[-1]), weight, bias]
     if torch.is_autocast_enabled(device):
@@ -397,6 +399,8 @@ def _operands(
 
 def _check(shape: torch.Size, vocabulary: int, labels: Tensor, temperature: float) -> None:
     """Raise ValueError for what would give wrong numbers or an obscure error."""
+    if not shape or not vocabulary:
+        raise ValueError(f"logits or hidden states of shape {list(shape)} have no token axis")
     if shape[:-1] != labels.shape:
         raise ValueError(
             f"labels {list(labels.shape)} must have the shape of the positions, {list(shape[:-1])}"

@@ -125,10 +125,11 @@ def find(
         wide=values.new_ones(count, dtype=torch.bool),
     )
     if region.whole:
+        defined = values.abs() < math.inf
         out.entropy.copy_(summary.entropy)
-        out.size.fill_(vocabulary)
+        out.size[defined] = vocabulary
         out.mass.fill_(1.0)
-        out.tail_mass.zero_()
+        out.tail_mass[defined] = 0.0
         out.threshold.fill_(-math.inf)
         return out
     largest_p = (summary.block_max.amax(1) - values).exp()
