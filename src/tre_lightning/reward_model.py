@@ -20,6 +20,7 @@ from tre_lightning.args import options, positive
 from tre_lightning.data.preferences import PairBatch, PreferencePairs
 from tre_lightning.errors import read
 from tre_lightning.metrics import MaskedMean
+from tre_lightning.optim import decaying_adamw
 from tre_lightning.policy import PolicyArgs, load_config, load_tokenizer
 from tre_lightning.rewards.preference import context_length, scalar_scores, set_pad_token
 from tre_lightning.tokenizer import word_tokenizer
@@ -166,15 +167,7 @@ class RewardModelModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW, decaying linearly."""
-        optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.lr, weight_decay=0.0)
-        total = max(int(self.trainer.estimated_stepping_batches) - 1, 1)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: 1.0 - (1.0 - self.final_lr_share) * min(step / total, 1.0)
-        )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        return decaying_adamw(self.model, self.trainer, self.lr, self.final_lr_share)
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """This rank's part of the mean loss over the batch's pairs, nats."""

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tre_lightning.args import options, positive
 from tre_lightning.losses import label_logprobs
+from tre_lightning.optim import decaying_adamw
 from tre_lightning.policy import (
     PolicyArgs,
     load_language_model,
@@ -68,15 +69,7 @@ class SFTModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW, decaying linearly."""
-        optimizer = torch.optim.AdamW(self.policy.parameters(), lr=self.lr, weight_decay=0.0)
-        total = max(int(self.trainer.estimated_stepping_batches) - 1, 1)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: 1.0 - (1.0 - self.final_lr_share) * min(step / total, 1.0)
-        )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        return decaying_adamw(self.policy, self.trainer, self.lr, self.final_lr_share)
 
     def training_step(self, batch: Sequence[tuple[str, str]], batch_idx: int) -> Tensor:
         """Mean cross-entropy of the response tokens and the end token, nats."""

@@ -34,8 +34,8 @@ from tre_lightning.rewards.preference import (
     Dtype,
     PreferenceScorer,
     RewardModelScorer,
-    _transcript,
     as_messages,
+    transcript,
 )
 from tre_lightning.rewards.remote import RemoteScorer
 from tre_lightning.rollout import PromptBatch
@@ -393,7 +393,7 @@ def read_prompt(row: Mapping[str, Any], where: str) -> Messages | None:
 
 def _prompt(prompt: ChatPrompt) -> Prompt:
     messages = as_messages(prompt)
-    return Prompt(_transcript(messages) + ASSISTANT, {"messages": messages})
+    return Prompt(transcript(messages) + ASSISTANT, {"messages": messages})
 
 
 def _set(text: str) -> str:

@@ -136,7 +136,7 @@ def load_pairs(source: str, split: str = "train") -> list[Pair]:
             left.
     """
     pairs, dropped = [], 0
-    for where, row in _rows(source, split):
+    for where, row in read_rows("data.source", source, split):
         pair = read_pair(row, where)
         if pair is None:
             dropped += 1
@@ -195,11 +195,6 @@ def _read_margin(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
         raise ValueError(f"margin={str(value)[:80]!r} must be a number of at least 0, or missing")
     return float(value)
-
-
-def _rows(source: str, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Rows and where each stands."""
-    return read_rows("data.source", source, split)
 
 
 # ----- batches

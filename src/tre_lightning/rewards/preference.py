@@ -200,7 +200,7 @@ def encode(
     texts = []
     for prompt, response in zip(prompts, responses, strict=True):
         messages = [*as_messages(prompt), {"role": "assistant", "content": response}]
-        text = _in_template(tokenizer, messages) if templated else _transcript(messages)
+        text = _in_template(tokenizer, messages) if templated else transcript(messages)
         texts.append(text.encode(errors="replace").decode())  # no lone surrogates
     if not texts:
         return []
@@ -224,7 +224,8 @@ def _in_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, st
         ) from error
 
 
-def _transcript(messages: list[dict[str, str]]) -> str:
+def transcript(messages: list[dict[str, str]]) -> str:
+    """Messages in the format of Anthropic's HH data, white space around them stripped."""
     return "".join(
         f"\n\n{_SPEAKERS.get(m['role'], m['role'].capitalize())}: {m['content'].strip()}"
         for m in messages
