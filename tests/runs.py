@@ -21,9 +21,9 @@ from tensorboard.summary.writer import event_file_writer
 from tensorboard.util import tensor_util
 from torch import Tensor
 
-from tre_lightning.callbacks import EntropyBonus, PolicyOutputs
 from tre_lightning.cli import main
 from tre_lightning.data import CountdownDataModule
+from tre_lightning.methods import EntropyBonus, PolicyOutputs, Tokens
 from tre_lightning.rollout import PromptBatch
 
 # The warm start of all these runs is trained once a session.
@@ -66,12 +66,12 @@ class FailingBonus(EntropyBonus):
         super().__init__(coef, name="failing")
         self.calls_left = fail_at
 
-    def per_token(self, outputs: PolicyOutputs) -> Tensor:
+    def per_token(self, outputs: PolicyOutputs, tokens: Tokens) -> Tensor:
         if self.calls_left is not None:
             self.calls_left -= 1
             if self.calls_left == 0:
                 raise RuntimeError("the update fails")
-        return super().per_token(outputs)
+        return super().per_token(outputs, tokens)
 
 
 class NeedsLogits(EntropyBonus):
@@ -79,14 +79,14 @@ class NeedsLogits(EntropyBonus):
 
     needs_logits = True
 
-    def per_token(self, outputs: PolicyOutputs) -> Tensor:
+    def per_token(self, outputs: PolicyOutputs, tokens: Tokens) -> Tensor:
         assert outputs.logits is not None
         log_p = outputs.logits.log_softmax(-1)
         return (log_p.exp() * log_p).sum(-1)
 
 
 TRE = {
-    "class_path": "tre_lightning.callbacks.TrustRegionEntropy",
+    "class_path": "tre_lightning.methods.TrustRegionEntropy",
     "init_args": {"top_p": 0.9, "coef": 0.01},
 }
 ARCHITECTURE = {

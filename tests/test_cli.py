@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 import runs
-from tre_lightning.callbacks import LossTerm
 from tre_lightning.cli import PPOCLI, main
 from tre_lightning.errors import one_line
+from tre_lightning.methods import LossTerm
 
 REPOSITORY = Path(__file__).parent.parent
 CONFIGS = REPOSITORY / "configs"
@@ -38,7 +38,7 @@ def parsed_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tre(**init_args: Any) -> dict[str, Any]:
-    spec = {"class_path": "tre_lightning.callbacks.TrustRegionEntropy", "init_args": init_args}
+    spec = {"class_path": "tre_lightning.methods.TrustRegionEntropy", "init_args": init_args}
     return {"trainer.callbacks": [spec]}
 
 
@@ -97,7 +97,7 @@ REFUSED: dict[str, tuple[list[str], Mapping[str, Any], list[str]]] = {
     "names": (
         [],
         {"trainer.callbacks": [runs.TRE, runs.TRE]},
-        ["2 loss terms", "'tre'", "own name"],
+        ["2 methods", "'tre'", "own name"],
     ),
     "no config": (["--config={dir}/no.yaml"], {}, ["config", "no.yaml", "not exist"]),
     "interpolation": (
@@ -256,11 +256,11 @@ def test_one_seed_for_all(tmp_path: Path, given: str | None, seed: int) -> None:
 def test_a_later_file_appends_callbacks(tmp_path: Path) -> None:
     words = runs.words(tmp_path / "run")[1:]
     more = tmp_path / "more.yaml"
-    more.write_text("trainer: {callbacks+: [{class_path: tre_lightning.callbacks.EntropyBonus}]}")
+    more.write_text("trainer: {callbacks+: [{class_path: tre_lightning.methods.EntropyBonus}]}")
     assert [term.name for term in loss_terms(fit(*words))] == ["tre"]
     terms = loss_terms(fit(*words, "--config", str(more)))
     assert [term.name for term in terms] == ["tre", "entropy"]
-    flag = "--trainer.callbacks+=tre_lightning.callbacks.EntropyBonus"
+    flag = "--trainer.callbacks+=tre_lightning.methods.EntropyBonus"
     assert [term.name for term in loss_terms(fit(*words, flag))] == ["tre", "entropy"]
 
 

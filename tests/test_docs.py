@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import batches
 import runs
-from tre_lightning.callbacks import LossTerm, PolicyOutputs
+from tre_lightning.methods import LossTerm, PolicyOutputs
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,5 +58,5 @@ def test_readme_method_is_a_loss_term() -> None:
     term = names["ConfidencePenalty"](coef=0.5)  # type: ignore[operator]
     assert isinstance(term, LossTerm) and term.coef_at(3) == 0.5
     logprobs = torch.tensor([-1.0, -2.0])
-    assert torch.equal(term.per_token(PolicyOutputs(logprobs, {})), logprobs)
+    assert torch.equal(term.per_token(PolicyOutputs(logprobs, {}), batches.tokens(2)), logprobs)
     assert term.name == "confidence"

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from dataclasses import fields
+from dataclasses import replace
 
 import pytest
 import torch
@@ -63,8 +63,12 @@ def targets(experience: Experience, *, whiten: bool = False, kl_coef: float = 0.
 
 
 def same(a: TrainingBatch, b: TrainingBatch) -> bool:
-    pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in fields(a)]
-    return all(x is y is None or torch.equal(x, y) for x, y in pairs)
+    parts: list[dict[str, Tensor]] = [{}, {}]
+    for batch, found in zip((a, b), parts, strict=True):
+        batch.map(lambda name, tensor, found=found: found.setdefault(name, tensor))
+    return parts[0].keys() == parts[1].keys() and all(
+        torch.equal(parts[0][name], parts[1][name]) for name in parts[0]
+    )
 
 
 # --- gae ---
@@ -276,6 +280,15 @@ def test_trimming_removes_only_columns_that_every_row_pads() -> None:
     assert torch.equal(cut.scores, batch.scores) and torch.equal(cut.finished, batch.finished)
     assert cut.ref_logprobs is None
     assert same(cut.trimmed(), cut)
+
+
+def test_what_the_methods_kept_and_weighed_follows_its_rows() -> None:
+    batch = targets(experience([2, 3], [1.0, 2.0], width=5))
+    ids = torch.arange(20).view(2, 5, 2)  # two numbers a token
+    batch = replace(batch, observed={"m": ids}, weights={"policy": ids[..., 0]})
+    second = batch[1:].trimmed()
+    assert second.observed["m"].tolist() == [[[10, 11], [12, 13], [14, 15]]]
+    assert second.weights["policy"].tolist() == [[10, 12, 14]]
 
 
 def test_trimming_a_response_that_does_not_count_leaves_a_column() -> None:

@@ -15,7 +15,7 @@ import runs
 from tre_lightning.cli import main
 from tre_lightning.data import CountdownDataModule, PuzzleSpec
 
-ENTROPY = {"class_path": "tre_lightning.callbacks.EntropyBonus", "init_args": {"coef": 0.02}}
+ENTROPY = {"class_path": "tre_lightning.methods.EntropyBonus", "init_args": {"coef": 0.02}}
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +229,7 @@ def test_low_precision(precision: str, dtype: torch.dtype, tmp_path: Path) -> No
 
 
 def test_two_terms_add_up(tmp_path: Path) -> None:
-    schedule = {"class_path": "tre_lightning.callbacks.loss_term.LinearSchedule"}
+    schedule = {"class_path": "tre_lightning.methods.LinearSchedule"}
     tre: dict[str, Any] = {**runs.TRE, "init_args": {"top_p": 0.9, "coef": schedule}}
     schedule["init_args"] = {"start": 0.04, "end": 0.0, "iterations": 2}  # type: ignore[assignment]
     runs.run(tmp_path / "run", changes={"trainer.callbacks": [tre, ENTROPY]})

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tre_lightning.callbacks.loss_term import PolicyOutputs
 from tre_lightning.entropy import entropy_stats, full_entropy, trust_region_entropy
 from tre_lightning.head import Head, HeadInput, plain_head
+from tre_lightning.methods.hooks import PolicyOutputs
 from tre_lightning.ops import Region
 from tre_lightning.policy import PolicyArgs, head_input, load_language_model
 

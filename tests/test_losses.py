@@ -138,3 +138,20 @@ def test_value_loss_by_hand(
     result = value_loss(*tensors, value_clip_eps=eps)
     assert result.shape == (1, 1)
     assert result.item() == pytest.approx(loss)
+
+
+def test_an_open_end_is_not_clipped() -> None:
+    ratio = torch.tensor([0.5, 1.5]).log()
+    old = torch.zeros(2)
+    # The pessimistic maximum: at A < 0 a ratio below 1 - eps, at A > 0 one above 1 + eps is cut.
+    for advantage, low, high, expected in [
+        (1.0, 0.2, None, [-0.5, -1.5]),
+        (1.0, None, 0.2, [-0.5, -1.2]),
+        (-1.0, 0.2, None, [0.8, 1.5]),
+        (-1.0, None, 0.2, [0.5, 1.5]),
+        (-1.0, None, None, [0.5, 1.5]),
+    ]:
+        made = policy_loss(
+            ratio, old, torch.full((2,), advantage), clip_eps_low=low, clip_eps_high=high
+        )
+        torch.testing.assert_close(made, torch.tensor(expected))

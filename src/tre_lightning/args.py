@@ -61,8 +61,8 @@ class PPOArgs:
         num_minibatches: optimiser steps a pass.
         micro_batch_size: responses a forward and backward pass on one device; changes memory and
             speed, not the result.
-        clip_eps_low: the probability ratio is clipped at 1 - clip_eps_low.
-        clip_eps_high: the probability ratio is clipped at 1 + clip_eps_high.
+        clip_eps_low: the probability ratio is clipped at 1 - clip_eps_low; none = not from below.
+        clip_eps_high: the probability ratio is clipped at 1 + clip_eps_high; none = not from above.
         dual_clip: bound of the loss at negative advantages, in advantages, > 1; none = unbounded.
         value_clip_eps: values are clipped to this distance of the old ones; none = unclipped.
         value_coef: weight of the value loss; matters for a shared trunk.
@@ -78,8 +78,8 @@ class PPOArgs:
     num_epochs: int = 1
     num_minibatches: int = 4
     micro_batch_size: int = 64
-    clip_eps_low: float = 0.2
-    clip_eps_high: float = 0.2
+    clip_eps_low: float | None = 0.2
+    clip_eps_high: float | None = 0.2
     dual_clip: float | None = None
     value_clip_eps: float | None = 0.5
     value_coef: float = 1.0
@@ -95,9 +95,10 @@ class PPOArgs:
             at_least(f"ppo.{name}", getattr(self, name), 1)
         for name in ("gamma", "gae_lambda"):
             unit_share(f"ppo.{name}", getattr(self, name))
-        if not 0.0 < self.clip_eps_low < 1.0:
+        if self.clip_eps_low is not None and not 0.0 < self.clip_eps_low < 1.0:
             raise ValueError(f"ppo.clip_eps_low={self.clip_eps_low} must lie between 0 and 1")
-        positive("ppo.clip_eps_high", self.clip_eps_high)
+        if self.clip_eps_high is not None:
+            positive("ppo.clip_eps_high", self.clip_eps_high)
         if self.dual_clip is not None and self.dual_clip <= 1.0:
             raise ValueError(f"ppo.dual_clip={self.dual_clip} must be above 1, or none")
         if self.kl_coef < 0.0:

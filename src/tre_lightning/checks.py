@@ -7,9 +7,9 @@ import torch
 from lightning.pytorch import Trainer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 
-from tre_lightning.callbacks.loss_term import find_loss_terms
 from tre_lightning.data.prompts import PromptDataModule
 from tre_lightning.errors import read
+from tre_lightning.methods import find_methods
 from tre_lightning.policy import (
     ActorCritic,
     PolicyArgs,
@@ -44,7 +44,7 @@ def check_run(
     Raises:
         ValueError: naming the field, its value and the fix.
     """
-    find_loss_terms(trainer.callbacks)  # type: ignore[attr-defined]
+    find_methods(trainer.callbacks)  # type: ignore[attr-defined]
     check_batches(module, data, trainer.world_size)
     config = load_config(policy)
     if policy.critic_model is not None:

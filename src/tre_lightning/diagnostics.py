@@ -95,6 +95,7 @@ class UpdateMetrics(_Collection):
             {
                 "policy/approx_kl": MaskedMean(),
                 "policy/clip_fraction": MaskedMean(),
+                "policy/active_share": MaskedMean(),
                 "policy/grad_norm": MeanMetric(),
                 "value/grad_norm": MeanMetric(),
                 "value/explained_variance": MaskedExplainedVariance(),
@@ -113,7 +114,11 @@ class UpdateMetrics(_Collection):
         self["value/return_mean"].update(batch.returns, mask)
 
     def update_policy(
-        self, logprobs: Tensor, batch: TrainingBatch, clip_eps_low: float, clip_eps_high: float
+        self,
+        logprobs: Tensor,
+        batch: TrainingBatch,
+        clip_eps_low: float | None,
+        clip_eps_high: float | None,
     ) -> None:
         """Count one micro-batch of this rank."""
         logprobs = logprobs.detach()
@@ -123,6 +128,8 @@ class UpdateMetrics(_Collection):
             approx_kl(logprobs, batch.old_logprobs), batch.response_mask
         )
         self["policy/clip_fraction"].update(hit, batch.response_mask)
+        if "policy" in batch.weights:
+            self["policy/active_share"].update(batch.weights["policy"] != 0, batch.response_mask)
 
     def add_loss(self, name: str, part: Tensor) -> None:
         """Add a part of a loss, already divided by the minibatch's global token count."""

@@ -4,8 +4,8 @@ After scoring, the rows of all ranks are gathered: every rank computes the same 
 global batch (so whitening is global), draws the same minibatches, and trains on its share of each.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ class Experience(Rollout):
     old_logprobs: Tensor  # [B, T] float32
     ref_logprobs: Tensor | None  # [B, T] float32, of the reference policy where there is one
     values: Tensor  # [B, T] float32
+    observed: Mapping[str, Tensor]  # [B, T, ...] each, what the methods kept of every token
 
     def gathered(self) -> "Experience":
         """The same with the rows of all ranks, in rank order."""
@@ -46,6 +47,7 @@ class TrainingBatch(Experience):
     rewards: Tensor  # [B, T] float32, one a token
     advantages: Tensor  # [B, T] float32
     returns: Tensor  # [B, T] float32
+    weights: Mapping[str, Tensor] = field(default_factory=dict)  # [B, T] each, in a loss's mean
 
     def micro_batches(self, size: int) -> Iterator["TrainingBatch"]:
         """Consecutive slices of at most ``size`` rows, without columns that all of them pad."""
@@ -72,6 +74,7 @@ def build_experience(
     old_logprobs: Tensor,
     ref_logprobs: Tensor | None,
     values: Tensor,
+    observed: Mapping[str, Tensor] | None = None,
 ) -> Experience:
     """Join a rollout with its scores ``[B]`` and what the models say of it, each ``[B, T]``."""
     scored = ~scores.isnan()
@@ -86,6 +89,7 @@ def build_experience(
         old_logprobs=old_logprobs,
         ref_logprobs=ref_logprobs,
         values=values,
+        observed=observed or {},
     )
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tre_lightning.callbacks.loss_term import PolicyOutputs
 from tre_lightning.entropy import EntropyStats, entropy_stats, full_entropy, trust_region_entropy
 from tre_lightning.losses import label_logprobs
+from tre_lightning.methods.hooks import PolicyOutputs
 from tre_lightning.ops import Region
 from tre_lightning.ops.functions import (
     LossSum,

@@ -34,8 +34,8 @@ def policy_loss(
     old_logprobs: Tensor,
     advantages: Tensor,
     *,
-    clip_eps_low: float,
-    clip_eps_high: float,
+    clip_eps_low: float | None,
+    clip_eps_high: float | None,
     dual_clip: float | None = None,
 ) -> Tensor:
     """Clipped surrogate loss of each token, ``[B, T]`` (Schulman et al. 2017, arXiv 1707.06347).
@@ -44,14 +44,17 @@ def policy_loss(
         logprobs: of the policy being trained, ``[B, T]``.
         old_logprobs: of the policy that sampled, ``[B, T]``.
         advantages: ``[B, T]``.
-        clip_eps_low: the ratio is clipped at 1 - clip_eps_low.
-        clip_eps_high: the ratio is clipped at 1 + clip_eps_high.
+        clip_eps_low: the ratio is clipped at 1 - clip_eps_low; None = not from below.
+        clip_eps_high: the ratio is clipped at 1 + clip_eps_high; None = not from above.
         dual_clip: c > 1 bounds the loss at -c * advantage where the advantage is negative
             (Ye et al. 2020, arXiv 1912.09729); None = unbounded.
     """
     ratio = policy_ratio(logprobs, old_logprobs)
-    clipped_ratio = ratio.clamp(1.0 - clip_eps_low, 1.0 + clip_eps_high)
-    loss = torch.maximum(-advantages * ratio, -advantages * clipped_ratio)
+    loss = -advantages * ratio
+    if clip_eps_low is not None or clip_eps_high is not None:
+        low = None if clip_eps_low is None else 1.0 - clip_eps_low
+        high = None if clip_eps_high is None else 1.0 + clip_eps_high
+        loss = torch.maximum(loss, -advantages * ratio.clamp(low, high))
     if dual_clip is not None:
         bounded = torch.minimum(loss, -advantages * dual_clip)
         loss = torch.where(advantages < 0, bounded, loss)

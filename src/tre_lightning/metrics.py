@@ -5,6 +5,7 @@ depend on how the data was cut into updates or spread over ranks. A metric that 
 computes NaN.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -89,7 +90,9 @@ def pass_at_k(num_correct: Tensor, num_samples: int, k: int) -> Tensor:
     return _like(_pass_at_k(correct, torch.full_like(correct, num_samples), k), num_correct)
 
 
-def clipped(ratio: Tensor, advantages: Tensor, clip_eps_low: float, clip_eps_high: float) -> Tensor:
+def clipped(
+    ratio: Tensor, advantages: Tensor, clip_eps_low: float | None, clip_eps_high: float | None
+) -> Tensor:
     """Tokens whose clipped surrogate is the active one, so that they give no policy gradient.
 
     True where (A > 0 and r > 1 + high) or (A < 0 and r < 1 - low); their share is the clip
@@ -100,8 +103,8 @@ def clipped(ratio: Tensor, advantages: Tensor, clip_eps_low: float, clip_eps_hig
     Args:
         ratio: new over old probability of each token, ``[B, T]``.
         advantages: advantage of each token, ``[B, T]``.
-        clip_eps_low: how far the ratio may fall below 1, >= 0.
-        clip_eps_high: how far the ratio may rise above 1, >= 0.
+        clip_eps_low: how far the ratio may fall below 1, >= 0; None = any.
+        clip_eps_high: how far the ratio may rise above 1, >= 0; None = any.
 
     Returns:
         Bool, ``[B, T]``; False where an input is NaN.
@@ -111,10 +114,11 @@ def clipped(ratio: Tensor, advantages: Tensor, clip_eps_low: float, clip_eps_hig
     """
     _check_shape("advantages", advantages, "ratio", ratio)
     for name, bound in (("clip_eps_low", clip_eps_low), ("clip_eps_high", clip_eps_high)):
-        if not bound >= 0:
+        if bound is not None and not bound >= 0:
             raise ValueError(f"{name}={bound} is not a distance from 1; pass a number >= 0")
-    rises = (advantages > 0) & (ratio > 1 + clip_eps_high)
-    falls = (advantages < 0) & (ratio < 1 - clip_eps_low)
+    low, high = (math.inf if bound is None else bound for bound in (clip_eps_low, clip_eps_high))
+    rises = (advantages > 0) & (ratio > 1 + high)
+    falls = (advantages < 0) & (ratio < 1 - low)
     return rises | falls
 
 

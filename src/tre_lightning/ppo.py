@@ -1,15 +1,15 @@
 """PPO as a LightningModule: one ``training_step`` is one PPO iteration.
 
 prompts -> rollout -> scores -> advantages -> minibatches -> loss terms -> metrics. The module knows
-no entropy method: methods are :class:`~tre_lightning.callbacks.LossTerm` callbacks.
+no entropy method: methods are :class:`~tre_lightning.methods.Method` callbacks.
 """
 
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -29,7 +29,6 @@ from tre_lightning.args import (
     RolloutArgs,
     options,
 )
-from tre_lightning.callbacks.loss_term import LossTerm, PolicyOutputs, find_loss_terms
 from tre_lightning.diagnostics import EvaluationMetrics, RolloutMetrics, UpdateMetrics
 from tre_lightning.distributed import world
 from tre_lightning.entropy import EntropyStats
@@ -43,6 +42,17 @@ from tre_lightning.experience import (
 from tre_lightning.head import Head, HeadInput
 from tre_lightning.horizon import total_batches
 from tre_lightning.losses import masked_sum, policy_loss, value_loss
+from tre_lightning.methods.hooks import (
+    POLICY,
+    LossTerm,
+    Method,
+    PolicyOutputs,
+    Tokens,
+    find_methods,
+    loss_terms,
+    shaped,
+    weighed,
+)
 from tre_lightning.metrics import MaskedMean
 from tre_lightning.ops import Region
 from tre_lightning.policy import (
@@ -132,7 +142,8 @@ class PPOModule(LightningModule):
                 "model.policy.architecture needs model.policy.tokenizer, or a warm_start"
             )
         self.tokenizer = load_tokenizer(source)
-        if self.ppo_args.kl_coef > 0.0:
+        methods = find_methods(self.trainer.callbacks)  # type: ignore[attr-defined]
+        if self.ppo_args.kl_coef > 0.0 or any(method.needs_reference for method in methods):
             reference = copy.deepcopy(self.actor_critic.policy).requires_grad_(False)
             self._reference = [reference]
 
@@ -167,13 +178,13 @@ class PPOModule(LightningModule):
     def training_step(self, prompts: PromptBatch, batch_idx: int) -> None:
         """One PPO iteration."""
         started = time.perf_counter()
-        terms = find_loss_terms(self.trainer.callbacks)  # type: ignore[attr-defined]
+        methods = find_methods(self.trainer.callbacks)  # type: ignore[attr-defined]
         share = self.optim_args.lr_share(self.iteration, total_batches(self.trainer))
         rollout = self._sample(prompts, self.rollout_args)
         scores = self._score(self._texts(rollout), prompts)
         sampled = time.perf_counter()
 
-        experience, effective = self._judge(rollout, scores, terms)
+        experience, scales = self._judge(rollout, scores, methods)
         self._rollout_metrics.update_scores(experience, binary=self._task.binary_scores)
         batch = compute_targets(
             experience.gathered(),
@@ -182,13 +193,18 @@ class PPOModule(LightningModule):
             kl_coef=self.ppo_args.kl_coef,
             whiten=self.ppo_args.whiten_advantages,
         )
+        for method in methods:
+            method.adapt(batch)
+        batch = shaped(batch, methods)
         self._update_metrics.update_targets(batch)
         for epoch in range(self.ppo_args.num_epochs):
             key = ("minibatches", self.seed, self.iteration, epoch)
-            for minibatch in minibatches(batch, self.ppo_args.num_minibatches, *key):
-                self._update(minibatch, terms, share)
+            cut = minibatches(batch, self.ppo_args.num_minibatches, *key)
+            for number, minibatch in enumerate(cut):
+                self._update(weighed(minibatch, methods, (*key, number)), methods, share)
 
-        values = {**self._rollout_metrics.flush(), **self._update_metrics.flush(), **effective}
+        values = {**self._rollout_metrics.flush(), **self._update_metrics.flush()}
+        values |= self._method_values(methods, scales)
         values["policy/lr"] = torch.tensor(share * self.optim_args.lr)
         values["value/lr"] = torch.tensor(share * self.optim_args.critic_lr)
         values["rollout/seconds"] = torch.tensor(sampled - started)
@@ -242,50 +258,77 @@ class PPOModule(LightningModule):
 
     @torch.no_grad()
     def _judge(
-        self, rollout: Rollout, scores: Tensor, terms: Sequence[LossTerm]
+        self, rollout: Rollout, scores: Tensor, methods: Sequence[Method]
     ) -> tuple[Experience, dict[str, Tensor]]:
-        """Log-probabilities, values and entropies of the policy that sampled."""
-        pieces: list[tuple[Tensor, ...]] = []
-        scales = {term.name: MaskedMean().to(self.device) for term in terms}
+        """Log-probabilities, values and entropies of the policy that sampled; each term's scale."""
+        pieces: dict[str, list[Tensor]] = {}
+        scales = {term.name: MaskedMean().to(self.device) for term in loss_terms(methods)}
         shown = Region(self.diagnostics_args.top_k, self.diagnostics_args.top_p)
-        head = self._head(terms, shown)
+        observed = [region for method in methods for region in method.observed_regions]
+        head = self._head(methods, shown, *observed)
+        # Of the reference, only what is asked for: mostly log-probabilities alone.
+        seen = self._head([method for method in methods if method.needs_reference])
         size = self.ppo_args.micro_batch_size
         for start in range(0, len(rollout), size):
             micro = rollout[start : start + size]
             mask = micro.response_mask
             labels = micro.response_ids[mask]
             outputs, values = self._forward(micro, partial(head.outputs, labels=labels), head)
-            piece = [_spread(outputs.logprobs, mask), values]
-            if self._reference:
-                piece.append(self._reference_logprobs(micro, head))
-            pieces.append(tuple(piece))
+            piece = {"old_logprobs": outputs.logprobs, "values": values}
+            reference = self._reference_outputs(micro, labels, seen) if self._reference else None
+            if reference is not None:
+                piece["ref_logprobs"] = reference.logprobs
+            for method in methods:
+                kept = method.observe(outputs, reference)
+                if kept is not None:
+                    piece[f"observed/{method.name}"] = kept
+            for name, part in piece.items():
+                spread = part if name == "values" else _spread(part, mask)
+                pieces.setdefault(name, []).append(spread)
             stats = EntropyStats(*(_spread(part, mask) for part in outputs.entropy(shown)))
             self._rollout_metrics.update_entropy(stats, mask)
-            for term in terms:
-                scales[term.name].update(
-                    term.scale(outputs), torch.ones_like(labels, dtype=torch.bool)
-                )
-        columns = [torch.cat(column) for column in zip(*pieces, strict=True)]
-        logprobs, values, *rest = columns
-        experience = build_experience(rollout, scores, logprobs, rest[0] if rest else None, values)
-        effective: dict[str, Tensor] = {}
-        for term in terms:
-            coef = term.coef_at(self.iteration)
-            effective[f"loss/{term.name}_coef"] = torch.tensor(coef)
-            effective[f"loss/{term.name}_effective_coef"] = (
-                coef * scales[term.name].compute().float()
-            )
-        return experience, effective
+            for term in loss_terms(methods):
+                scales[term.name].update(term.scale(outputs))
+        columns = {name: torch.cat(parts) for name, parts in pieces.items()}
+        experience = build_experience(
+            rollout,
+            scores,
+            columns["old_logprobs"],
+            columns.get("ref_logprobs"),
+            columns["values"],
+            {
+                name.removeprefix("observed/"): column
+                for name, column in columns.items()
+                if name.startswith("observed/")
+            },
+        )
+        return experience, {name: scale.compute().float() for name, scale in scales.items()}
 
-    def _head(self, terms: Sequence[LossTerm], *regions: Region) -> Head:
-        """How to compute what these terms ask for."""
-        wanted = dict.fromkeys([*regions, *(region for term in terms for region in term.regions)])
+    def _method_values(
+        self, methods: Sequence[Method], scales: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What the methods have to log: coefficients and numbers of their own."""
+        values: dict[str, Tensor] = {}
+        for method in methods:
+            name = f"loss/{method.name}"
+            if isinstance(method, LossTerm):
+                coef = method.coef_at(self.iteration)
+                values[f"{name}_coef"] = torch.tensor(coef)
+                values[f"{name}_effective_coef"] = coef * scales[method.name]
+            own = method.logged().items()
+            values |= {f"{name}_{key}": torch.tensor(value) for key, value in own}
+        return values
+
+    def _head(self, methods: Sequence[Method], *regions: Region) -> Head:
+        """How to compute what these methods ask for."""
+        named = (region for method in methods for region in method.regions)
+        wanted = dict.fromkeys([*regions, *named])
         return Head(
             regions=tuple(wanted),
             temperature=self.rollout_args.temperature,
             memory=self.ppo_args.logits_memory * 2**20,
             fused=self.ppo_args.fused,
-            show_logits=any(term.needs_logits for term in terms),
+            show_logits=any(method.needs_logits for method in methods),
         )
 
     def _forward(
@@ -297,23 +340,21 @@ class PPOModule(LightningModule):
         )
         return made
 
-    def _reference_logprobs(self, batch: Rollout, head: Head) -> Tensor:
+    def _reference_outputs(self, batch: Rollout, labels: Tensor, head: Head) -> PolicyOutputs:
+        """The initial policy's view of the counted tokens."""
         ids, mask = sequence_inputs(batch)
         reference, counted = self._reference[0], batch.response_mask
         if reference.device != self.device:
             reference.to(self.device)  # type: ignore[arg-type]
-        plain = replace(head, regions=(), show_logits=False)
         linear = self.actor_critic.head and reference.get_output_embeddings()
-        source, _ = head_input(
-            reference, linear if plain.takes_hidden else None, ids, mask, counted
-        )
-        return _spread(plain.outputs(source, batch.response_ids[counted]).logprobs, counted)
+        source, _ = head_input(reference, linear if head.takes_hidden else None, ids, mask, counted)
+        return head.outputs(source, labels)
 
-    def _update(self, minibatch: TrainingBatch, terms: Sequence[LossTerm], share: float) -> None:
+    def _update(self, minibatch: TrainingBatch, methods: Sequence[Method], share: float) -> None:
         """One optimiser step on this rank's share of a global minibatch."""
         ppo, optim = self.ppo_args, self.optim_args
         rank, ranks = world()
-        tokens = minibatch.response_mask.sum().clamp(min=1)
+        count = minibatch.response_mask.sum().clamp(min=1)
         local = minibatch[slice(rank, None, ranks)]
         micros = list(local.micro_batches(ppo.micro_batch_size))
         optimizer = self.optimizers(use_pl_optimizer=True)
@@ -321,7 +362,7 @@ class PPOModule(LightningModule):
         optimizer.zero_grad()
         for number, micro in enumerate(micros, start=1):
             with self._gradient_sync(number == len(micros)):
-                loss = self._loss(micro, terms, tokens)
+                loss = self._loss(micro, methods, count)
                 # Data-parallel strategies average over ranks; the token count is global already.
                 self.manual_backward(loss * ranks)
         groups = (self.actor_critic.policy_parameters(), self.actor_critic.critic_parameters())
@@ -331,24 +372,37 @@ class PPOModule(LightningModule):
         optimizer.step()
         self._update_metrics.end_step(*norms)
 
-    def _loss(self, micro: TrainingBatch, terms: Sequence[LossTerm], tokens: Tensor) -> Tensor:
-        """This micro-batch's part of the minibatch's loss; the parts add up to the whole."""
+    def _loss(self, micro: TrainingBatch, methods: Sequence[Method], count: Tensor) -> Tensor:
+        """This micro-batch's part of the minibatch's loss; the parts add up to the whole.
+
+        ``count`` is the minibatch's number of counted tokens.
+        """
         ppo, mask = self.ppo_args, micro.response_mask
-        coefs = {term: coef for term in terms if (coef := term.coef_at(self.iteration)) > 0.0}
+        terms = loss_terms(methods)
+        coefs = {term: coef for term in terms if (coef := term.coef_at(self.iteration)) != 0.0}
         head = self._head(list(coefs))
-        old_logprobs, advantages = micro.old_logprobs[mask], micro.advantages[mask]
+        tokens = Tokens.of(micro)
+        weights = {name: weight[mask] for name, weight in micro.weights.items()}
 
         def losses(rows: slice, outputs: PolicyOutputs) -> Tensor:
-            clipped = policy_loss(
-                outputs.logprobs,
-                old_logprobs[rows],
-                advantages[rows],
-                clip_eps_low=ppo.clip_eps_low,
-                clip_eps_high=ppo.clip_eps_high,
-                dual_clip=ppo.dual_clip,
-            )
+            some = tokens[rows]
+            parts = {
+                POLICY: policy_loss(
+                    outputs.logprobs,
+                    some.old_logprobs,
+                    some.advantages,
+                    clip_eps_low=ppo.clip_eps_low,
+                    clip_eps_high=ppo.clip_eps_high,
+                    dual_clip=ppo.dual_clip,
+                )
+            }
+            for term, coef in coefs.items():
+                parts[term.name] = coef * term.per_token(outputs, some)
             return torch.stack(
-                [clipped, *(coef * term.per_token(outputs) for term, coef in coefs.items())]
+                [
+                    part * weights[name][rows] if name in weights else part
+                    for name, part in parts.items()
+                ]
             )
 
         labels = micro.response_ids[mask]
@@ -357,10 +411,10 @@ class PPOModule(LightningModule):
         value = ppo.value_coef * masked_sum(
             value_loss(values, micro.values, micro.returns, value_clip_eps=ppo.value_clip_eps), mask
         )
-        total = (policy.total + value) / tokens
-        names = ["policy", *(term.name for term in coefs)]
-        parts = dict(zip(names, policy.losses.sum(1) / tokens, strict=True))
-        for name, part in (*parts.items(), ("value", value / tokens), ("total", total)):
+        total = (policy.total + value) / count
+        names = [POLICY, *(term.name for term in coefs)]
+        parts = dict(zip(names, policy.losses.sum(1) / count, strict=True))
+        for name, part in (*parts.items(), ("value", value / count), ("total", total)):
             self._update_metrics.add_loss(name, part)
         self._update_metrics.update_policy(
             _spread(policy.logprobs, mask), micro, ppo.clip_eps_low, ppo.clip_eps_high
@@ -434,5 +488,7 @@ class PPOModule(LightningModule):
 
 
 def _spread(values: Tensor, mask: Tensor) -> Tensor:
-    """Values ``[n]`` of the True entries at their places, ``[B, T]``; 0 elsewhere."""
-    return values.new_zeros(mask.shape).masked_scatter_(mask, values)
+    """Values ``[n, ...]`` of the True entries at their places, ``[B, T, ...]``; 0 elsewhere."""
+    spread = values.new_zeros(mask.shape + values.shape[1:])
+    spread[mask] = values
+    return spread

@@ -58,9 +58,18 @@ class Rollout:
         return self.map(lambda _, tensor: tensor[rows])
 
     def map(self, change: Callable[[str, Tensor], Tensor]) -> Self:
-        """A new batch of this kind whose tensors are ``change(name, tensor)``."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: change(k, v) for k, v in values.items() if v is not None})
+        """A new batch of this kind whose tensors are ``change(name, tensor)``.
+
+        The tensors of a mapping are named ``field/key``.
+        """
+        changed: dict[str, Any] = {}
+        for name in (f.name for f in fields(self)):
+            value = getattr(self, name)
+            if isinstance(value, Mapping):
+                changed[name] = {k: change(f"{name}/{k}", v) for k, v in value.items()}
+            elif value is not None:
+                changed[name] = change(name, value)
+        return replace(self, **changed)
 
 
 def pick_tokens(logits: Tensor, uniform: Tensor, top_p: float = 1.0) -> Tensor:

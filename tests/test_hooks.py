@@ -1,4 +1,4 @@
-"""Tests of tre_lightning.callbacks.loss_term."""
+"""Tests of tre_lightning.methods: hooks, TRE and the entropy bonus."""
 
 import math
 import pickle
@@ -9,19 +9,24 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from tre_lightning.callbacks.loss_term import (
+import batches
+from tre_lightning.experience import TrainingBatch
+from tre_lightning.head import Head, HeadInput
+from tre_lightning.methods import (
     EntropyBonus,
     LinearSchedule,
     LossTerm,
+    Method,
     PolicyOutputs,
+    Tokens,
     TrustRegionEntropy,
-    find_loss_terms,
+    find_methods,
 )
-from tre_lightning.head import Head, HeadInput
+from tre_lightning.methods.hooks import POLICY, shaped, weighed
 from tre_lightning.ops import Region
 
 P = [0.5, 0.3, 0.1, 0.1]
-
+NONE = batches.tokens(0)  # these terms look at the outputs alone
 
 REGIONS = (
     Region(),
@@ -68,10 +73,10 @@ def test_trust_region_entropy_by_hand(
     rescaled = TrustRegionEntropy(**region)
     plain = TrustRegionEntropy(**region, rescale=False)
     out = outputs(P, [0.97, 0.01, 0.01, 0.01], fused=fused)
-    loss = rescaled.per_token(out)
+    loss = rescaled.per_token(out, NONE)
     assert loss.shape == (2,)
     assert loss[0].item() == pytest.approx(-scale * entropy(*kept), rel=1e-5)
-    assert plain.per_token(out)[0].item() == pytest.approx(-entropy(*kept), rel=1e-5)
+    assert plain.per_token(out, NONE)[0].item() == pytest.approx(-entropy(*kept), rel=1e-5)
     assert rescaled.scale(out)[0].item() == pytest.approx(scale, rel=1e-6)
     assert torch.equal(plain.scale(out), torch.ones(2))
 
@@ -86,24 +91,24 @@ def test_a_region_of_one_token_has_scale_and_loss_zero() -> None:
     out = outputs([0.97, 0.01, 0.01, 0.01])
     term = TrustRegionEntropy(top_p=0.9)
     assert term.scale(out).item() == 0.0
-    assert term.per_token(out).item() == 0.0
+    assert term.per_token(out, NONE).item() == 0.0
 
 
 def test_entropy_bonus_by_hand() -> None:
     term = EntropyBonus()
     out = outputs(P, [0.25] * 4)
     expected = torch.tensor([-entropy(*P), -math.log(4)])
-    torch.testing.assert_close(term.per_token(out), expected)
+    torch.testing.assert_close(term.per_token(out, NONE), expected)
     assert torch.equal(term.scale(out), torch.ones(2))
 
 
 def test_lowering_the_loss_raises_the_entropy() -> None:
     for term in (EntropyBonus(), TrustRegionEntropy(top_k=2)):
         logits = torch.tensor([P]).log().requires_grad_()
-        before = term.per_token(of_logits(logits))
+        before = term.per_token(of_logits(logits), NONE)
         before.sum().backward()
         step = of_logits((logits - 0.1 * logits.grad).detach())
-        assert term.per_token(step).item() < before.item()
+        assert term.per_token(step, NONE).item() < before.item()
 
 
 def test_defaults_are_the_papers() -> None:
@@ -120,8 +125,8 @@ def test_trust_region_entropy_refuses_a_bad_region(region: dict[str, float]) -> 
 def test_a_region_that_no_term_names_is_refused() -> None:
     assert EntropyBonus().regions == (Region(),)
     assert TrustRegionEntropy(top_k=4).regions == (Region(top_k=4),)
-    with pytest.raises(ValueError, match=r"top_k=4.* name it in the loss term's `regions`"):
-        TrustRegionEntropy(top_k=4).per_token(outputs(P))
+    with pytest.raises(ValueError, match=r"top_k=4.* name it in the method's `regions`"):
+        TrustRegionEntropy(top_k=4).per_token(outputs(P), NONE)
 
 
 # --- coefficients ---
@@ -165,20 +170,20 @@ def test_coefficient_zero_switches_off() -> None:
 
 
 class Constant(LossTerm):
-    def per_token(self, outputs: PolicyOutputs) -> Tensor:
+    def per_token(self, outputs: PolicyOutputs, tokens: Tokens) -> Tensor:
         return torch.full_like(outputs.logprobs, 3.0)
 
 
-def test_find_loss_terms_keeps_the_order_and_skips_other_callbacks() -> None:
+def test_find_methods_keeps_the_order_and_skips_other_callbacks() -> None:
     a, b = EntropyBonus(), Constant("mine", 1.0)
-    assert find_loss_terms([Callback(), b, Callback(), a]) == [b, a]
-    assert find_loss_terms([]) == []
+    assert find_methods([Callback(), b, Callback(), a]) == [b, a]
+    assert find_methods([]) == []
 
 
 def test_two_terms_of_one_name_are_refused() -> None:
     terms = [TrustRegionEntropy(top_k=2, name="same"), EntropyBonus(name="same")]
-    with pytest.raises(ValueError, match=r"2 loss terms are named 'same'"):
-        find_loss_terms(terms)
+    with pytest.raises(ValueError, match=r"2 methods are named 'same'"):
+        find_methods(terms)
     with pytest.raises(ValueError, match="same"):
         terms[0].setup(SimpleNamespace(callbacks=terms), SimpleNamespace(), "fit")
 
@@ -186,7 +191,7 @@ def test_two_terms_of_one_name_are_refused() -> None:
 def test_terms_of_different_names_may_run_together() -> None:
     terms = [TrustRegionEntropy(top_k=k, name=f"top{k}") for k in (2, 3)]
     terms[0].setup(SimpleNamespace(callbacks=terms), SimpleNamespace(), "fit")
-    assert find_loss_terms(terms) == terms
+    assert find_methods(terms) == terms
     # Lightning keeps the state of callbacks by this key and refuses two that are equal.
     assert terms[0].state_key != terms[1].state_key
     assert EntropyBonus(name="x").state_key != Constant("x", 1.0).state_key
@@ -208,7 +213,84 @@ def test_a_term_of_its_own_has_scale_one() -> None:
 def test_terms_pickle(term: LossTerm) -> None:
     copied = pickle.loads(pickle.dumps(term))
     out = outputs(P)
-    assert torch.equal(copied.per_token(out), term.per_token(out))
+    assert torch.equal(copied.per_token(out, NONE), term.per_token(out, NONE))
     assert torch.equal(copied.scale(out), term.scale(out))
     assert copied.state_key == term.state_key
     assert [copied.coef_at(i) for i in range(5)] == [term.coef_at(i) for i in range(5)]
+
+
+# --- hooks ---
+
+
+class Doubles(Method):
+    def shape_advantages(self, batch: TrainingBatch) -> Tensor:
+        return 2.0 * batch.advantages
+
+    def policy_weights(self, minibatch: TrainingBatch, key: tuple[int | str, ...]) -> Tensor:
+        return torch.full_like(minibatch.advantages, 0.5)
+
+
+class AddsOne(Method):
+    def shape_advantages(self, batch: TrainingBatch) -> Tensor:
+        return batch.advantages + 1.0
+
+
+class Weighted(Constant):
+    def token_weights(self, minibatch: TrainingBatch) -> Tensor:
+        return minibatch.advantages
+
+
+def test_a_method_changes_nothing_by_itself() -> None:
+    batch = batches.training_batch([[1.0, 2.0], [3.0]])
+    method = Method("idle")
+    assert method.observe(outputs(P), None) is None
+    assert method.shape_advantages(batch) is batch.advantages
+    assert weighed(batch, [method, Constant("mine", 1.0)], (1,)).weights == {}
+    assert method.logged() == {}
+
+
+def test_advantages_are_shaped_in_the_order_of_the_callbacks() -> None:
+    batch = batches.training_batch([[1.0, 2.0], [3.0]])
+    mask = batch.response_mask
+    made = shaped(batch, [Doubles("a"), AddsOne("b")])
+    assert made.advantages[mask].tolist() == [3.0, 5.0, 7.0]
+    made = shaped(batch, [AddsOne("b"), Doubles("a")])
+    assert made.advantages[mask].tolist() == [4.0, 6.0, 8.0]
+    assert batch.advantages[mask].tolist() == [1.0, 2.0, 3.0]
+
+
+def test_weights_of_the_policy_multiply_and_each_term_has_its_own() -> None:
+    batch = batches.training_batch([[1.0, 2.0], [3.0]])
+    made = weighed(batch, [Doubles("a"), Weighted("t", 1.0), Doubles("b")], (1,))
+    assert made.weights[POLICY].tolist() == [[0.25, 0.25], [0.25, 0.25]]
+    assert made.weights["t"][batch.response_mask].tolist() == [1.0, 2.0, 3.0]
+
+
+def test_every_method_draws_from_its_own_key() -> None:
+    seen = []
+
+    class Draws(Method):
+        def policy_weights(self, minibatch: TrainingBatch, key: tuple[int | str, ...]) -> None:
+            seen.append(key)
+
+    weighed(batches.training_batch([[1.0]]), [Draws("a"), Draws("b")], ("minibatches", 3))
+    assert seen == [("minibatches", 3, "a"), ("minibatches", 3, "b")]
+
+
+def test_tokens_are_the_counted_ones_in_reading_order() -> None:
+    batch = batches.training_batch(
+        [[1.0, 2.0], [3.0]], [[-1.0, -2.0], [-3.0]], {"seen": [[5.0, 6.0], [7.0]]}
+    )
+    tokens = Tokens.of(batch)
+    assert tokens.advantages.tolist() == [1.0, 2.0, 3.0]
+    assert tokens.old_logprobs.tolist() == [-1.0, -2.0, -3.0]
+    assert tokens.positions.tolist() == [0, 1, 0]
+    assert tokens.observed["seen"].tolist() == [5.0, 6.0, 7.0]
+    assert tokens[1:].observed["seen"].tolist() == [6.0, 7.0]
+    assert tokens[1:].positions.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("name", ["policy", "value", "total"])
+def test_a_name_that_the_logs_need_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"named '{name}'"):
+        find_methods([Method(name)])

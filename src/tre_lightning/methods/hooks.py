@@ -1,0 +1,260 @@
+"""Where an entropy method takes part in PPO.
+
+A method is a Lightning callback. The PPO module asks the trainer for its methods and calls their
+hooks in the order in which an iteration flows; each hook has a default that changes nothing:
+
+====================  =====================================================  ====================
+hook                  when                                                   on
+====================  =====================================================  ====================
+``observe``           the policy that sampled is judged                      tokens of some rows
+``adapt``             the rollout is scored, before the first update         the global rollout
+``shape_advantages``  after that, in the order of the callbacks              the global rollout
+``policy_weights``    before each update                                     a global minibatch
+``token_weights``     before each update, of a :class:`LossTerm`             a global minibatch
+``per_token``         in each update, of a :class:`LossTerm`                 tokens of some rows
+====================  =====================================================  ====================
+
+What a hook selects (a quantile, the top share) it selects over a *global* batch, so that neither
+the micro-batch size nor the number of devices changes it. That is why such a choice is made from
+what is known before the update: what ``observe`` kept, old log-probabilities and advantages.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from tre_lightning.entropy import EntropyStats
+from tre_lightning.experience import TrainingBatch
+from tre_lightning.ops.region import Region
+
+POLICY = "policy"
+_TAKEN = (POLICY, "value", "total")  # loss/<name> in the logs
+
+
+@dataclass(frozen=True)
+class LinearSchedule:
+    """A number that moves linearly over PPO iterations and then stays.
+
+    Args:
+        start: value at iteration 0, >= 0.
+        end: value from ``iterations`` on, >= 0.
+        iterations: PPO iterations it takes to get there, >= 1.
+    """
+
+    start: float
+    end: float
+    iterations: int
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1:
+            raise ValueError(
+                f"schedule.iterations={self.iterations} must be at least 1 PPO iteration"
+            )
+
+    def at(self, iteration: int) -> float:
+        """The value at a PPO iteration."""
+        done = min(iteration / self.iterations, 1.0)
+        return self.start + (self.end - self.start) * done
+
+
+@dataclass(frozen=True)
+class PolicyOutputs:
+    """What the policy says of some response tokens, n in all, padding left out."""
+
+    logprobs: Tensor  # [n] float32, of the response tokens
+    entropies: Mapping[Region, EntropyStats]  # [n] each, of the regions that the methods name
+    logits: Tensor | None = None  # [n, V], temperature applied, if a method has ``needs_logits``
+
+    def entropy(self, region: Region) -> EntropyStats:
+        """Entropies and region of each token; ``region`` and ``scaled`` are differentiable.
+
+        Raises:
+            ValueError: if no method's ``regions`` names this region.
+        """
+        if region not in self.entropies:
+            raise ValueError(f"{region} is not at hand; name it in the method's `regions`")
+        return self.entropies[region]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What the rollout says of the same n tokens."""
+
+    old_logprobs: Tensor  # [n] float32, under the policy that sampled
+    advantages: Tensor  # [n] float32
+    positions: Tensor  # [n] int64, 0 = first token of its response
+    observed: Mapping[str, Tensor]  # [n, ...] each, what ``observe`` kept, by the method's name
+
+    def __getitem__(self, rows: slice) -> "Tokens":
+        return Tokens(
+            self.old_logprobs[rows],
+            self.advantages[rows],
+            self.positions[rows],
+            {name: kept[rows] for name, kept in self.observed.items()},
+        )
+
+    @classmethod
+    def of(cls, batch: TrainingBatch) -> "Tokens":
+        """The counted tokens of a batch, in reading order."""
+        mask = batch.response_mask
+        return cls(
+            batch.old_logprobs[mask],
+            batch.advantages[mask],
+            torch.arange(mask.shape[1], device=mask.device).expand_as(mask)[mask],
+            {name: kept[mask] for name, kept in batch.observed.items()},
+        )
+
+
+class Method(Callback):
+    """An entropy method; a subclass implements the hooks that it needs.
+
+    Attributes:
+        name: stands in the logs.
+        iteration: PPO iteration that is running.
+        regions: the regions whose entropies its hooks ask the outputs for.
+        observed_regions: those that only ``observe`` asks for.
+        needs_logits: whether its hooks ask for the logits; they cost memory, n x V numbers.
+        needs_reference: whether ``observe`` asks for the initial policy, which is then kept.
+    """
+
+    regions: tuple[Region, ...] = ()
+    observed_regions: tuple[Region, ...] = ()
+    needs_logits: bool = False
+    needs_reference: bool = False
+    iteration: int = 0
+
+    def __init__(self, name: str) -> None:
+        """Two methods of one run need two names."""
+        self.name = name
+
+    @property
+    def state_key(self) -> str:
+        """Two methods of one class are told apart by their names."""
+        return f"{type(self).__qualname__}[{self.name}]"
+
+    def observe(self, outputs: PolicyOutputs, reference: PolicyOutputs | None) -> Tensor | None:
+        """What to keep of every token as the policy that sampled sees it, ``[n, ...]``; no grad.
+
+        Later hooks find it in ``observed[name]``. ``reference`` is the initial policy's view, where
+        ``needs_reference`` asks for it.
+        """
+        return None
+
+    def adapt(self, batch: TrainingBatch) -> None:
+        """Adjust the method's own state to the rollout; ``state_dict`` keeps it over a resume."""
+
+    def shape_advantages(self, batch: TrainingBatch) -> Tensor:
+        """The advantages to train on, ``[B, T]``."""
+        return batch.advantages
+
+    def policy_weights(self, minibatch: TrainingBatch, key: tuple[int | str, ...]) -> Tensor | None:
+        """Weight of each token in the policy loss, ``[B, T]``; None = 1 each.
+
+        The loss stays a sum over all counted tokens divided by their number. ``key`` names the
+        minibatch, for random draws (:mod:`tre_lightning.seeding`).
+        """
+        return None
+
+    def logged(self) -> Mapping[str, float]:
+        """Numbers of its own, logged as ``loss/<name>_<key>`` every iteration."""
+        return {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse methods whose names clash."""
+        find_methods(trainer.callbacks)  # type: ignore[attr-defined]
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Follow the iteration."""
+        self.iteration = int(pl_module.iteration)  # type: ignore[arg-type]
+
+
+class LossTerm(Method, ABC):
+    """A method that adds ``coef * masked mean of per_token`` to the policy loss.
+
+    The module reduces it over the global minibatch as it reduces the policy loss. A loss is a
+    function of its token alone: tokens may come in any number of parts.
+    """
+
+    def __init__(self, name: str, coef: float | LinearSchedule) -> None:
+        """``coef`` 0 switches the term off; its log is ``loss/<name>``."""
+        super().__init__(name)
+        ends = (coef.start, coef.end) if isinstance(coef, LinearSchedule) else (coef,)
+        if not all(value >= 0.0 for value in ends):
+            raise ValueError(f"{name}: coef={coef} must be 0 (off) or positive; use a number >= 0")
+        self.coef = coef
+
+    def coef_at(self, iteration: int) -> float:
+        """The coefficient at a PPO iteration; a controller's own once ``adapt`` has run."""
+        return self.coef.at(iteration) if isinstance(self.coef, LinearSchedule) else self.coef
+
+    @abstractmethod
+    def per_token(self, outputs: PolicyOutputs, tokens: Tokens) -> Tensor:
+        """Loss of each token, ``[n]``, differentiable; training lowers it."""
+
+    def token_weights(self, minibatch: TrainingBatch) -> Tensor | None:
+        """Weight of each token in this term's mean, ``[B, T]``; None = 1 each.
+
+        The mean is a sum over all counted tokens divided by their number.
+        """
+        return None
+
+    def scale(self, outputs: PolicyOutputs) -> Tensor:
+        """Factor ``[n]`` by which ``per_token`` multiplies its plain form; 1 unless said.
+
+        ``coef`` times its mean is the effective coefficient, the one to compare between methods.
+        """
+        return torch.ones_like(outputs.logprobs)
+
+
+def find_methods(callbacks: Sequence[Callback]) -> list[Method]:
+    """The methods among a trainer's callbacks.
+
+    Raises:
+        ValueError: if two of them share a name, or one has a name that the logs need.
+    """
+    methods = [callback for callback in callbacks if isinstance(callback, Method)]
+    names = [method.name for method in methods]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"{names.count(name)} methods are named {name!r}; give each its own name"
+            )
+        if name in _TAKEN:
+            raise ValueError(f"a method is named {name!r}, as loss/{name} is; give it another name")
+    return methods
+
+
+def loss_terms(methods: Sequence[Method]) -> list[LossTerm]:
+    """Those that add to the loss."""
+    return [method for method in methods if isinstance(method, LossTerm)]
+
+
+def shaped(batch: TrainingBatch, methods: Sequence[Method]) -> TrainingBatch:
+    """The rollout with the advantages that the methods, one after the other, make of it."""
+    return reduce(
+        lambda made, method: replace(made, advantages=method.shape_advantages(made)), methods, batch
+    )
+
+
+def weighed(
+    minibatch: TrainingBatch, methods: Sequence[Method], key: tuple[int | str, ...]
+) -> TrainingBatch:
+    """The minibatch with the weights of the policy loss and of each term."""
+    weights: dict[str, Tensor] = {}
+    for method in methods:
+        of_policy = method.policy_weights(minibatch, (*key, method.name))
+        if of_policy is not None:
+            weights[POLICY] = weights.get(POLICY, 1.0) * of_policy
+        of_term = method.token_weights(minibatch) if isinstance(method, LossTerm) else None
+        if of_term is not None:
+            weights[method.name] = of_term
+    return replace(minibatch, weights=weights)
