@@ -127,6 +127,36 @@ REFUSED: dict[str, tuple[list[str], Mapping[str, Any], list[str]]] = {
         {},
         ["another model", "critic"],
     ),
+    "checkpoint of a critic": (
+        ["--ckpt_path={ckpt}", "--model.policy.critic=none", "--model.ppo.estimator=grpo"],
+        {},
+        ["another model", "critic"],
+    ),
+    "gae without a critic": (
+        ["--model.policy.critic=none"],
+        {},
+        ["model.policy.critic=none", "model.ppo.estimator=gae", "set critic to separate or shared"],
+    ),
+    "critic of no use": (
+        ["--model.ppo.estimator=rloo"],
+        {},
+        ["model.policy.critic=separate", "model.ppo.estimator=rloo", "set critic to none"],
+    ),
+    "group of one": (
+        ["--model.policy.critic=none", "--model.ppo.estimator=grpo"],
+        {"model.rollout": {"num_responses": 1, "max_new_tokens": 8}},
+        ["model.rollout.num_responses=1", "model.ppo.estimator=grpo", "at least 2"],
+    ),
+    "null critic": (
+        [],
+        {"model.policy": {"architecture": runs.ARCHITECTURE, "critic": None}},
+        ["policy.critic=None", "separate, shared, none"],
+    ),
+    "unknown estimator": (
+        ["--model.ppo.estimator=reinforce++"],
+        {},
+        ["model.ppo.estimator", "reinforce_pp", "reinforce++"],
+    ),
     "model and architecture": (
         ["--model.policy.model={dir}"],
         {},
@@ -284,8 +314,12 @@ def test_the_tokenizer_is_that_of_the_policy(tmp_path: Path, done: Path) -> None
 def whole_configs() -> list[list[Path]]:
     """Files under configs/ that are a configuration together."""
     layers = [sorted((CONFIGS / kind).glob("*.yaml")) for kind in ("task", "model", "method")]
-    return [[path] for path in sorted(CONFIGS.glob("*.yaml"))] + [
-        list(combination) for combination in itertools.product(*layers)
+    whole = [[path] for path in sorted(CONFIGS.glob("*.yaml"))]
+    estimators = sorted((CONFIGS / "estimator").glob("*.yaml"))
+    return [
+        *whole,
+        *([*files, estimator] for files in whole for estimator in estimators),
+        *(list(combination) for combination in itertools.product(*layers)),
     ]
 
 
@@ -308,6 +342,10 @@ def test_shipped_configurations_can_be_built(
         spec["class_path"].split(".")[-1] for spec in callbacks
     ]
     assert cli.trainer.max_epochs > 0 and not (tmp_path / "run").exists()
+    layer = files[-1]  # an estimator's name is its file's
+    estimator = layer.stem if layer.parent.name == "estimator" else "gae"
+    assert cli.model.ppo_args.estimator == estimator
+    assert (cli.model.policy_args.critic == "none") == (estimator != "gae")
 
 
 def test_a_number_outside_the_vocabulary_is_refused(

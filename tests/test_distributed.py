@@ -1,6 +1,7 @@
 """Two processes must train as one does: rollouts, advantages, updates and metrics are global."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed
@@ -9,21 +10,28 @@ import runs
 
 TIMEOUT = 120.0  # seconds; a deadlock must fail, not hang
 
+PPO = {"num_epochs": 2, "num_minibatches": 3, "micro_batch_size": 3}
 CHANGES = {
     "data.init_args.batch_size": 5,  # 2 prompts on one process, 3 on the other
-    "model.ppo": {"num_epochs": 2, "num_minibatches": 3, "micro_batch_size": 3},
+    "model.ppo": PPO,
     "checkpoint": {"keep_all": True},
 }
 
 
+# Whole groups of responses must meet on every process.
+GRPO = {"model.policy.critic": "none", "model.ppo": {**PPO, "estimator": "grpo"}}
+
+
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("estimator", [{}, GRPO], ids=["gae", "grpo"])
+def test_two_processes_train_as_one(tmp_path: Path, estimator: dict[str, Any]) -> None:
     precision = "--trainer.precision=64-true"
-    runs.run(tmp_path / "one", precision, changes=CHANGES)
+    changes = {**CHANGES, **estimator}
+    runs.run(tmp_path / "one", precision, changes=changes)
 
     flags = ["--trainer.strategy=ddp", "--trainer.devices=2"]
     flags.append(f"--warm_start.cache_dir={tmp_path}/warm_starts")  # made by the first process only
-    words = runs.words(tmp_path / "two", precision, *flags, changes=CHANGES)
+    words = runs.words(tmp_path / "two", precision, *flags, changes=changes)
     with runs.process(words) as process:
         printed, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0, printed[-3000:]

@@ -8,15 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from tre_lightning.advantages import Estimator, grpo, rloo, whitened
 from tre_lightning.experience import (
     Experience,
     TrainingBatch,
     build_experience,
     compute_targets,
-    gae,
     minibatches,
     token_rewards,
-    whitened,
 )
 from tre_lightning.rollout import Rollout
 
@@ -58,8 +57,25 @@ def experience(
     )
 
 
-def targets(experience: Experience, *, whiten: bool = False, kl_coef: float = 0.0) -> TrainingBatch:
-    return compute_targets(experience, gamma=1.0, gae_lambda=1.0, kl_coef=kl_coef, whiten=whiten)
+def targets(
+    experience: Experience,
+    *,
+    estimator: Estimator = "gae",
+    num_responses: int = 1,
+    gamma: float = 1.0,
+    gae_lambda: float = 1.0,
+    kl_coef: float = 0.0,
+    whiten: bool | None = False,
+) -> TrainingBatch:
+    return compute_targets(
+        experience,
+        estimator=estimator,
+        num_responses=num_responses,
+        gamma=gamma,
+        gae_lambda=gae_lambda,
+        kl_coef=kl_coef,
+        whiten=whiten,
+    )
 
 
 def same(a: TrainingBatch, b: TrainingBatch) -> bool:
@@ -69,42 +85,6 @@ def same(a: TrainingBatch, b: TrainingBatch) -> bool:
     return parts[0].keys() == parts[1].keys() and all(
         torch.equal(parts[0][name], parts[1][name]) for name in parts[0]
     )
-
-
-# --- gae ---
-
-
-def test_gae_by_hand() -> None:
-    # delta_2 = 1 - 0.2 = 0.8; delta_1 = 0.9 * 0.2 - 0.4 = -0.22; delta_0 = 0.9 * 0.4 - 0.5 = -0.14
-    # A_2 = 0.8; A_1 = -0.22 + 0.72 * 0.8 = 0.356; A_0 = -0.14 + 0.72 * 0.356 = 0.11632
-    # The second row ends after two tokens; what stands behind its end must not count:
-    # delta_1 = 1 - 0.4 = 0.6; A_0 = 0.1 + 0.9 * 0.4 - 0.5 + 0.72 * 0.6 = 0.392
-    advantages, returns = gae(
-        torch.tensor([[0.0, 0.0, 1.0], [0.1, 1.0, 7.0]]),
-        torch.tensor([[0.5, 0.4, 0.2], [0.5, 0.4, 99.0]]),
-        torch.tensor([[True, True, True], [True, True, False]]),
-        gamma=0.9,
-        gae_lambda=0.8,
-    )
-    torch.testing.assert_close(advantages, torch.tensor([[0.11632, 0.356, 0.8], [0.392, 0.6, 0.0]]))
-    torch.testing.assert_close(returns, torch.tensor([[0.61632, 0.756, 1.0], [0.892, 1.0, 0.0]]))
-
-
-def test_without_discount_returns_are_the_rewards_to_go() -> None:
-    torch.manual_seed(0)
-    mask = torch.arange(6) < torch.tensor([6, 1, 4]).unsqueeze(1)
-    rewards, values = torch.randn(3, 6), torch.randn(3, 6)
-    _, returns = gae(rewards, values, mask, gamma=1.0, gae_lambda=1.0)
-    for row, length in enumerate((6, 1, 4)):
-        to_go = [float(rewards[row, t:length].sum()) for t in range(length)]
-        assert returns[row].tolist() == pytest.approx([*to_go, *[0.0] * (6 - length)], abs=1e-5)
-
-
-def test_lambda_0_is_the_one_step_error() -> None:
-    rewards, values = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.5, 0.25]])
-    mask = torch.ones(1, 2, dtype=torch.bool)
-    advantages, _ = gae(rewards, values, mask, gamma=0.5, gae_lambda=0.0)
-    torch.testing.assert_close(advantages, torch.tensor([[1 + 0.5 * 0.25 - 0.5, 2 - 0.25]]))
 
 
 # --- token_rewards ---
@@ -130,32 +110,6 @@ def test_the_kl_penalty_stands_on_every_counted_token() -> None:
 def test_a_response_without_counted_tokens_gets_no_reward() -> None:
     rewards = token_rewards(experience([2, 2], [NAN, 1.0]), kl_coef=0.0)
     assert torch.equal(rewards, torch.tensor([[0.0, 0.0], [0.0, 1.0]]))
-
-
-# --- whitened ---
-
-
-def test_whitening_counts_only_the_mask() -> None:
-    values = torch.tensor([[1.0, 100.0], [3.0, NAN]])
-    mask = torch.tensor([[True, False], [True, False]])
-    torch.testing.assert_close(whitened(values, mask), torch.tensor([[-1.0, 0.0], [1.0, 0.0]]))
-
-
-def test_whitened_values_have_mean_0_and_variance_1() -> None:
-    torch.manual_seed(0)
-    values, mask = 5 + 3 * torch.randn(8, 9), torch.rand(8, 9) < 0.6
-    white = whitened(values, mask)
-    counted = white[mask]
-    assert counted.mean().item() == pytest.approx(0.0, abs=1e-5)
-    assert counted.square().mean().item() == pytest.approx(1.0, abs=1e-5)
-    assert (white[~mask] == 0).all()
-
-
-@pytest.mark.filterwarnings("ignore:var:UserWarning")
-@pytest.mark.parametrize("counted", [0, 1, 3])
-def test_whitening_equal_values_gives_0(counted: int) -> None:
-    mask = torch.arange(3) < counted
-    assert torch.equal(whitened(torch.full((3,), 0.75), mask), torch.zeros(3))
 
 
 # --- experience and targets ---
@@ -191,17 +145,62 @@ def test_compute_targets_passes_every_option_on() -> None:
     values = torch.tensor([[0.5, 0.4, 0.2]])
     old = torch.full((1, 3), -1.0)
     plain = experience([3], [1.0], values=values, old=old)
-    batch = compute_targets(plain, gamma=0.9, gae_lambda=0.8, kl_coef=0.1, whiten=False)
-    # the example of test_gae_by_hand
+    batch = targets(plain, gamma=0.9, gae_lambda=0.8, kl_coef=0.1, whiten=False)
+    # the example of test_gae_by_hand in test_advantages.py
     torch.testing.assert_close(batch.advantages, torch.tensor([[0.11632, 0.356, 0.8]]))
     torch.testing.assert_close(batch.returns, torch.tensor([[0.61632, 0.756, 1.0]]))
-    white = compute_targets(plain, gamma=0.9, gae_lambda=0.8, kl_coef=0.1, whiten=True)
+    white = targets(plain, gamma=0.9, gae_lambda=0.8, kl_coef=0.1, whiten=True)
     torch.testing.assert_close(white.advantages, whitened(batch.advantages, batch.response_mask))
     torch.testing.assert_close(white.returns, batch.returns)  # targets of the critic stay
     with_ref = experience([3], [1.0], values=values, old=old, ref=old + math.log(2))
-    penalised = compute_targets(with_ref, gamma=0.9, gae_lambda=0.8, kl_coef=0.1, whiten=False)
+    penalised = targets(with_ref, gamma=0.9, gae_lambda=0.8, kl_coef=0.1)
     penalty = 0.1 * (1 - math.log(2))
     torch.testing.assert_close(penalised.rewards, torch.tensor([[-penalty, -penalty, 1 - penalty]]))
+
+
+def without_critic(lengths: list[int], scores: list[float], **parts: Tensor) -> Experience:
+    return replace(experience(lengths, scores, **parts), values=None)
+
+
+def test_without_a_critic_there_are_no_returns() -> None:
+    lengths, scores = [3, 1, 2, 2], [1.0, 0.0, NAN, 5.0]
+    old = torch.full((4, 3), -1.0)
+    shown = without_critic(lengths, scores, old=old, ref=old + math.log(2))
+    mask = shown.response_mask
+    # R = score - length x penalty; the last response is alone in its group
+    penalty = 0.1 * (1 - math.log(2))
+    first, second = 1.0 - 3 * penalty, 0.0 - penalty
+    gap, half = first - second, math.sqrt(0.5)
+    at_each = torch.tensor([[1.0], [-1.0], [0.0], [0.0]]) * mask
+    for estimator, size in (("rloo", gap), ("grpo", half)):
+        batch = targets(shown, estimator=estimator, num_responses=2, kl_coef=0.1, whiten=None)
+        assert batch.returns is None and batch.values is None
+        torch.testing.assert_close(batch.advantages, size * at_each, atol=1e-5, rtol=0)
+        parts = list(minibatches(batch, 2, "key"))  # what is not there is left out of all slices
+        assert parts[0].trimmed().returns is None and len(parts[0]) == 2
+
+
+def test_each_paper_has_its_own_way_to_whiten() -> None:
+    shown = experience([3, 1, 2, 2], [1.0, 0.0, 3.0, 5.0], values=torch.rand(4, 3))
+    mask = shown.response_mask
+    for estimator, whitens in (("gae", True), ("reinforce_pp", True), ("grpo", False)):
+        plain, white, default = (
+            targets(shown, estimator=estimator, num_responses=2, whiten=whiten).advantages
+            for whiten in (False, True, None)
+        )
+        torch.testing.assert_close(white, whitened(plain, mask))
+        assert not torch.allclose(white, plain, atol=1e-3)
+        assert torch.equal(default, white if whitens else plain), estimator
+    batch = targets(shown, estimator="rloo", num_responses=4, whiten=None)
+    assert torch.equal(batch.advantages, rloo(batch.rewards, mask, 4))  # all four are one group
+    batch = targets(shown, estimator="grpo", num_responses=4, whiten=None)
+    assert torch.equal(batch.advantages, grpo(batch.rewards, mask, 4))
+
+
+def test_reinforce_pp_discounts_the_return_to_go() -> None:
+    shown = without_critic([3, 1], [8.0, -1.0])
+    batch = targets(shown, estimator="reinforce_pp", gamma=0.5, gae_lambda=0.0)
+    assert batch.advantages.tolist() == [[2.0, 4.0, 8.0], [-1.0, 0.0, 0.0]]
 
 
 def test_on_one_device_gathering_changes_nothing() -> None:

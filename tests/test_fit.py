@@ -1,5 +1,6 @@
 """Whole runs of the command line: what they write, and what must not change their result."""
 
+import itertools
 import json
 import math
 import shutil
@@ -204,6 +205,50 @@ def test_shared_critic(tmp_path: Path) -> None:
     assert not [name for name in trained if name.startswith("actor_critic.critic.")]
     assert trained["actor_critic.value_head.weight"].abs().max() > 0  # starts at zero
     assert [step for step, _ in runs.scalars(tmp_path / "run")["loss/value"]] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "rloo", "reinforce_pp"])
+def test_without_a_critic(estimator: str, plain: Path, tmp_path: Path) -> None:
+    whole, run_dir = tmp_path / "whole", tmp_path / "run"
+    changes = {
+        "model.policy.critic": "none",
+        "model.ppo.estimator": estimator,
+        "checkpoint": {"keep_all": True},
+    }
+    runs.run(whole, changes=changes)
+    trained, with_critic = runs.weights(whole), runs.weights(plain)
+    policy = "actor_critic.policy."
+    assert trained.keys() == {name for name in with_critic if name.startswith(policy)}
+    start = AutoModelForCausalLM.from_pretrained(next(runs.WARM_STARTS.iterdir()) / "model")
+    at_start = {policy + name: weight for name, weight in start.state_dict().items()}
+    assert runs.distance(trained, at_start) > 1e-3
+    assert runs.distance(trained, {name: with_critic[name] for name in trained}) > 1e-3
+    scalars, others = runs.scalars(whole), runs.scalars(plain)
+    of_critic = {"loss/value", *(tag for tag in others if tag.startswith("value/"))}
+    assert scalars.keys() == others.keys() - of_critic and len(of_critic) == 6
+    assert all(math.isfinite(value) for events in scalars.values() for _, value in events)
+    grad_norms = [value for _, value in scalars["policy/grad_norm"]]
+    assert len(grad_norms) == runs.ITERATIONS and max(grad_norms) > 1e-2
+    for i, total in scalars["loss/total"]:
+        parts = (dict(scalars[f"loss/{name}"])[i] for name in ("policy", "tre"))
+        assert total == pytest.approx(sum(parts), abs=1e-6)
+    # An optimiser without a group for the critic goes on from the checkpoint.
+    shutil.copytree(whole, run_dir)
+    runs.resume(run_dir, f"{run_dir}/checkpoints/iteration=2.ckpt", changes=changes)
+    assert runs.distance(runs.weights(run_dir), trained) == 0.0
+    assert runs.scalars(run_dir) == scalars
+    scores = runs.run(run_dir, "--ckpt_path=last", command="validate", changes=changes)
+    assert float(scores.trainer.callback_metrics["val/score"]) == scalars["val/score"][-1][1]
+
+
+def test_each_estimator_trains_another_policy(tmp_path: Path) -> None:
+    trained: list[dict[str, Any]] = []
+    for estimator in ("grpo", "rloo", "reinforce_pp"):
+        flags = ["--model.policy.critic=none", f"--model.ppo.estimator={estimator}"]
+        runs.run(tmp_path / estimator, *flags, "--trainer.max_epochs=1")
+        trained.append(runs.weights(tmp_path / estimator))
+    for left, right in itertools.combinations(trained, 2):
+        assert runs.distance(left, right) > 1e-4
 
 
 def test_kl_to_the_initial_policy(plain: Path, tmp_path: Path) -> None:

@@ -190,6 +190,24 @@ def test_policy_and_critic_share_out_the_parameters(
     assert any(p.grad is not None for p in model.policy_parameters()) == (kind == "shared")
 
 
+def test_without_a_critic_there_is_the_policy_alone(
+    architecture: dict[str, Any], rollout: Rollout
+) -> None:
+    without, with_critic = (
+        ActorCritic.load(PolicyArgs(architecture=architecture, critic=critic))
+        for critic in ("none", "separate")
+    )
+    shapes = parameter_shapes(with_critic)
+    ours = {name: shape for name, shape in shapes.items() if name.startswith("policy.")}
+    assert parameter_shapes(without) == ours and len(ours) < len(shapes)
+    assert without.critic_parameters() == []
+    assert len(without.policy_parameters()) == len(with_critic.policy_parameters())
+    with_critic.policy.load_state_dict(without.policy.state_dict())
+    logits, values = run(without, *sequence_inputs(rollout), 4)
+    assert values is None
+    assert torch.equal(logits, run(with_critic, *sequence_inputs(rollout), 4)[0])
+
+
 def test_the_critic_may_start_from_a_model_of_its_own(
     architecture: dict[str, Any], model_dir: Path, rollout: Rollout
 ) -> None:
@@ -337,9 +355,18 @@ def test_an_architecture_needs_a_model_type() -> None:
         PolicyArgs(architecture={"hidden_size": 16})
 
 
-def test_a_shared_critic_has_no_model_of_its_own() -> None:
-    with pytest.raises(ValueError, match=r"policy\.critic_model=some/model needs critic: separate"):
-        PolicyArgs(model="m", critic="shared", critic_model="some/model")
+@pytest.mark.parametrize("critic", ["shared", "none"])
+def test_only_a_separate_critic_has_a_model_of_its_own(critic: Any) -> None:
+    message = rf"policy\.critic_model=some/model needs critic: separate, not {critic}"
+    with pytest.raises(ValueError, match=message):
+        PolicyArgs(model="m", critic=critic, critic_model="some/model")
+
+
+@pytest.mark.parametrize("critic", [None, False])  # YAML's null and no
+def test_no_critic_is_the_word_none(critic: Any) -> None:
+    message = rf"policy\.critic={critic} must be one of the words separate, shared, none"
+    with pytest.raises(ValueError, match=message):
+        PolicyArgs(critic=critic)
 
 
 @pytest.mark.parametrize("both", [False, True])

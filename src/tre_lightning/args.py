@@ -1,9 +1,10 @@
 """The options of a run, a unit under each; every ``__post_init__`` refuses what cannot work."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
+from tre_lightning.advantages import Estimator
 from tre_lightning.entropy import check_region
 
 
@@ -57,6 +58,9 @@ class PPOArgs:
     """The update.
 
     Args:
+        estimator: of the advantages: ``gae`` (PPO's, with a critic), or one that needs
+            policy.critic none: ``grpo`` or ``rloo`` (against the other responses to the prompt), or
+            ``reinforce_pp`` (REINFORCE++: against the whole batch).
         num_epochs: passes over the rollout an iteration.
         num_minibatches: optimiser steps a pass.
         micro_batch_size: responses a forward and backward pass on one device; changes memory and
@@ -65,16 +69,18 @@ class PPOArgs:
         clip_eps_high: the probability ratio is clipped at 1 + clip_eps_high; none = not from above.
         dual_clip: bound of the loss at negative advantages, in advantages, > 1; none = unbounded.
         value_clip_eps: values are clipped to this distance of the old ones; none = unclipped.
-        value_coef: weight of the value loss; matters for a shared trunk.
-        gamma: discount a token.
+        value_coef: weight of the value loss, if there is a critic; matters for a shared trunk.
+        gamma: discount a token; grpo and rloo do not discount.
         gae_lambda: lambda of generalised advantage estimation.
-        whiten_advantages: zero mean and unit variance over the global batch.
+        whiten_advantages: zero mean and unit variance over the global batch; none = as the
+            estimator's paper does: gae and reinforce_pp do, grpo and rloo do not.
         kl_coef: weight of the token-wise KL to the initial policy in the reward; 0 = no reference.
         fused: log-probabilities and entropies by the fused ops, which never hold all the logits;
             false = by the readable reference (entropy.py), to check against.
         logits_memory: MiB of logits that the fused ops hold at a time.
     """
 
+    estimator: Estimator = "gae"
     num_epochs: int = 1
     num_minibatches: int = 4
     micro_batch_size: int = 64
@@ -85,12 +91,13 @@ class PPOArgs:
     value_coef: float = 1.0
     gamma: float = 1.0
     gae_lambda: float = 1.0
-    whiten_advantages: bool = True
+    whiten_advantages: bool | None = None
     kl_coef: float = 0.0
     fused: bool = True
     logits_memory: int = 128
 
     def __post_init__(self) -> None:
+        one_of("ppo.estimator", self.estimator, get_args(Estimator))
         for name in ("num_epochs", "num_minibatches", "micro_batch_size", "logits_memory"):
             at_least(f"ppo.{name}", getattr(self, name), 1)
         for name in ("gamma", "gae_lambda"):
@@ -178,6 +185,12 @@ def positive(name: str, value: float) -> None:
     """Raise ValueError unless the value is above 0."""
     if not value > 0.0:
         raise ValueError(f"{name}={value} must be above 0")
+
+
+def one_of(name: str, value: str | None, words: Sequence[str]) -> None:
+    """Raise ValueError unless the value is one of the words; the parser lets null through."""
+    if value not in words:
+        raise ValueError(f"{name}={value} must be one of the words {', '.join(words)}")
 
 
 def unit_share(name: str, value: float) -> None:

@@ -97,4 +97,5 @@ def expected_shapes(policy: PolicyArgs, config: PreTrainedConfig) -> dict[str, l
             critic = AutoModel.from_config(AutoConfig.from_pretrained(policy.critic_model))
         elif policy.critic == "separate":
             critic = copy.deepcopy(model.base_model)
-        return parameter_shapes(ActorCritic(model, critic))
+        model = ActorCritic(model, critic, has_values=policy.critic != "none")
+        return parameter_shapes(model)

@@ -107,7 +107,9 @@ class UpdateMetrics(_Collection):
         self.steps = 0
 
     def update_targets(self, batch: TrainingBatch) -> None:
-        """Count the critic's predictions of the whole (global) rollout."""
+        """Count the critic's predictions of the whole (global) rollout, if there is a critic."""
+        if batch.values is None or batch.returns is None:
+            return
         mask = batch.response_mask
         self["value/explained_variance"].update(batch.values, batch.returns, mask)
         self["value/mean"].update(batch.values, mask)
@@ -139,10 +141,11 @@ class UpdateMetrics(_Collection):
         assert isinstance(loss, SumMetric)
         loss.update(part.detach())
 
-    def end_step(self, policy_norm: Tensor, critic_norm: Tensor) -> None:
+    def end_step(self, policy_norm: Tensor, critic_norm: Tensor | None = None) -> None:
         """Count one optimiser step and its gradient norms before clipping."""
         self["policy/grad_norm"].update(policy_norm)
-        self["value/grad_norm"].update(critic_norm)
+        if critic_norm is not None:
+            self["value/grad_norm"].update(critic_norm)
         self.steps += 1
 
     def flush(self) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
+from tre_lightning.advantages import Estimator, estimate, whitened, whitens
 from tre_lightning.distributed import gather_rows
 from tre_lightning.metrics import approx_kl
 from tre_lightning.rollout import Rollout
@@ -26,7 +27,7 @@ class Experience(Rollout):
     scores: Tensor  # [B] float32, one a sequence; NaN = could not be scored
     old_logprobs: Tensor  # [B, T] float32
     ref_logprobs: Tensor | None  # [B, T] float32, of the reference policy where there is one
-    values: Tensor  # [B, T] float32
+    values: Tensor | None  # [B, T] float32, where there is a critic
     observed: Mapping[str, Tensor]  # [B, T, ...] each, what the methods kept of every token
 
     def gathered(self) -> "Experience":
@@ -46,7 +47,7 @@ class TrainingBatch(Experience):
 
     rewards: Tensor  # [B, T] float32, one a token
     advantages: Tensor  # [B, T] float32
-    returns: Tensor  # [B, T] float32
+    returns: Tensor | None  # [B, T] float32, the critic's targets where there is one
     weights: Mapping[str, Tensor] = field(default_factory=dict)  # [B, T] each, in a loss's mean
 
     def micro_batches(self, size: int) -> Iterator["TrainingBatch"]:
@@ -73,7 +74,7 @@ def build_experience(
     scores: Tensor,
     old_logprobs: Tensor,
     ref_logprobs: Tensor | None,
-    values: Tensor,
+    values: Tensor | None,
     observed: Mapping[str, Tensor] | None = None,
 ) -> Experience:
     """Join a rollout with its scores ``[B]`` and what the models say of it, each ``[B, T]``."""
@@ -94,14 +95,30 @@ def build_experience(
 
 
 def compute_targets(
-    experience: Experience, *, gamma: float, gae_lambda: float, kl_coef: float, whiten: bool
+    experience: Experience,
+    *,
+    estimator: Estimator,
+    num_responses: int,
+    gamma: float,
+    gae_lambda: float,
+    kl_coef: float,
+    whiten: bool | None,
 ) -> TrainingBatch:
-    """Token rewards, advantages (whitened over the whole batch) and returns."""
+    """Token rewards, advantages and, with a critic, returns.
+
+    ``whiten`` normalises the advantages over the whole batch; None = as the estimator's paper does.
+    """
     rewards = token_rewards(experience, kl_coef)
-    advantages, returns = gae(
-        rewards, experience.values, experience.response_mask, gamma=gamma, gae_lambda=gae_lambda
+    advantages, returns = estimate(
+        estimator,
+        rewards,
+        experience.values,
+        experience.response_mask,
+        num_responses=num_responses,
+        gamma=gamma,
+        gae_lambda=gae_lambda,
     )
-    if whiten:
+    if whitens(estimator) if whiten is None else whiten:
         advantages = whitened(advantages, experience.response_mask)
     known = {f.name: getattr(experience, f.name) for f in fields(experience)}
     return TrainingBatch(**known, rewards=rewards, advantages=advantages, returns=returns)
@@ -117,34 +134,6 @@ def token_rewards(experience: Experience, kl_coef: float) -> Tensor:
     last = (mask.sum(1) - 1).clamp(min=0).unsqueeze(1)
     scores = experience.scores.nan_to_num(0.0).unsqueeze(1)
     return rewards.scatter_add(1, last, scores.to(rewards) * mask.any(1, keepdim=True))
-
-
-def gae(
-    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, gae_lambda: float
-) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (Schulman et al. 2016), all ``[B, T]``; 0 outside the mask.
-
-    The value after the last token is 0: a response ends its episode, cut ones included.
-
-    Returns:
-        advantages, and returns = advantages + values.
-    """
-    values = values * mask
-    advantages = torch.zeros_like(values)
-    following = torch.zeros_like(values[:, 0])
-    for t in range(values.shape[1] - 1, -1, -1):
-        next_value = values[:, t + 1] if t + 1 < values.shape[1] else torch.zeros_like(following)
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        following = (delta + gamma * gae_lambda * following) * mask[:, t]
-        advantages[:, t] = following
-    return advantages, advantages + values
-
-
-def whitened(values: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
-    """Zero mean and unit variance over the True entries of ``mask``; 0 elsewhere."""
-    counted = values[mask]
-    mean, variance = counted.mean(), counted.var(unbiased=False)
-    return torch.where(mask, (values - mean) * torch.rsqrt(variance + eps), 0.0)
 
 
 def minibatches(batch: TrainingBatch, number: int, *key: int | str) -> Iterator[TrainingBatch]:

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from tre_lightning.args import one_of
 from tre_lightning.errors import read
 from tre_lightning.head import HeadInput, plain_head
 from tre_lightning.rollout import Rollout, positions
 
 T = TypeVar("T")
+
+Critic: TypeAlias = Literal["separate", "shared", "none"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class PolicyArgs:
             a mapping with ``model_type`` (for example qwen2, hidden_size, vocab_size).
         tokenizer: directory or hub name of the tokenizer; none = the model's.
         critic: ``separate`` = a model of its own (the paper's choice), ``shared`` = a value head on
-            the policy's trunk.
+            the policy's trunk, ``none`` = no critic and no value head.
         critic_model: directory or hub name the separate critic starts from; none = a copy of the
             policy.
     """
@@ -43,18 +46,19 @@ class PolicyArgs:
     model: str | None = None
     architecture: dict[str, Any] | None = None
     tokenizer: str | None = None
-    critic: Literal["separate", "shared"] = "separate"
+    critic: Critic = "separate"
     critic_model: str | None = None
 
     def __post_init__(self) -> None:
+        one_of("policy.critic", self.critic, get_args(Critic))
         if self.architecture is not None and "model_type" not in self.architecture:
             raise ValueError(
                 "policy.architecture needs a model_type (for example model_type: qwen2), it has "
                 f"{sorted(self.architecture)}"
             )
-        if self.critic == "shared" and self.critic_model is not None:
+        if self.critic != "separate" and self.critic_model is not None:
             raise ValueError(
-                f"policy.critic_model={self.critic_model} needs critic: separate, not shared"
+                f"policy.critic_model={self.critic_model} needs critic: separate, not {self.critic}"
             )
 
     @property
@@ -64,18 +68,21 @@ class PolicyArgs:
 
 
 class ActorCritic(nn.Module):
-    """A causal language model with a value for every response token."""
+    """A causal language model with a value for every response token, or without values."""
 
-    def __init__(self, policy: PreTrainedModel, critic: PreTrainedModel | None) -> None:
+    def __init__(
+        self, policy: PreTrainedModel, critic: PreTrainedModel | None, *, has_values: bool = True
+    ) -> None:
         """``critic`` is a trunk without a head, or None to share the policy's."""
         super().__init__()
         self.policy = policy
         self.critic = critic
         self._head: list[nn.Linear | None] = []  # a list, so that it is no second parameter
         hidden = (critic or policy).config.get_text_config().hidden_size
-        self.value_head = nn.Linear(hidden, 1)
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
+        self.value_head = nn.Linear(hidden, 1) if has_values else None
+        if self.value_head is not None:
+            nn.init.zeros_(self.value_head.weight)
+            nn.init.zeros_(self.value_head.bias)
         self.to(dtype=next(policy.parameters()).dtype)
         self.train()  # from_pretrained leaves it in eval mode, which Lightning warns of
 
@@ -95,8 +102,8 @@ class ActorCritic(nn.Module):
                 directory holds no model.
         """
         policy = load_language_model(args)
-        if args.critic == "shared":
-            return cls(policy, None)
+        if args.critic != "separate":
+            return cls(policy, None, has_values=args.critic == "shared")
         if args.critic_model is None:
             return cls(policy, copy.deepcopy(cast(PreTrainedModel, policy.base_model)))
         config = without_dropout(AutoConfig.from_pretrained(args.critic_model))
@@ -110,8 +117,10 @@ class ActorCritic(nn.Module):
         use: Callable[[HeadInput], T],
         *,
         takes_hidden: bool = True,
-    ) -> tuple[T, Tensor]:
+    ) -> tuple[T, Tensor | None]:
         """What ``use`` makes of the counted tokens' head input, and values ``[B, T]`` (float32).
+
+        There are no values (None) without a critic.
 
         ``use`` is called in here, where a sharded head has its weight at hand.
 
@@ -125,6 +134,8 @@ class ActorCritic(nn.Module):
         """
         head = self.head if takes_hidden else None
         source, hidden = head_input(self.policy, head, input_ids, mask, counted)
+        if self.value_head is None:
+            return use(source), None
         if self.critic is not None:
             hidden = self.critic(**_inputs(input_ids, mask)).last_hidden_state
         values = self.value_head(hidden[:, response_positions(mask, counted)]).squeeze(-1)
@@ -140,9 +151,9 @@ class ActorCritic(nn.Module):
         return list(self.policy.parameters())
 
     def critic_parameters(self) -> list[nn.Parameter]:
-        """Parameters of the value head and the separate critic."""
-        trunk = [] if self.critic is None else list(self.critic.parameters())
-        return trunk + list(self.value_head.parameters())
+        """Parameters of the value head and the separate critic, as far as there are any."""
+        parts = [part for part in (self.critic, self.value_head) if part is not None]
+        return [parameter for part in parts for parameter in part.parameters()]
 
 
 def head_input(

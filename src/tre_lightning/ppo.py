@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tre_lightning.advantages import check_estimator
 from tre_lightning.args import (
     DiagnosticsArgs,
     EvaluationArgs,
@@ -82,7 +83,7 @@ class Task(Protocol):
 
 
 class PPOModule(LightningModule):
-    """Proximal policy optimisation of a causal language model with a critic.
+    """Proximal policy optimisation of a causal language model, with a critic or without.
 
     The model is built in ``configure_model``; until then ``actor_critic`` does not exist.
     """
@@ -119,6 +120,9 @@ class PPOModule(LightningModule):
         self.ppo_args = options(PPOArgs, ppo)
         self.optim_args = options(OptimArgs, optim)
         self.diagnostics_args = options(DiagnosticsArgs, diagnostics)
+        check_estimator(
+            self.ppo_args.estimator, self.policy_args.critic, self.rollout_args.num_responses
+        )
         self.seed = seed
         self.iteration = 0  # finished PPO iterations
         self._reference: list[PreTrainedModel] = []  # a list, so that no checkpoint holds it
@@ -150,13 +154,17 @@ class PPOModule(LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """One optimiser, so that ``global_step`` counts every step once."""
         optim = self.optim_args
-        groups = [
-            {"params": self.actor_critic.policy_parameters(), "lr": optim.lr},
-            {"params": self.actor_critic.critic_parameters(), "lr": optim.critic_lr},
-        ]
+        groups = [{"params": params, "lr": lr} for params, lr in self._parameter_groups()]
         return torch.optim.AdamW(
             groups, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
         )
+
+    def _parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
+        """Parameters and peak learning rate of the policy and, if there is one, the critic."""
+        model, optim = self.actor_critic, self.optim_args
+        groups = [(model.policy_parameters(), optim.lr)]
+        critic = model.critic_parameters()
+        return [*groups, (critic, optim.critic_lr)] if critic else groups
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the iteration and the model's shape."""
@@ -188,6 +196,8 @@ class PPOModule(LightningModule):
         self._rollout_metrics.update_scores(experience, binary=self._task.binary_scores)
         batch = compute_targets(
             experience.gathered(),
+            estimator=self.ppo_args.estimator,
+            num_responses=self.rollout_args.num_responses,
             gamma=self.ppo_args.gamma,
             gae_lambda=self.ppo_args.gae_lambda,
             kl_coef=self.ppo_args.kl_coef,
@@ -206,7 +216,8 @@ class PPOModule(LightningModule):
         values = {**self._rollout_metrics.flush(), **self._update_metrics.flush()}
         values |= self._method_values(methods, scales)
         values["policy/lr"] = torch.tensor(share * self.optim_args.lr)
-        values["value/lr"] = torch.tensor(share * self.optim_args.critic_lr)
+        if batch.values is not None:
+            values["value/lr"] = torch.tensor(share * self.optim_args.critic_lr)
         values["rollout/seconds"] = torch.tensor(sampled - started)
         values["policy/update_seconds"] = torch.tensor(time.perf_counter() - sampled)
         self.log_dict(values, logger=False, batch_size=1)  # for callbacks and progress bar
@@ -274,7 +285,9 @@ class PPOModule(LightningModule):
             mask = micro.response_mask
             labels = micro.response_ids[mask]
             outputs, values = self._forward(micro, partial(head.outputs, labels=labels), head)
-            piece = {"old_logprobs": outputs.logprobs, "values": values}
+            piece = {"old_logprobs": outputs.logprobs}
+            if values is not None:
+                piece["values"] = values
             reference = self._reference_outputs(micro, labels, seen) if self._reference else None
             if reference is not None:
                 piece["ref_logprobs"] = reference.logprobs
@@ -295,7 +308,7 @@ class PPOModule(LightningModule):
             scores,
             columns["old_logprobs"],
             columns.get("ref_logprobs"),
-            columns["values"],
+            columns.get("values"),
             {
                 name.removeprefix("observed/"): column
                 for name, column in columns.items()
@@ -333,9 +346,9 @@ class PPOModule(LightningModule):
 
     def _forward(
         self, batch: Rollout, use: Callable[[HeadInput], T], head: Head
-    ) -> tuple[T, Tensor]:
+    ) -> tuple[T, Tensor | None]:
         ids, mask = sequence_inputs(batch)
-        made: tuple[T, Tensor] = self.actor_critic(
+        made: tuple[T, Tensor | None] = self.actor_critic(
             ids, mask, batch.response_mask, use, takes_hidden=head.takes_hidden
         )
         return made
@@ -365,9 +378,9 @@ class PPOModule(LightningModule):
                 loss = self._loss(micro, methods, count)
                 # Data-parallel strategies average over ranks; the token count is global already.
                 self.manual_backward(loss * ranks)
-        groups = (self.actor_critic.policy_parameters(), self.actor_critic.critic_parameters())
-        norms = [nn.utils.clip_grad_norm_(group, optim.max_grad_norm) for group in groups]
-        for group, lr in zip(optimizer.param_groups, (optim.lr, optim.critic_lr), strict=True):
+        groups = self._parameter_groups()
+        norms = [nn.utils.clip_grad_norm_(params, optim.max_grad_norm) for params, _ in groups]
+        for group, (_, lr) in zip(optimizer.param_groups, groups, strict=True):
             group["lr"] = lr * share
         optimizer.step()
         self._update_metrics.end_step(*norms)
@@ -408,13 +421,16 @@ class PPOModule(LightningModule):
         labels = micro.response_ids[mask]
         use = partial(head.loss, labels=labels, losses=losses)
         policy, values = self._forward(micro, use, head)
-        value = ppo.value_coef * masked_sum(
-            value_loss(values, micro.values, micro.returns, value_clip_eps=ppo.value_clip_eps), mask
-        )
-        total = (policy.total + value) / count
+        total = policy.total
         names = [POLICY, *(term.name for term in coefs)]
         parts = dict(zip(names, policy.losses.sum(1) / count, strict=True))
-        for name, part in (*parts.items(), ("value", value / count), ("total", total)):
+        if values is not None and micro.values is not None and micro.returns is not None:
+            eps = ppo.value_clip_eps
+            errors = value_loss(values, micro.values, micro.returns, value_clip_eps=eps)
+            value = ppo.value_coef * masked_sum(errors, mask)
+            parts["value"], total = value / count, total + value
+        total = total / count
+        for name, part in (*parts.items(), ("total", total)):
             self._update_metrics.add_loss(name, part)
         self._update_metrics.update_policy(
             _spread(policy.logprobs, mask), micro, ppo.clip_eps_low, ppo.clip_eps_high
