@@ -1,6 +1,11 @@
 """Entropy methods: one file each, every one a callback of the hooks in ``hooks.py``."""
 
+from tre_lightning.methods.adaptive_entropy import AdaptiveEntropy
+from tre_lightning.methods.aent import AEnt
+from tre_lightning.methods.covariance import ClipCov, KLCov
+from tre_lightning.methods.entropy_advantage import EntropyAdvantage
 from tre_lightning.methods.entropy_bonus import EntropyBonus
+from tre_lightning.methods.forking_tokens import ForkingTokens
 from tre_lightning.methods.hooks import (
     LinearSchedule,
     LossTerm,
@@ -9,10 +14,20 @@ from tre_lightning.methods.hooks import (
     Tokens,
     find_methods,
 )
+from tre_lightning.methods.paec import PAEC
+from tre_lightning.methods.siren import SIREN
 from tre_lightning.methods.trust_region import TrustRegionEntropy
 
 __all__ = [
+    "PAEC",
+    "SIREN",
+    "AEnt",
+    "AdaptiveEntropy",
+    "ClipCov",
+    "EntropyAdvantage",
     "EntropyBonus",
+    "ForkingTokens",
+    "KLCov",
     "LinearSchedule",
     "LossTerm",
     "Method",

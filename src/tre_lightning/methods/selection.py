@@ -1,0 +1,26 @@
+"""How many of a minibatch's counted tokens a method acts on, and which."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def share_of(count: int, share: float, *, up: bool = False) -> int:
+    """``share`` of ``count`` tokens, rounded down, or ``up``; at least 1 where there is any."""
+    exact = round(share * count, 6)  # 0.07 * 100 comes out above 7
+    return min(count, max(1, math.ceil(exact) if up else math.floor(exact)))
+
+
+def top(values: Tensor, mask: Tensor, count: int) -> Tensor:
+    """The ``count`` True entries of ``mask`` with the largest values, ``[B, T]`` bool.
+
+    All of them where there are no more. Equal values: the earlier row first, then the earlier
+    token. What stands outside the mask (NaN included) does not count.
+    """
+    order = values[mask].argsort(descending=True, stable=True)
+    flags = torch.zeros_like(order, dtype=torch.bool)
+    flags[order[:count]] = True
+    chosen = torch.zeros_like(mask)
+    chosen[mask] = flags
+    return chosen

@@ -1,0 +1,298 @@
+"""Tests of tre_lightning.methods.covariance, and of pairs of entropy methods in one run."""
+
+import itertools
+import math
+import pickle
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import batches
+import runs
+from tre_lightning.experience import TrainingBatch
+from tre_lightning.methods import ClipCov, KLCov, LinearSchedule, PolicyOutputs
+from tre_lightning.methods.covariance import covariances
+from tre_lightning.methods.hooks import POLICY, weighed
+
+KEY = ("minibatches", 0, "clip_cov")
+
+# Means -2 and 1.
+LOGPROBS = [[-1.0, -3.0, -1.0], [-2.0, -4.0], [-1.0]]
+ADVANTAGES = [[2.0, 1.0, 0.0], [5.0, -2.0], [0.0]]
+COVARIANCES = [[1.0, 0.0, -1.0], [0.0, 6.0], [-1.0]]
+
+
+def batch() -> TrainingBatch:
+    return batches.training_batch(ADVANTAGES, LOGPROBS)
+
+
+def random_batch(seed: int = 0, lengths: Sequence[int] = (7, 3, 9, 1)) -> TrainingBatch:
+    draws = torch.Generator().manual_seed(seed)
+    numbers = [torch.randn(2, length, generator=draws).tolist() for length in lengths]
+    return batches.training_batch([row[0] for row in numbers], [row[1] for row in numbers])
+
+
+def without(minibatch: TrainingBatch, *unscored: int) -> TrainingBatch:
+    mask = minibatch.response_mask.clone()
+    mask[list(unscored)] = False
+    return replace(minibatch, response_mask=mask)
+
+
+def held(method: KLCov, minibatch: TrainingBatch) -> Tensor:
+    made = method.token_weights(minibatch)
+    assert made is not None and made.shape == minibatch.response_mask.shape
+    return made
+
+
+def kept(method: ClipCov, minibatch: TrainingBatch, key: tuple[int | str, ...] = KEY) -> Tensor:
+    made = method.policy_weights(minibatch, key)
+    assert made is not None and made.shape == minibatch.response_mask.shape
+    assert not made.isnan().any()
+    return made
+
+
+# --- covariances ---
+
+
+def test_covariances_by_hand() -> None:
+    made = covariances(batch())
+    assert torch.equal(made, batches.padded(COVARIANCES))  # 0, not NaN, at the padding
+
+
+def test_unscored_responses_are_in_no_mean() -> None:
+    made = covariances(without(batch(), 0, 2))  # left: -2 and -4, 5 and -2; means -3 and 1.5
+    assert made.tolist() == [[0.0] * 3, [1.0 * 3.5, -1.0 * -3.5, 0.0], [0.0] * 3]
+
+
+# --- KL-Cov ---
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"),
+    [
+        (0.0002, [[0, 0, 0], [0, 1, 0], [0, 0, 0]]),  # at least 1
+        (0.34, [[1, 0, 0], [0, 1, 0], [0, 0, 0]]),  # 2.04 is rounded down
+        (0.5, [[1, 1, 0], [0, 1, 0], [0, 0, 0]]),  # of the two at 0 the first
+        (1.0, [[1, 1, 1], [1, 1, 0], [1, 0, 0]]),
+    ],
+)
+def test_kl_cov_holds_the_largest_covariances(share: float, expected: list[list[int]]) -> None:
+    assert held(KLCov(share=share), batch()).int().tolist() == expected
+
+
+def test_kl_cov_leaves_unscored_responses_alone() -> None:
+    assert held(KLCov(), without(batch(), 1)).sum() == 1.0
+    assert held(KLCov(), without(batch(), 1))[1].sum() == 0.0
+
+
+def test_kl_cov_is_the_absolute_difference() -> None:
+    logprobs = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
+    tokens = batches.tokens(3, old_logprobs=[-1.5, -2.0, -2.0])
+    made = KLCov().per_token(PolicyOutputs(logprobs, {}), tokens)
+    assert made.tolist() == [0.5, 0.0, 1.0]
+    made.sum().backward()
+    assert logprobs.grad is not None
+    assert logprobs.grad.tolist() == [1.0, 0.0, -1.0]  # 0 where the policy has not moved
+
+
+# --- Clip-Cov ---
+
+
+def test_clip_cov_leaves_out_tokens_of_the_band() -> None:
+    # Covariances of 1 and 6 are in the open band; half of the 6 tokens are more than these two.
+    made = kept(ClipCov(share=0.5, low=0.5, high=7.0), batch())
+    assert made[batch().response_mask].tolist() == [0, 1, 1, 1, 0, 1]
+    for low, high in ((1.0, 7.0), (0.5, 6.0)):  # the bounds are outside
+        made = kept(ClipCov(share=0.5, low=low, high=high), batch())
+        assert (made == 0).sum() == 1
+    assert (kept(ClipCov(low=7.0, high=8.0), batch()) == 1).all()
+
+
+@given(share=st.floats(0.001, 1.0), seed=st.integers(0, 50))
+def test_clip_cov_draws_the_share_from_the_band(share: float, seed: int) -> None:
+    minibatch, method = random_batch(seed), ClipCov(share, low=-0.5, high=0.5)
+    out = kept(method, minibatch) == 0
+    parts = covariances(minibatch)
+    band = minibatch.response_mask & (parts > -0.5) & (parts < 0.5)
+    assert not (out & ~band).any()
+    wanted = max(1, math.floor(share * 20 + 1e-9))
+    assert out.sum() == min(wanted, int(band.sum()))
+
+
+def test_clip_cov_draws_by_its_key() -> None:
+    minibatch, method = random_batch(), ClipCov(share=0.1, low=-100.0, high=100.0)
+    draws = [kept(method, minibatch, ("minibatches", i)) for i in range(200)]
+    assert torch.equal(draws[3], kept(method, minibatch, ("minibatches", 3)))
+    assert all((made == 0).sum() == 2 for made in draws)
+    times = torch.stack([made == 0 for made in draws]).sum(0)[minibatch.response_mask]
+    # 2 of 20 tokens, 200 times: 20 each, standard deviation 4.2.
+    assert times.min() >= 3 and times.max() <= 40
+
+
+def test_clip_cov_leaves_unscored_responses_alone() -> None:
+    made = kept(ClipCov(share=1.0, low=-100.0, high=100.0), without(batch(), 1))
+    assert made.int().tolist() == [[0, 0, 0], [1, 1, 1], [0, 1, 1]]
+
+
+def test_share_0_switches_clip_cov_off() -> None:
+    assert ClipCov(share=0.0).policy_weights(batch(), KEY) is None
+
+
+# --- both ---
+
+
+def test_a_minibatch_without_tokens() -> None:
+    empty = without(batch(), 0, 1, 2)
+    made = weighed(empty, [KLCov(), ClipCov()], ("minibatches", 0)).weights
+    assert (made["kl_cov"] == 0).all() and (made[POLICY] == 1).all()
+
+
+def test_defaults_are_the_authors() -> None:
+    assert (KLCov().coef, KLCov().share) == (1.0, 0.0002)
+    assert (ClipCov().share, ClipCov().low, ClipCov().high) == (0.0002, 1.0, 5.0)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        (KLCov, {"coef": -1.0}, r"mine: coef=-1\.0"),
+        (KLCov, {"share": 0.0}, r"mine: share=0\.0 must be above 0 .*coef=0 switches it off"),
+        (KLCov, {"share": 1.5}, r"mine: share=1\.5 must be .* at most 1"),
+        (KLCov, {"share": math.nan}, r"mine: share=nan"),
+        (ClipCov, {"share": -0.1}, r"mine: share=-0\.1 must lie in \[0, 1\]"),
+        (ClipCov, {"share": math.nan}, r"mine: share=nan"),
+        (ClipCov, {"low": 5.0, "high": 5.0}, r"mine: low=5\.0 must be below high=5\.0"),
+        (ClipCov, {"high": math.nan}, r"mine: low=1\.0 must be below high=nan"),
+    ],
+)
+def test_bad_options_are_refused(
+    method: type[KLCov] | type[ClipCov], options: dict[str, float], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        method(**options, name="mine")
+
+
+def test_they_pickle() -> None:
+    minibatch = random_batch()
+    penalty = KLCov(LinearSchedule(1.0, 0.0, 4), share=0.3)
+    copied = pickle.loads(pickle.dumps(penalty))
+    assert torch.equal(held(copied, minibatch), held(penalty, minibatch))
+    assert copied.coef_at(1) == 0.75 and copied.state_key == penalty.state_key
+    clip = ClipCov(0.3, -1.0, 1.0)
+    copied = pickle.loads(pickle.dumps(clip))
+    assert torch.equal(kept(copied, minibatch), kept(clip, minibatch))
+    assert copied.state_key == clip.state_key
+
+
+# --- whole runs ---
+
+
+def method(name: str, **options: Any) -> dict[str, Any]:
+    return {"class_path": f"tre_lightning.methods.{name}", "init_args": options}
+
+
+def trained(run_dir: Path, *callbacks: dict[str, Any], flags: Sequence[str] = ()) -> dict[str, Any]:
+    short = ("--trainer.max_epochs=1", "--data.init_args.iterations_per_epoch=1")
+    runs.run(run_dir, *short, *flags, changes={"trainer.callbacks": list(callbacks)})
+    return runs.weights(run_dir)
+
+
+# Of each the options with which it acts in a run of one iteration.
+METHODS = {
+    "forking_tokens": method("ForkingTokens"),
+    "kl_cov": method("KLCov", share=0.3),
+    "clip_cov": method("ClipCov", share=0.1, low=-100.0, high=100.0),
+    "entropy_advantage": method("EntropyAdvantage"),
+    "tre": runs.TRE,
+}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
+    """Weights after each method, and ``""`` after none."""
+    root = tmp_path_factory.mktemp("alone")
+    made = {name: trained(root / name, spec) for name, spec in METHODS.items()}
+    return {**made, "": trained(root / "plain")}
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.combinations(METHODS, 2)))
+def test_two_methods_act_together(
+    first: str, second: str, alone: dict[str, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    both = trained(tmp_path / "run", METHODS[first], METHODS[second])
+    for other in ("", first, second):
+        assert runs.distance(both, alone[other]) > 0.0, other
+    logged = {
+        tag: [value for _, value in kept] for tag, kept in runs.scalars(tmp_path / "run").items()
+    }
+    assert all(math.isfinite(value) for values in logged.values() for value in values)
+    terms = [f"loss/{name}" for name in ("policy", "value", first, second)]
+    parts = sum(logged[tag][0] for tag in terms if tag in logged)
+    assert logged["loss/total"][0] == pytest.approx(parts, abs=1e-6)
+
+
+def test_switched_off_they_are_plain_ppo(
+    alone: dict[str, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    off = trained(tmp_path / "run", method("KLCov", coef=0.0), method("ClipCov", share=0.0))
+    assert runs.distance(off, alone[""]) == 0.0
+
+
+def test_kl_cov_does_nothing_in_the_first_update(tmp_path: Path) -> None:
+    once = ("--model.ppo.num_epochs=1", "--model.ppo.num_minibatches=1")
+    unclipped = [f"--model.ppo.{name}=null" for name in ("clip_eps_low", "clip_eps_high")]
+    # All rows in one micro-batch: other padding could leave rounding, whose sign would count.
+    flags = (*once, *unclipped, "--model.ppo.micro_batch_size=16", "--trainer.precision=64-true")
+    plain = trained(tmp_path / "plain", flags=flags)
+    made = trained(tmp_path / "kl_cov", METHODS["kl_cov"], flags=flags)
+    assert runs.distance(made, plain) == 0.0
+    assert runs.scalars(tmp_path / "kl_cov")["loss/kl_cov"] == [(0, 0.0)]
+    twice = (*flags, "--model.ppo.num_epochs=2")
+    plain = trained(tmp_path / "plain2", flags=twice)
+    made = trained(tmp_path / "kl_cov2", METHODS["kl_cov"], flags=twice)
+    assert runs.distance(made, plain) > 0.0
+
+
+class Recorded(KLCov):
+    """KL-Cov that keeps what it holds of each minibatch."""
+
+    seen: ClassVar[list[Tensor]] = []
+
+    def token_weights(self, minibatch: TrainingBatch) -> Tensor | None:
+        made = super().token_weights(minibatch)
+        assert made is not None
+        self.seen.append(made)
+        return made
+
+
+def test_micro_batches_do_not_change_what_kl_cov_holds(tmp_path: Path) -> None:
+    # Not the trained weights: rounding at the first update is a difference whose sign counts.
+    spec = {"class_path": "test_covariance.Recorded", "init_args": {"share": 0.3}}
+    held_by = []
+    for size in (16, 3):
+        Recorded.seen.clear()
+        flags = (f"--model.ppo.micro_batch_size={size}", "--trainer.precision=64-true")
+        trained(tmp_path / f"{size}", spec, flags=flags)
+        held_by.append([*Recorded.seen])
+    assert len(held_by[0]) == runs.STEPS_AN_ITERATION
+    for first, second in zip(*held_by, strict=True):
+        assert torch.equal(first, second) and first.sum() > 1
+
+
+def test_micro_batches_do_not_change_what_clip_cov_draws(tmp_path: Path) -> None:
+    made = [
+        trained(
+            tmp_path / f"{size}",
+            METHODS["clip_cov"],
+            flags=(f"--model.ppo.micro_batch_size={size}", "--trainer.precision=64-true"),
+        )
+        for size in (16, 3)
+    ]
+    assert runs.distance(*made) < 1e-10

@@ -1,0 +1,165 @@
+"""Tests of SIREN: masks, anchor, coefficient, and whole runs."""
+
+import math
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import batches
+import method_runs
+import runs
+from batches import Rows
+from tre_lightning.experience import TrainingBatch
+from tre_lightning.methods import SIREN, LinearSchedule
+
+P = [0.5, 0.3, 0.1, 0.1]
+ON = method_runs.spec("SIREN", coef=5.0)
+NONE = batches.tokens(0)
+
+
+def rollout(*entropies: list[float]) -> TrainingBatch:
+    rows: Rows = [[1.0] * len(row) for row in entropies]
+    return batches.training_batch(rows, observed={"siren": entropies})
+
+
+def test_entropy_is_that_of_the_renormalised_nucleus() -> None:
+    term = SIREN(top_p=0.75)
+    out = method_runs.outputs(term, torch.tensor([P, [0.97, 0.01, 0.01, 0.01]]).log())
+    expected = torch.tensor([method_runs.entropy(0.5, 0.3), 0.0])
+    torch.testing.assert_close(term.observe(out, None), expected)
+    torch.testing.assert_close(term.per_token(out, NONE), expected)
+
+
+def test_weights_make_the_mean_one_over_the_tokens_of_highest_entropy() -> None:
+    # 4 tokens, 2 of them chosen: each stands for 4 / 2.
+    weights = SIREN(share=0.5).token_weights(rollout([1.0, 5.0, 2.0], [3.0]))
+    assert weights.tolist() == [[0.0, 2.0, 0.0], [2.0, 0.0, 0.0]]
+    # ceil(0.3 * 4) = 2
+    weights = SIREN(share=0.3).token_weights(rollout([4.0, 1.0], [2.0, 5.0]))
+    assert weights.tolist() == [[2.0, 0.0], [0.0, 2.0]]
+    assert SIREN(share=1.0).token_weights(rollout([4.0, 1.0])).tolist() == [[1.0, 1.0]]
+
+
+def test_coefficient_follows_the_distance_to_the_first_rollout() -> None:
+    term = SIREN(coef=0.1, share=0.5)
+    assert term.coef_at(0) == 0.0 and term.logged() == {}
+    seen = []
+    # Means of the upper halves: 3.5, the anchor; 4.5; 2.5 (2 of 3 tokens); 3.5.
+    for step in (
+        rollout([1.0, 2.0, 3.0], [4.0]),
+        rollout([1.0, 1.0, 4.0], [5.0]),
+        rollout([3.0, 1.0], [2.0]),
+        rollout([3.5]),
+    ):
+        term.adapt(step)
+        seen.append(term.coef_at(0))
+        assert term.logged()["anchor"] == 3.5
+    assert seen == pytest.approx([0.0, 2 * 0.1 * 1.0, -2 * 0.1 * 1.0, 0.0])
+    assert term.logged() == {"anchor": 3.5, "entropy": 3.5}
+
+
+def test_beta_may_follow_a_schedule() -> None:
+    term = SIREN(coef=LinearSchedule(0.4, 0.0, 2), share=1.0)
+    term.adapt(rollout([1.0]))
+    term.adapt(rollout([3.0]))
+    assert [term.coef_at(i) for i in range(3)] == pytest.approx([1.6, 0.8, 0.0])
+
+
+@pytest.mark.parametrize("anchor", [0.1, 3.0])  # the entropies lie between
+def test_gradient_is_that_of_the_squared_distance(anchor: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = (2.0 * torch.randn(5, 30, generator=generator)).double().requires_grad_()
+    term = SIREN(coef=0.7, top_p=0.8, share=0.4)
+    seen = term.observe(method_runs.outputs(term, logits), None).detach().tolist()
+    term.adapt(rollout([anchor]))
+    term.adapt(rollout(seen))
+    loss = method_runs.mean_loss(term, logits, rollout(seen))
+    (found,) = torch.autograd.grad(loss, logits)
+
+    order = torch.sort(logits.softmax(-1), descending=True)
+    nucleus = order.values.masked_fill(order.values.cumsum(-1) - order.values >= 0.8, 0.0)
+    q = nucleus / nucleus.sum(-1, keepdim=True)
+    entropies = -(q * q.clamp(min=1e-300).log()).sum(-1)
+    square = 0.7 * (entropies.topk(2).values.mean() - anchor) ** 2  # 2 = ceil(0.4 * 5)
+    (expected,) = torch.autograd.grad(square, logits)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
+    assert expected.abs().max() > 1e-3
+
+
+def test_a_rollout_without_a_counted_token_changes_nothing() -> None:
+    term = SIREN(coef=0.1, share=1.0)
+    empty = rollout([7.0])
+    empty = replace(empty, response_mask=torch.zeros_like(empty.response_mask))
+    term.adapt(empty)
+    assert term.anchor is None
+    term.adapt(rollout([1.0]))
+    term.adapt(rollout([2.0]))
+    term.adapt(empty)
+    assert term.coef_at(0) == pytest.approx(0.2)
+    assert term.token_weights(empty).tolist() == [[0.0]]
+
+
+def test_state_keeps_the_anchor() -> None:
+    term, resumed = SIREN(coef=0.1, share=1.0), SIREN(coef=0.1, share=1.0)
+    term.adapt(rollout([1.0]))
+    resumed.load_state_dict(term.state_dict())
+    copied = pickle.loads(pickle.dumps(term))
+    for each in (term, resumed, copied):
+        each.adapt(rollout([4.0]))
+        assert each.coef_at(0) == pytest.approx(2 * 0.1 * 3.0)
+
+
+def test_defaults_are_those_of_the_authors_script() -> None:
+    term = SIREN()
+    assert (term.coef, term.region.top_p, term.share) == (0.005, 0.8, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"coef": -1.0}, r"siren: coef=-1.0"),
+        ({"top_p": 1.0}, r"top_p=1.0"),
+        ({"share": 0.0}, r"siren: share=0.0 "),
+        ({"share": math.nan}, r"siren: share=nan "),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SIREN(**options)
+
+
+# --- whole runs ---
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return method_runs.run(tmp_path_factory.mktemp("siren") / "run", ON, **method_runs.KEEP)
+
+
+def test_a_run_holds_on_to_the_first_anchor(whole: Path) -> None:
+    anchors = method_runs.logged(whole, "loss/siren_anchor")
+    entropies = method_runs.logged(whole, "loss/siren_entropy")
+    assert anchors == [entropies[0]] * runs.ITERATIONS
+    gaps = [2 * 5.0 * (entropy - entropies[0]) for entropy in entropies]
+    assert method_runs.logged(whole, "loss/siren_coef") == pytest.approx(gaps, abs=1e-5)
+    assert any(gaps)
+
+
+def test_resumed(whole: Path, tmp_path: Path) -> None:
+    method_runs.assert_resumes(whole, tmp_path, ON)
+
+
+def test_coef_0_is_ppo(whole: Path, tmp_path: Path) -> None:
+    off = method_runs.spec("SIREN", coef=0.0)
+    method_runs.assert_off(method_runs.run(tmp_path / "off", off), whole)
+
+
+def test_beside_tre(tmp_path: Path) -> None:
+    method_runs.assert_adds_to_tre(tmp_path, "siren", ON)
+
+
+def test_micro_batch_size_changes_nothing(tmp_path: Path) -> None:
+    method_runs.assert_micro_batches_change_nothing(tmp_path, ON)
