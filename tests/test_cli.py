@@ -13,7 +13,7 @@ import yaml
 import runs
 from tre_lightning.cli import PPOCLI, main
 from tre_lightning.errors import one_line
-from tre_lightning.methods import LossTerm
+from tre_lightning.methods import LossTerm, find_methods
 
 REPOSITORY = Path(__file__).parent.parent
 CONFIGS = REPOSITORY / "configs"
@@ -67,18 +67,19 @@ REFUSED: dict[str, tuple[list[str], Mapping[str, Any], list[str]]] = {
     "empty file": (
         ["--data.init_args.train_file={dir}/empty.jsonl"],
         {},
-        ["data.train_file", "no puzzle", "add lines"],
+        ["data.train_file", "no puzzle", "add rows"],
     ),
     "bad line": (
         ["--data.init_args.eval_file={dir}/bad.jsonl"],
         {},
-        ["data.eval_file", "bad.jsonl:2", "JSON"],
+        ["bad.jsonl:2", "JSON"],
     ),
     "no data file": (
         ["--data.init_args.eval_file={dir}/no.jsonl"],
         {},
-        ["data.eval_file", "no.jsonl", "does not exist"],
+        ["data.eval_file", "no.jsonl", "cannot be read", "No such file"],
     ),
+    "train_size": (["--data.init_args.train_size=3"], {}, ["data.train_size=3", "train_file"]),
     "long prompt": (
         ["--data.init_args.max_prompt_length=5"],
         {},
@@ -93,6 +94,16 @@ REFUSED: dict[str, tuple[list[str], Mapping[str, Any], list[str]]] = {
         ["--model.ppo.num_minibatches=17"],
         {},
         ["model.ppo.num_minibatches=17", "data.batch_size=4", "lower it"],
+    ),
+    "warm-up of an endless run": (
+        ["--trainer.max_epochs=-1", "--model.optim.warmup_share=0.05"],
+        {},
+        ["optim.warmup_share=0.05", "trainer.max_epochs"],
+    ),
+    "two warm-ups": (
+        ["--model.optim.warmup_iterations=2", "--model.optim.warmup_share=0.05"],
+        {},
+        ["optim.warmup_iterations=2", "optim.warmup_share=0.05", "not both"],
     ),
     "names": (
         [],
@@ -313,14 +324,17 @@ def test_the_tokenizer_is_that_of_the_policy(tmp_path: Path, done: Path) -> None
 
 def whole_configs() -> list[list[Path]]:
     """Files under configs/ that are a configuration together."""
-    layers = [sorted((CONFIGS / kind).glob("*.yaml")) for kind in ("task", "model", "method")]
-    whole = [[path] for path in sorted(CONFIGS.glob("*.yaml"))]
-    estimators = sorted((CONFIGS / "estimator").glob("*.yaml"))
-    return [
-        *whole,
-        *([*files, estimator] for files in whole for estimator in estimators),
-        *(list(combination) for combination in itertools.product(*layers)),
-    ]
+    tasks, models, methods = (
+        sorted((CONFIGS / kind).glob("*.yaml")) for kind in ("task", "model", "method")
+    )
+    combinations = {*itertools.product(tasks, models, methods[:1])}
+    combinations |= {*itertools.product(tasks, models[-1:], methods)}
+    combinations |= {
+        (path, estimator)
+        for path in CONFIGS.glob("*.yaml")
+        for estimator in (CONFIGS / "estimator").glob("*.yaml")
+    }
+    return [[path] for path in sorted(CONFIGS.glob("*.yaml"))] + sorted(map(list, combinations))
 
 
 @pytest.mark.usefixtures("parsed_only")
@@ -337,7 +351,8 @@ def test_shipped_configurations_can_be_built(
     for path in files:
         trainer = yaml.safe_load(path.read_text()).get("trainer", {})
         callbacks += trainer.get("callbacks", []) + trainer.get("callbacks+", [])
-    built = [f"{type(term).__module__}.{type(term).__name__}" for term in loss_terms(cli)]
+    methods = find_methods(cli.trainer.callbacks)
+    built = [f"{type(method).__module__}.{type(method).__name__}" for method in methods]
     assert [name.split(".")[-1] for name in built] == [
         spec["class_path"].split(".")[-1] for spec in callbacks
     ]

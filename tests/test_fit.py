@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import shutil
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,10 @@ def test_each_step_is_logged_once(done: tuple[Path, str]) -> None:
         assert [step for step, _ in scalars[tag]] == iterations, tag
     # Before training, and after the epochs of iterations 0, 1 and 2, 3.
     for split in ("val", "val_file"):
-        assert [step for step, _ in scalars[f"{split}/pass@1"]] == [0, 1, 3]
+        for tag in ("pass@1", "majority@2"):
+            assert [step for step, _ in scalars[f"{split}/{tag}"]] == [0, 1, 3]
+    assert not [tag for tag in scalars if tag.endswith("_se")]  # the test's alone
+    assert "rollout/scorer_timeouts" not in scalars  # this scorer has no time-out
     assert all(math.isfinite(value) for events in scalars.values() for _, value in events)
 
 
@@ -129,6 +133,7 @@ def test_validate_test_and_predict_from_a_checkpoint(plain: Path, tmp_path: Path
     assert float(scores["val/score"]) == curves["val/score"][-1][1]
     scores = runs.run(run_dir, ckpt, command="test").trainer.callback_metrics
     assert 0.0 <= float(scores["test/pass@1"]) <= float(scores["test/pass@2"]) <= 1.0
+    errors = {tag: float(value) for tag, value in scores.items() if tag.endswith("_se")}
     runs.run(run_dir, ckpt, command="predict")
 
     records = [json.loads(line) for line in (run_dir / "predictions.jsonl").open()]
@@ -137,8 +142,23 @@ def test_validate_test_and_predict_from_a_checkpoint(plain: Path, tmp_path: Path
         assert record["prompt"].endswith(":")
         plus = [float("+" in response.split()) for response in record["responses"]]
         assert len(plus) == 2 and record["scores"] == plus
-    mean = sum(sum(record["scores"]) for record in records) / 10
-    assert mean == pytest.approx(float(scores["test/score"]))
+    both = [record["scores"] for record in records]
+    votes = [[bool(response.split()) for response in record["responses"]] for record in records]
+    # Two answers agree, or tie: the mean of those that there are.
+    majority = [
+        sum(s for s, v in zip(*pair, strict=True) if v) / max(sum(pair[1]), 1)
+        for pair in zip(both, votes, strict=True)
+    ]
+    by_prompt = {
+        "test/score": [sum(pair) / 2 for pair in both],
+        "test/pass@1": [sum(pair) / 2 for pair in both],
+        "test/pass@2": [max(pair) for pair in both],
+        "test/majority@2": majority,
+    }
+    for tag, values in by_prompt.items():
+        assert float(scores[tag]) == pytest.approx(sum(values) / 5), tag
+        assert errors[f"{tag}_se"] == pytest.approx(statistics.stdev(values) / 5**0.5), tag
+    assert errors.keys() == {f"{tag}_se" for tag in by_prompt} | {"test/response_length_se"}
     assert runs.scalars(run_dir) == curves  # the curves of the training are as they were
 
 

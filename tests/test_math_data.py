@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 import runs
@@ -418,6 +419,8 @@ def test_fit_test_and_predict(tmp_path: Path) -> None:
     curves = runs.scalars(run_dir)
     assert [step for step, _ in curves["val/pass@1"]] == [0, 1, 3]
     assert [value for _, value in curves["rollout/unscorable_share"]] == [0.0] * runs.ITERATIONS
+    assert [value for _, value in curves["rollout/scorer_timeouts"]] == [0.0] * runs.ITERATIONS
+    assert [step for step, _ in curves["val/majority@2"]] == [0, 1, 3]
     scores = runs.run(run_dir, "--ckpt_path=last", command="test", changes=RUN)
     assert 0.0 <= float(scores.trainer.callback_metrics["test/pass@1"]) <= 1.0
     runs.run(run_dir, "--ckpt_path=last", command="predict", changes=RUN)
@@ -428,6 +431,27 @@ def test_fit_test_and_predict(tmp_path: Path) -> None:
         boxed = [last_boxed(response) for response in record["responses"]]
         right = [answer is not None and answer.strip() == str(value) for answer in boxed]
         assert record["scores"] == [float(is_right) for is_right in right]
+
+
+class SlowScorer(MathDataModule):
+    """Gives up three answers of every training batch, and one of every other batch."""
+
+    given_up = 0
+
+    def score(self, responses: Sequence[str], prompts: PromptBatch) -> Tensor:
+        self.given_up += 3 if prompts.split == "train" else 1
+        return torch.zeros(len(responses))
+
+    def scorer_timeouts(self) -> int:
+        count, self.given_up = self.given_up, 0
+        return count
+
+
+def test_timeouts_of_an_iteration_are_logged_without_those_of_validation(tmp_path: Path) -> None:
+    slow = {**TINY, "class_path": "test_math_data.SlowScorer"}
+    runs.run(tmp_path / "run", changes={**RUN, "data": slow})
+    counts = [value for _, value in runs.scalars(tmp_path / "run")["rollout/scorer_timeouts"]]
+    assert counts == [3.0] * runs.ITERATIONS
 
 
 def test_the_task_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,14 +16,20 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 from torchmetrics import ExplainedVariance, Metric
 
+from tre_lightning.diagnostics import EvaluationMetrics, Evaluations
 from tre_lightning.metrics import (
+    MajorityAtK,
     MaskedExplainedVariance,
     MaskedMean,
     PassAtK,
+    StandardError,
     approx_kl,
     clipped,
     cumulative_tail_risk,
+    majority_by_prompt,
+    number_answers,
     pass_at_k,
+    pass_at_k_by_prompt,
 )
 
 NAN, INF = math.nan, math.inf
@@ -229,6 +235,8 @@ def test_clipped_rejects() -> None:
 FACTORIES: dict[str, Callable[[], Metric]] = {
     "mean": MaskedMean,
     "pass": partial(PassAtK, k=2),
+    "majority": MajorityAtK,
+    "error": StandardError,
     "variance": MaskedExplainedVariance,
 }
 
@@ -241,9 +249,13 @@ def random_updates(name: str, seed: int, count: int) -> list[Update]:
         shape = (i + 1, i + 3)
         x, y = torch.randn(2, *shape, generator=generator)
         mask = torch.rand(shape, generator=generator) < 0.7
-        if name == "pass":
+        if name in ("pass", "majority"):
             scores = (torch.rand(shape, generator=generator) < 0.4).float()
-            updates.append((scores.masked_fill(~mask, NAN),))
+            scores = scores.masked_fill(~mask, NAN)
+            answers = torch.randint(-1, 3, shape, generator=generator)
+            updates.append((scores,) if name == "pass" else (scores, answers))
+        elif name == "error":
+            updates.append(((x + i).masked_fill(~mask, NAN).flatten(),))
         else:
             returns = 3 * x + i  # batches differ in mean: averaging their results would be wrong
             guess = 2 * x + y
@@ -301,6 +313,12 @@ def test_nothing_counted_is_nan(name: str) -> None:
         assert math.isnan(value(new()))
     if name == "pass":
         nothing: list[Update] = [(torch.full((2, 3), NAN),), (torch.zeros(0, 3),)]
+    elif name == "majority":
+        nothing = [
+            (x, torch.zeros_like(x).long()) for x in (torch.full((2, 3), NAN), torch.zeros(0, 3))
+        ]
+    elif name == "error":
+        nothing = [(torch.full((3,), NAN),), (torch.zeros(0),)]
     else:
         count = 2 if name == "variance" else 1
         nothing = [
@@ -427,10 +445,191 @@ def test_pass_at_k_metric_is_the_mean_of_the_function(rows: list[list[float]], k
 def test_pass_at_k_metric_rejects() -> None:
     with pytest.raises(ValueError, match="k=0 draws no response"):
         PassAtK(k=0)
-    with pytest.raises(ValueError, match=r"correct has shape \[4\]; pass \[prompts, responses\]"):
+    with pytest.raises(ValueError, match=r"scores has shape \[4\]; pass \[prompts, responses\]"):
         PassAtK(k=2).update(torch.ones(4))
-    with pytest.raises(ValueError, match="correct has 3 responses per prompt; pass@4"):
+    with pytest.raises(ValueError, match="scores has 3 responses per prompt; pass@4"):
         PassAtK(k=4).update(torch.ones(2, 3))
+
+
+def test_pass_at_k_of_each_prompt_by_hand() -> None:
+    scores = torch.tensor([[1.0, 0.0, NAN], [NAN, NAN, 1.0], [0.0, 0.5, 0.0]])
+    first, second, third = pass_at_k_by_prompt(scores, 2).tolist()
+    assert (first, third) == (1.0, 0.0) and math.isnan(second)
+
+
+# --- MajorityAtK ---
+
+
+def majority(scores: Sequence[float], answers: Sequence[str | None]) -> float:
+    numbers = number_answers(answers, len(answers))
+    return float(majority_by_prompt(torch.tensor([scores]), numbers)[0])
+
+
+@pytest.mark.parametrize(
+    ("scores", "answers", "expected"),
+    [
+        ([1.0, 1.0, 0.0, 0.0, 0.0], ["5", "5", "6", "7", "8"], 1.0),  # most votes, not most wrong
+        ([1.0, 0.0, 0.0, 0.0], ["5", "6", "6", "7"], 0.0),
+        ([1.0, 0.0, 0.0, 0.0], ["5", None, None, None], 1.0),  # no answer is no vote
+        ([0.0, 0.0], [None, None], 0.0),  # nobody votes
+        ([1.0, 1.0], [None, None], 0.0),  # not even for what scores
+        ([1.0, 1.0, 0.0, 0.0, 0.0], ["5", "5", "6", "6", "7"], 0.5),  # a tie of two
+        ([1.0, 0.0, 0.0], ["5", "6", "7"], 1 / 3),  # a tie of three
+        ([1.0, 1.0, 0.0, 0.0, NAN], ["5", "5", "6", "6", "6"], 0.5),  # NaN leaves the vote
+        ([NAN, NAN, 1.0], ["6", "6", "5"], 1.0),
+        ([1.0, NAN], [None, "6"], 0.0),
+        ([2.0, 4.0, 9.0], ["5", "5", "6"], 3.0),  # an answer's score is its responses' mean
+        ([NAN, NAN], ["5", None], NAN),  # no response could be scored
+    ],
+)
+def test_majority_by_hand(scores: list[float], answers: list[str | None], expected: float) -> None:
+    assert majority(scores, answers) == pytest.approx(expected, nan_ok=True)
+
+
+def test_majority_metric_is_the_mean_over_prompts() -> None:
+    scores = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0], [NAN, NAN, NAN]])
+    answers = number_answers(["5", "5", "6", "7", "7", "5", "5", "5", "5"], 3)
+    metric = fed(MajorityAtK(), [(scores, answers), (torch.ones(2, 1), torch.zeros(2, 1).long())])
+    assert value(metric) == pytest.approx((1 + 0 + 1 + 1) / 4)  # the third prompt is skipped
+
+
+def test_answers_are_numbered_within_their_prompt() -> None:
+    numbers = number_answers(["b", None, "a", "b", "a", "a", "c", None], 4)
+    assert numbers.tolist() == [[0, -1, 1, 0], [0, 0, 1, -1]]
+    assert number_answers([], 4).shape == (0, 4)
+
+
+VOTES = st.lists(
+    st.tuples(st.sampled_from([0.0, 1.0, 0.5, NAN]), st.sampled_from([None, "5", "6", "7"])),
+    min_size=1,
+    max_size=8,
+)
+
+
+@settings(max_examples=100)
+@given(VOTES)
+def test_majority_is_what_a_count_of_votes_says(rows: list[tuple[float, str | None]]) -> None:
+    votes: dict[str, list[float]] = {}
+    for score, answer in rows:
+        if answer is not None and not math.isnan(score):
+            votes.setdefault(answer, []).append(score)
+    most = max(map(len, votes.values()), default=0)
+    means = [sum(given) / most for given in votes.values() if len(given) == most]
+    expected = sum(means) / len(means) if means else 0.0
+    if all(math.isnan(score) for score, _ in rows):
+        expected = NAN
+    assert majority(*zip(*rows, strict=True)) == pytest.approx(expected, nan_ok=True)
+
+
+@settings(max_examples=50)
+@given(st.data(), VOTES)
+def test_majority_knows_no_order_of_the_responses(
+    data: st.DataObject, rows: list[tuple[float, str | None]]
+) -> None:
+    shuffled = data.draw(st.permutations(rows))
+    expected = majority(*zip(*rows, strict=True))
+    assert majority(*zip(*shuffled, strict=True)) == pytest.approx(expected, nan_ok=True)
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=6))
+def test_majority_of_one_answer_is_the_mean_score(scores: list[float]) -> None:
+    assert majority(scores, ["5"] * len(scores)) == pytest.approx(sum(scores) / len(scores))
+
+
+def test_majority_rejects() -> None:
+    with pytest.raises(ValueError, match=r"answers has shape \[4, 1\]; pass \[2, 2\], as scores"):
+        MajorityAtK().update(torch.ones(2, 2), torch.zeros(4, 1).long())
+    with pytest.raises(ValueError, match=r"scores has shape \[4\]; pass \[prompts, responses\]"):
+        MajorityAtK().update(torch.ones(4), torch.zeros(4).long())
+    with pytest.raises(ValueError, match="3 answers are no multiple of num_responses=2"):
+        number_answers(["5", None, "6"], 2)
+
+
+# --- StandardError ---
+
+
+def standard_error(*values: float) -> float:
+    return value(fed(StandardError(), [(torch.tensor(values),)]))
+
+
+def test_standard_error_by_hand() -> None:
+    # mean 2, squared deviations 1, 0, 1: variance 2 / 2, over 3 prompts
+    assert standard_error(1, 2, 3) == pytest.approx(math.sqrt(1 / 3))
+    assert standard_error(1, NAN, 2, 3) == pytest.approx(math.sqrt(1 / 3))
+    assert standard_error(0, 1) == pytest.approx(0.5)
+    assert standard_error(1, 1, 1) == 0
+    assert math.isnan(standard_error(1, NAN))
+
+
+@settings(max_examples=50)
+@given(st.lists(st.floats(-10, 10, width=32), min_size=2, max_size=20), st.sampled_from([0, 1000]))
+def test_standard_error_is_sd_over_root_n(values: list[float], offset: int) -> None:
+    moved = torch.tensor(values, dtype=torch.float64) + offset
+    expected = float(moved.std() / math.sqrt(len(values)))
+    assert value(fed(StandardError(), [(moved,)])) == pytest.approx(expected, abs=1e-5)
+
+
+# --- EvaluationMetrics ---
+
+LENGTHS = torch.tensor([1, 2, 3, 3, 3, 3, 1, 1, 1])
+EVALUATED = {
+    "scores": torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0, NAN, NAN]),  # three prompts
+    "response_mask": torch.arange(4) < LENGTHS.unsqueeze(1),
+    "finished": LENGTHS < 3,
+}
+ANSWERS = ["5", "5", "6", "7", "7", "8", None, "9", "9"]
+
+
+def evaluate(metrics: EvaluationMetrics, *rows: slice) -> dict[str, float]:
+    for some in rows:
+        metrics.update(
+            **{name: x[some] for name, x in EVALUATED.items()},
+            answers=ANSWERS[some],
+            standard_errors=True,
+        )
+    return {tag: float(x) for tag, x in metrics.flush().items()}
+
+
+def test_evaluation_by_hand() -> None:
+    metrics = EvaluationMetrics(num_responses=3)
+    expected = {
+        "score": 3 / 7,  # of the scored responses
+        "score_se": 1 / 3 / math.sqrt(3),  # of 2/3, 1/3, 0
+        "pass@1": 1 / 3,
+        "pass@1_se": 1 / 3 / math.sqrt(3),
+        "pass@3": 1.0,  # the third prompt has too few scores
+        "pass@3_se": 0.0,
+        "majority@3": 1 / 3,
+        "majority@3_se": math.sqrt(1 / 3 / 3),  # of 1, 0, 0
+        "response_length": 2.0,
+        "response_length_se": 1 / math.sqrt(3),  # of 2, 3, 1
+        "finished_share": 5 / 9,
+    }
+    assert evaluate(metrics, slice(3), slice(3, 9)) == pytest.approx(expected)
+    assert evaluate(metrics, slice(9)) == pytest.approx(expected)  # and flush has emptied it
+
+
+def test_a_single_prompt_has_no_standard_error() -> None:
+    found = evaluate(EvaluationMetrics(num_responses=3), slice(3))
+    means = {"score", "pass@1", "pass@3", "majority@3", "response_length", "finished_share"}
+    assert found.keys() == means
+
+
+def test_a_task_without_right_and_answers_has_its_scores_alone() -> None:
+    metrics = EvaluationMetrics(num_responses=3)
+    metrics.update(**EVALUATED, binary=False)
+    assert metrics.flush().keys() == {"score", "response_length", "finished_share"}
+
+
+def test_sets_are_evaluated_apart() -> None:
+    evaluations = Evaluations(num_responses=3)
+    for split, some in (("val", slice(3)), ("val_file", slice(3, 6)), ("val", slice(6, 9))):
+        part = {name: x[some] for name, x in EVALUATED.items()}
+        evaluations.of(split, torch.device("cpu")).update(**part)
+    values = {tag: float(x) for tag, x in evaluations.flush().items()}
+    assert values["val/score"] == pytest.approx(2 / 4)
+    assert values["val_file/score"] == pytest.approx(1 / 3)
+    assert evaluations.flush() == {}
 
 
 # --- MaskedExplainedVariance ---

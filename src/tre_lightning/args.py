@@ -1,5 +1,6 @@
 """The options of a run, a unit under each; every ``__post_init__`` refuses what cannot work."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args
@@ -120,6 +121,7 @@ class OptimArgs:
         lr: peak learning rate of the policy.
         critic_lr: peak learning rate of the critic and the value head.
         warmup_iterations: PPO iterations of linear warm-up from 0.
+        warmup_share: instead of that, their share of all the PPO iterations of the run, in [0, 1].
         final_lr_share: share of the peak at the last iteration, linear in between; 1 = constant.
         betas: of AdamW.
         eps: of AdamW; a larger one damps parameters whose gradients are tiny, such as the output
@@ -131,6 +133,7 @@ class OptimArgs:
     lr: float = 1e-6
     critic_lr: float = 1e-5
     warmup_iterations: int = 0
+    warmup_share: float = 0.0
     final_lr_share: float = 1.0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -141,13 +144,31 @@ class OptimArgs:
         for name in ("lr", "critic_lr", "max_grad_norm"):
             positive(f"optim.{name}", getattr(self, name))
         at_least("optim.warmup_iterations", self.warmup_iterations, 0)
+        unit_share("optim.warmup_share", self.warmup_share)
+        if self.warmup_iterations > 0 and self.warmup_share > 0.0:
+            raise ValueError(
+                f"give optim.warmup_iterations={self.warmup_iterations} or optim.warmup_share="
+                f"{self.warmup_share}, not both; set the other to 0"
+            )
 
     def lr_share(self, iteration: int, total_iterations: float) -> float:
-        """Share of the peak learning rate at a PPO iteration."""
-        if iteration < self.warmup_iterations:
-            return (iteration + 1) / self.warmup_iterations
-        left = max(total_iterations - self.warmup_iterations - 1, 1)
-        done = min((iteration - self.warmup_iterations) / left, 1.0)
+        """Share of the peak learning rate at a PPO iteration.
+
+        Raises:
+            ValueError: for a ``warmup_share`` of a run without end.
+        """
+        warmup = self.warmup_iterations
+        if self.warmup_share > 0.0:
+            if math.isinf(total_iterations):
+                raise ValueError(
+                    f"optim.warmup_share={self.warmup_share} needs a run with an end; give "
+                    "trainer.max_epochs or optim.warmup_iterations"
+                )
+            warmup = round(self.warmup_share * total_iterations)
+        if iteration < warmup:
+            return (iteration + 1) / warmup
+        left = max(total_iterations - warmup - 1, 1)
+        done = min((iteration - warmup) / left, 1.0)
         return 1.0 - (1.0 - self.final_lr_share) * done
 
 

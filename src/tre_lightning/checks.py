@@ -1,7 +1,7 @@
 """What must fit together before any work: data, model, devices, loss terms and checkpoint."""
 
-import copy
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from lightning.pytorch import Trainer
@@ -55,6 +55,12 @@ def check_run(
             "model.policy.architecture alone has no tokenizer; give model.policy.tokenizer or a "
             "warm_start"
         )
+    lora = module.policy_args.lora  # not in the policy of a warm start
+    if lora is not None and policy.model is None and not makes_tokenizer:
+        raise ValueError(
+            "model.policy.lora needs weights to freeze; give model.policy.model or a warm_start, "
+            "not model.policy.architecture alone"
+        )
     data.check(
         word_tokenizer(data.vocabulary(), config)
         if named is None
@@ -68,8 +74,10 @@ def check_run(
             f"{data.longest_prompt} tokens exceed the model's context of {context} tokens; lower "
             "it or drop long prompts"
         )
-    if saved_shapes is not None:
-        refuse_other_model(expected_shapes(policy, config), saved_shapes)
+    if saved_shapes is not None or lora is not None:
+        shapes = expected_shapes(replace(policy, lora=lora), config)
+        if saved_shapes is not None:
+            refuse_other_model(shapes, saved_shapes)
 
 
 def check_batches(module: PPOModule, data: PromptDataModule, devices: int) -> None:
@@ -95,7 +103,4 @@ def expected_shapes(policy: PolicyArgs, config: PreTrainedConfig) -> dict[str, l
         critic = None
         if policy.critic_model is not None:
             critic = AutoModel.from_config(AutoConfig.from_pretrained(policy.critic_model))
-        elif policy.critic == "separate":
-            critic = copy.deepcopy(model.base_model)
-        model = ActorCritic(model, critic, has_values=policy.critic != "none")
-        return parameter_shapes(model)
+        return parameter_shapes(ActorCritic.build(policy, model, critic))

@@ -1,5 +1,7 @@
 """The command line: ``python -m tre_lightning {fit,validate,test,predict} --config FILE``.
 
+A file may name others that it builds on (:mod:`tre_lightning.layers`).
+
 A leading ``sft`` trains on demonstrations instead: ``python -m tre_lightning sft fit ...``.
 
 A leading ``reward`` trains a reward model on pairs of responses. ``fit`` alone does so too where
@@ -8,6 +10,7 @@ say what is trained.
 """
 
 import logging
+import math
 import os
 import sys
 import time
@@ -21,7 +24,6 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from omegaconf import OmegaConf
 from transformers.utils import logging as transformers_logging
 
 from tre_lightning.callbacks.checkpoint import (
@@ -37,6 +39,7 @@ from tre_lightning.data.demonstrations import Demonstrations
 from tre_lightning.data.preferences import PreferencePairs
 from tre_lightning.data.prompts import PromptDataModule
 from tre_lightning.errors import one_line, one_line_errors
+from tre_lightning.layers import read_config, with_layers
 from tre_lightning.memory import keep_freed_memory
 from tre_lightning.policy import PolicyArgs
 from tre_lightning.ppo import PPOModule
@@ -60,7 +63,8 @@ def main(args: Sequence[str] | None = None) -> LightningCLI:
     """
     keep_freed_memory()
     _be_quiet()
-    words = list(sys.argv[1:] if args is None else args)
+    with one_line_errors():
+        words = with_layers(sys.argv[1:] if args is None else args)
     if words[:1] == ["sft"]:
         return SFTCLI(words[1:], SFTModule, Demonstrations)
     if words[:1] == ["reward"]:
@@ -108,9 +112,9 @@ def _data_class(words: Sequence[str]) -> str | None:
     found = None
     for option, value in _options(words):
         data: Any = value
-        if option in ("--config", "-c"):
+        if option == "--config":
             try:
-                data = cast(Any, OmegaConf.to_container(OmegaConf.load(value)))["data"]
+                data = read_config(value)["data"]
             except Exception:  # the parser will say what is wrong
                 continue
         elif option not in ("--data", "--data.class_path"):
@@ -357,6 +361,8 @@ class PPOCLI(_CLI):
         module, data = self.model, self.datamodule
         assert isinstance(module, PPOModule) and isinstance(data, PromptDataModule)
         with one_line_errors():
+            if self.trainer.max_epochs == -1:
+                module.optim_args.lr_share(0, math.inf)  # refuses what needs an end
             policy = module.policy_args
             if self.warm_start is not None and not (self.warm_start_dir / "model").exists():
                 policy = PolicyArgs(**self.warm_start_config["model"]["policy"])

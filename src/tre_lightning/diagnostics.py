@@ -1,5 +1,7 @@
 """What a run logs, as collections of torchmetrics; docs/metrics.md defines every tag."""
 
+from collections.abc import Hashable, Sequence
+
 import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, SumMetric
@@ -8,12 +10,17 @@ from tre_lightning.entropy import EntropyStats
 from tre_lightning.experience import Experience, TrainingBatch
 from tre_lightning.losses import policy_ratio
 from tre_lightning.metrics import (
+    MajorityAtK,
     MaskedExplainedVariance,
     MaskedMean,
     PassAtK,
+    StandardError,
     approx_kl,
     clipped,
     cumulative_tail_risk,
+    majority_by_prompt,
+    number_answers,
+    pass_at_k_by_prompt,
 )
 
 
@@ -54,6 +61,7 @@ class RolloutMetrics(_Collection):
                 "rollout/response_length": MaskedMean(),
                 "rollout/finished_share": MaskedMean(),
                 "rollout/unscorable_share": MaskedMean(),
+                "rollout/scorer_timeouts": SumMetric(),
                 "rollout/ref_kl": MaskedMean(),
                 **{f"entropy/{name}": MaskedMean() for name in tokens},
                 "entropy/tail_mass": MaskedMean(),
@@ -74,6 +82,11 @@ class RolloutMetrics(_Collection):
         if experience.ref_logprobs is not None:
             kl = approx_kl(experience.ref_logprobs, experience.old_logprobs)
             self["rollout/ref_kl"].update(kl, experience.response_mask)
+
+    def update_timeouts(self, count: int | None) -> None:
+        """Count the answers that the scorer gave up; None = this task's scorer gives up none."""
+        if count is not None:
+            self["rollout/scorer_timeouts"].update(count)
 
     def update_entropy(self, stats: EntropyStats, mask: Tensor) -> None:
         """Count the entropies of some responses, ``[B, T]`` each."""
@@ -165,24 +178,88 @@ class EvaluationMetrics(_Collection):
     """Scores of the responses to held-out prompts."""
 
     def __init__(self, num_responses: int) -> None:
-        """``num_responses`` is k of the reported pass@k."""
+        """``num_responses`` is k of the reported pass@k and majority@k."""
         self.num_responses = num_responses
-        super().__init__(
-            {
-                "score": MaskedMean(),
-                **{f"pass@{k}": PassAtK(k) for k in sorted({1, num_responses})},
-                "response_length": MaskedMean(),
-                "finished_share": MaskedMean(),
-            }
-        )
+        self.passes = {f"pass@{k}": k for k in sorted({1, num_responses})}
+        self.majority = f"majority@{num_responses}"
+        means: dict[str, Metric] = {
+            "score": MaskedMean(),
+            **{tag: PassAtK(k) for tag, k in self.passes.items()},
+            self.majority: MajorityAtK(),
+            "response_length": MaskedMean(),
+        }
+        errors = {f"{tag}_se": StandardError() for tag in means}
+        super().__init__({**means, "finished_share": MaskedMean(), **errors})
 
     def update(
-        self, scores: Tensor, response_mask: Tensor, finished: Tensor, *, binary: bool = True
+        self,
+        scores: Tensor,
+        response_mask: Tensor,
+        finished: Tensor,
+        *,
+        binary: bool = True,
+        answers: Sequence[Hashable | None] | None = None,
+        standard_errors: bool = False,
     ) -> None:
-        """Count some responses (rows of one prompt side by side); pass@k of ``binary`` scores."""
-        grouped = scores.view(-1, self.num_responses)
+        """Count some responses, rows of one prompt side by side.
+
+        Args:
+            scores: NaN = could not be scored, ``[G * n]``.
+            response_mask: bool, True = counts, ``[G * n, T]``.
+            finished: bool, whether a response ended by itself, ``[G * n]``.
+            binary: whether pass@k means something.
+            answers: what each response answers, None = nothing; None = no such thing in this task.
+            standard_errors: whether to count those of the means, too.
+        """
+        grouped, lengths = scores.view(-1, self.num_responses), response_mask.sum(1)
         self["score"].update(scores, ~scores.isnan())
-        for k in sorted({1, self.num_responses}) if binary else ():
-            self[f"pass@{k}"].update(grouped)
-        self["response_length"].update(response_mask.sum(1))
+        self["response_length"].update(lengths)
         self["finished_share"].update(finished)
+        by_prompt = {
+            "score": grouped.double().nanmean(1),
+            "response_length": lengths.view_as(grouped).double().mean(1),
+        }
+        for tag, k in self.passes.items() if binary else ():
+            self[tag].update(grouped)
+            by_prompt[tag] = pass_at_k_by_prompt(grouped, k)
+        if answers is not None:
+            numbers = number_answers(answers, self.num_responses).to(scores.device)
+            self[self.majority].update(grouped, numbers)
+            by_prompt[self.majority] = majority_by_prompt(grouped, numbers)
+        for tag, values in by_prompt.items() if standard_errors else ():
+            self[f"{tag}_se"].update(values)
+
+    def flush(self) -> dict[str, Tensor]:
+        """Values over all ranks, then empty; without the standard errors of a single prompt."""
+        values = super().flush()
+        return {
+            tag: value
+            for tag, value in values.items()
+            if not (tag.endswith("_se") and value.isnan())
+        }
+
+
+class Evaluations(nn.Module):
+    """:class:`EvaluationMetrics` of every held-out set, by its name."""
+
+    def __init__(self, num_responses: int) -> None:
+        """``num_responses`` is k of the reported pass@k and majority@k."""
+        super().__init__()
+        self.num_responses = num_responses
+        self.sets = nn.ModuleDict()
+
+    def of(self, split: str, device: torch.device) -> EvaluationMetrics:
+        """The metrics of a set, made when they are first asked for."""
+        if split not in self.sets:
+            self.sets[split] = EvaluationMetrics(self.num_responses).to(device)
+        metrics = self.sets[split]
+        assert isinstance(metrics, EvaluationMetrics)
+        return metrics
+
+    def flush(self) -> dict[str, Tensor]:
+        """Values of every set over all ranks, as ``set/tag``, then empty."""
+        values: dict[str, Tensor] = {}
+        for split, metrics in self.sets.items():
+            assert isinstance(metrics, EvaluationMetrics)
+            values |= {f"{split}/{tag}": value for tag, value in metrics.flush().items()}
+        return values

@@ -1,4 +1,4 @@
-"""Metrics of a run: masked means, explained variance, pass@k and the pure functions they log.
+"""Metrics of a run: masked means, explained variance, pass@k, majority@k and standard errors.
 
 The metrics keep sums in float64 and counts in int64, reduced over devices, so a value does not
 depend on how the data was cut into updates or spread over ranks. A metric that has counted nothing
@@ -6,7 +6,7 @@ computes NaN.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -90,6 +90,92 @@ def pass_at_k(num_correct: Tensor, num_samples: int, k: int) -> Tensor:
     return _like(_pass_at_k(correct, torch.full_like(correct, num_samples), k), num_correct)
 
 
+def pass_at_k_by_prompt(scores: Tensor, k: int) -> Tensor:
+    """Unbiased pass@k of each prompt over its scored responses; see :func:`pass_at_k`.
+
+    A score >= 1.0 is correct. A NaN score ("could not be scored") is left out, so that prompt's n
+    is smaller.
+
+    Args:
+        scores: bool or score of each response, ``[G, n]``, n >= k.
+        k: responses drawn without replacement.
+
+    Returns:
+        pass@k, ``[G]`` float64; NaN where fewer than k responses are scored.
+
+    Raises:
+        ValueError: if k < 1, ``scores`` is not ``[G, n]`` or n < k.
+    """
+    _check_k(k)
+    _check_grouped("scores", scores)
+    if scores.shape[1] < k:
+        raise ValueError(
+            f"scores has {scores.shape[1]} responses per prompt; pass@{k} needs at least {k}"
+        )
+    scored = (~scores.isnan()).sum(dim=1)
+    values = _pass_at_k((scores >= 1).sum(dim=1), scored.clamp(min=k), k)
+    return torch.where(scored >= k, values, torch.nan)
+
+
+def majority_by_prompt(scores: Tensor, answers: Tensor) -> Tensor:
+    """Score of each prompt's most frequent answer.
+
+    Every scored response with an answer has one vote. The score of an answer is the mean score of
+    the responses that gave it. Between answers of as many votes one is chosen at random: the value
+    is the expectation, the mean of their scores.
+
+    Source: Wang et al. 2022, "Self-Consistency Improves Chain of Thought Reasoning", sec. 2.
+
+    Args:
+        scores: score of each response, NaN = could not be scored, ``[G, n]``.
+        answers: int64, equal for equal answers of a prompt, negative = no answer, ``[G, n]``; see
+            :func:`number_answers`.
+
+    Returns:
+        Score of the most frequent answer, ``[G]`` float64; 0 where no scored response has an
+        answer; NaN where no response is scored.
+
+    Raises:
+        ValueError: if the shapes differ or ``scores`` is not ``[G, n]``.
+    """
+    _check_grouped("scores", scores)
+    _check_shape("answers", answers, "scores", scores)
+    scored = ~scores.isnan()
+    votes = scored & (answers >= 0)
+    agree = answers.unsqueeze(1) == answers.unsqueeze(2)
+    support = (agree & votes.unsqueeze(1)).sum(dim=2).masked_fill(~votes, 0)
+    # Tied answers have as many responses each: the mean over all of them is the mean over answers.
+    most = votes & (support == support.amax(dim=1, keepdim=True))
+    total = torch.where(most, scores.double(), 0.0).sum(dim=1)
+    return torch.where(scored.any(dim=1), total / most.sum(dim=1).clamp(min=1), torch.nan)
+
+
+def number_answers(answers: Sequence[Hashable | None], num_responses: int) -> Tensor:
+    """Answers as numbers that :func:`majority_by_prompt` can compare.
+
+    Args:
+        answers: answer of each response, None = it gives none, those of one prompt side by side.
+        num_responses: n, responses of each prompt.
+
+    Returns:
+        int64 ``[G, n]``: -1 for no answer, else the place of the answer among its prompt's.
+
+    Raises:
+        ValueError: if the number of answers is no multiple of n.
+    """
+    if len(answers) % num_responses:
+        raise ValueError(
+            f"{len(answers)} answers are no multiple of num_responses={num_responses}; pass one "
+            "for each response"
+        )
+    rows: list[list[int]] = []
+    for start in range(0, len(answers), num_responses):
+        places: dict[Hashable, int] = {}
+        row = answers[start : start + num_responses]
+        rows.append([-1 if a is None else places.setdefault(a, len(places)) for a in row])
+    return torch.tensor(rows, dtype=torch.int64).view(-1, num_responses)
+
+
 def clipped(
     ratio: Tensor, advantages: Tensor, clip_eps_low: float | None, clip_eps_high: float | None
 ) -> Tensor:
@@ -155,6 +241,12 @@ class _RunningMean(_Float64Metric):
         """Mean of everything counted so far, a float64 scalar; NaN if nothing was."""
         return self.total / self.count
 
+    def _count(self, values: Tensor) -> None:
+        """Count the values that are not NaN."""
+        counted = values[~values.isnan()].double()
+        self.total = self.total + counted.sum()
+        self.count = self.count + counted.numel()
+
 
 class MaskedMean(_RunningMean):
     """Mean over the True entries of a mask, over all updates and devices.
@@ -197,30 +289,73 @@ class PassAtK(_RunningMean):
         _check_k(k)
         self.k = k
 
-    def update(self, correct: Tensor) -> None:
+    def update(self, scores: Tensor) -> None:
         """Count G prompts with n responses each; n may differ between updates.
 
-        A score >= 1.0 is correct. A NaN score ("could not be scored") is left out, so that prompt's
-        n is smaller; prompts with fewer than k scored responses are skipped.
+        Prompts with fewer than k scored responses are skipped; see :func:`pass_at_k_by_prompt`.
 
         Args:
-            correct: bool or score of each response, ``[G, n]``, n >= k.
+            scores: bool or score of each response, NaN = could not be scored, ``[G, n]``, n >= k.
 
         Raises:
-            ValueError: if ``correct`` is not ``[G, n]`` or n < k.
+            ValueError: if ``scores`` is not ``[G, n]`` or n < k.
         """
-        if correct.ndim != 2:
-            raise ValueError(f"correct has shape {list(correct.shape)}; pass [prompts, responses]")
-        if correct.shape[1] < self.k:
-            raise ValueError(
-                f"correct has {correct.shape[1]} responses per prompt; "
-                f"pass@{self.k} needs at least {self.k}"
-            )
-        scored = (~correct.isnan()).sum(dim=1)
-        enough = scored >= self.k
-        num_correct = (correct >= 1).sum(dim=1)[enough]
-        self.total = self.total + _pass_at_k(num_correct, scored[enough], self.k).sum()
-        self.count = self.count + enough.sum()
+        self._count(pass_at_k_by_prompt(scores, self.k))
+
+
+class MajorityAtK(_RunningMean):
+    """Mean score of the prompts' most frequent answers, k responses each.
+
+    See :func:`majority_by_prompt`: responses without an answer do not vote, a prompt where nobody
+    votes scores 0, and a tie counts the mean score of the tied answers, which is what a random
+    choice between them would score on average.
+    """
+
+    higher_is_better = True
+
+    def update(self, scores: Tensor, answers: Tensor) -> None:
+        """Count G prompts with k responses each; prompts without a scored response are skipped.
+
+        Args:
+            scores: score of each response, NaN = could not be scored, ``[G, k]``.
+            answers: int64, equal for equal answers of a prompt, negative = no answer, ``[G, k]``.
+
+        Raises:
+            ValueError: if the shapes differ or ``scores`` is not ``[G, k]``.
+        """
+        self._count(majority_by_prompt(scores, answers))
+
+
+class StandardError(_Float64Metric):
+    """Standard error of a mean over prompts: sd / sqrt(G), with G - 1 in the variance.
+
+    Responses to one prompt are no independent draws. One value for each prompt, its mean over the
+    responses, makes this the standard error clustered by prompt.
+
+    Source: Miller 2024, "Adding Error Bars to Evals", arXiv 2411.00640.
+    """
+
+    count: Tensor
+    total: Tensor
+    squares: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._add_sum("count", torch.int64)
+        self._add_sum("total")
+        self._add_sum("squares")
+
+    def update(self, values: Tensor) -> None:
+        """Count the value of each of G prompts, ``[G]``; NaN is left out."""
+        counted = values[~values.isnan()].double()
+        self.count = self.count + counted.numel()
+        self.total = self.total + counted.sum()
+        self.squares = self.squares + counted.square().sum()
+
+    def compute(self) -> Tensor:
+        """Standard error so far, a float64 scalar; NaN for fewer than two prompts."""
+        spread = (self.squares - self.total.square() / self.count).clamp(min=0)
+        return (spread / (self.count - 1) / self.count).sqrt()
 
 
 class MaskedExplainedVariance(_Float64Metric):
@@ -309,6 +444,11 @@ def _pass_at_k(num_correct: Tensor, num_samples: Tensor, k: int) -> Tensor:
 def _like(result: Tensor, *inputs: Tensor) -> Tensor:
     """The result in float64 if an input is, else in float32."""
     return result if any(x.dtype == torch.float64 for x in inputs) else result.float()
+
+
+def _check_grouped(name: str, tensor: Tensor) -> None:
+    if tensor.ndim != 2:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}; pass [prompts, responses]")
 
 
 def _check_k(k: int) -> None:

@@ -1,6 +1,7 @@
 """The policy (a Hugging Face causal language model) and its critic."""
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tre_lightning.args import one_of
+from tre_lightning.args import one_of, options
 from tre_lightning.errors import read
 from tre_lightning.head import HeadInput, plain_head
+from tre_lightning.lora import LoraArgs, add_adapters, has_adapters, merged_state_dict
 from tre_lightning.rollout import Rollout, positions
 
 T = TypeVar("T")
@@ -41,6 +43,9 @@ class PolicyArgs:
             the policy's trunk, ``none`` = no critic and no value head.
         critic_model: directory or hub name the separate critic starts from; none = a copy of the
             policy.
+        gradient_checkpointing: compute activations again in the backward pass instead of keeping
+            them; changes memory and speed, not the result.
+        lora: train low-rank adapters in policy and critic instead of all their weights; none = all.
     """
 
     model: str | None = None
@@ -48,9 +53,13 @@ class PolicyArgs:
     tokenizer: str | None = None
     critic: Critic = "separate"
     critic_model: str | None = None
+    gradient_checkpointing: bool = False
+    lora: LoraArgs | None = None
 
     def __post_init__(self) -> None:
         one_of("policy.critic", self.critic, get_args(Critic))
+        if self.lora is not None:  # a mapping in a saved configuration
+            object.__setattr__(self, "lora", options(LoraArgs, self.lora))
         if self.architecture is not None and "model_type" not in self.architecture:
             raise ValueError(
                 "policy.architecture needs a model_type (for example model_type: qwen2), it has "
@@ -65,6 +74,19 @@ class PolicyArgs:
     def tokenizer_source(self) -> str | None:
         """Directory or hub name of the tokenizer; None while no model is named."""
         return self.tokenizer or self.model
+
+
+def trains_all(args: PolicyArgs) -> PolicyArgs:
+    """The same, for supervised training.
+
+    Raises:
+        ValueError: if they ask for adapters.
+    """
+    if args.lora is not None:
+        raise ValueError(
+            "model.policy.lora is for reinforcement learning; leave it out of supervised training"
+        )
+    return args
 
 
 class ActorCritic(nn.Module):
@@ -83,7 +105,8 @@ class ActorCritic(nn.Module):
         if self.value_head is not None:
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
-        self.to(dtype=next(policy.parameters()).dtype)
+            trained = next(p for p in policy.parameters() if p.requires_grad)
+            self.value_head.to(dtype=trained.dtype)
         self.train()  # from_pretrained leaves it in eval mode, which Lightning warns of
 
     @property
@@ -94,20 +117,53 @@ class ActorCritic(nn.Module):
         return self._head[0]
 
     @classmethod
-    def load(cls, args: PolicyArgs) -> "ActorCritic":
-        """Read the policy and its critic.
+    def load(cls, args: PolicyArgs, seed: int = 0) -> "ActorCritic":
+        """Read the policy and its critic; ``seed`` is that of adapters.
 
         Raises:
             ValueError: if neither or both of ``model`` and ``architecture`` are given, or the
                 directory holds no model.
         """
-        policy = load_language_model(args)
-        if args.critic != "separate":
-            return cls(policy, None, has_values=args.critic == "shared")
-        if args.critic_model is None:
-            return cls(policy, copy.deepcopy(cast(PreTrainedModel, policy.base_model)))
-        config = without_dropout(AutoConfig.from_pretrained(args.critic_model))
-        return cls(policy, AutoModel.from_pretrained(args.critic_model, config=config))
+        if args.lora is not None and args.model is None:
+            raise ValueError(
+                "model.policy.lora needs weights to freeze; give model.policy.model or a "
+                "warm_start, not model.policy.architecture alone"
+            )
+        policy, critic = load_language_model(args), None
+        if args.critic_model is not None:
+            config = without_dropout(AutoConfig.from_pretrained(args.critic_model))
+            critic = AutoModel.from_pretrained(
+                args.critic_model, config=config, dtype=weight_type(args)
+            )
+        return cls.build(args, policy, critic, seed)
+
+    @classmethod
+    def build(
+        cls,
+        args: PolicyArgs,
+        policy: PreTrainedModel,
+        critic: PreTrainedModel | None,
+        seed: int = 0,
+    ) -> "ActorCritic":
+        """Make the critic that ``args`` ask for, and the adapters.
+
+        Args:
+            args: how.
+            policy: the plain policy.
+            critic: the trunk of ``args.critic_model``, where one is named.
+            seed: of the adapters.
+        """
+        if args.critic == "separate" and critic is None:
+            trunk = cast(PreTrainedModel, policy.base_model)
+            # Frozen weights serve both.
+            shared = {} if args.lora is None else {id(p): p for p in trunk.parameters()}
+            critic = copy.deepcopy(trunk, shared)
+        for name, model in (("policy", policy), ("critic", critic)):
+            if model is not None and args.lora is not None:
+                add_adapters(model, args.lora, "adapters", name, seed)
+            if model is not None and args.gradient_checkpointing:
+                checkpoint_gradients(model)
+        return cls(policy, critic, has_values=args.critic != "none")
 
     def forward(
         self,
@@ -138,22 +194,30 @@ class ActorCritic(nn.Module):
             return use(source), None
         if self.critic is not None:
             hidden = self.critic(**_inputs(input_ids, mask)).last_hidden_state
-        values = self.value_head(hidden[:, response_positions(mask, counted)]).squeeze(-1)
+        kept = hidden[:, response_positions(mask, counted)].to(self.value_head.weight.dtype)
+        values = self.value_head(kept).squeeze(-1)
         return use(source), values.float()
 
     def save_pretrained(self, directory: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Write the policy, without the critic, as a plain Hugging Face model directory."""
-        self.policy.save_pretrained(directory)
+        """Write the policy, without the critic, as a plain Hugging Face model directory.
+
+        Adapters are merged into the weights that they change.
+        """
+        weights = merged_state_dict(self.policy) if has_adapters(self.policy) else None
+        self.policy.save_pretrained(directory, state_dict=weights)
         tokenizer.save_pretrained(directory)
 
     def policy_parameters(self) -> list[nn.Parameter]:
-        """Parameters of the language model (a shared trunk included)."""
-        return list(self.policy.parameters())
+        """Trained parameters of the language model (a shared trunk included)."""
+        return _trained(self.policy)
 
     def critic_parameters(self) -> list[nn.Parameter]:
-        """Parameters of the value head and the separate critic, as far as there are any."""
-        parts = [part for part in (self.critic, self.value_head) if part is not None]
-        return [parameter for part in parts for parameter in part.parameters()]
+        """Trained parameters of the value head and the separate critic, as far as there are any."""
+        return [p for part in (self.critic, self.value_head) if part for p in _trained(part)]
+
+
+def _trained(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def head_input(
@@ -216,10 +280,37 @@ def load_config(args: PolicyArgs) -> PreTrainedConfig:
 
 def load_language_model(args: PolicyArgs) -> PreTrainedModel:
     """The causal language model that ``args`` name, from a directory, the hub or from scratch."""
-    config = load_config(args)
+    config, kind, dtype = load_config(args), AutoModelForCausalLM, weight_type(args)
     if args.model is None:
-        return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config))
-    return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(args.model, config=config))
+        return cast(PreTrainedModel, kind.from_config(config, dtype=dtype))
+    return cast(PreTrainedModel, kind.from_pretrained(args.model, config=config, dtype=dtype))
+
+
+def weight_type(args: PolicyArgs) -> torch.dtype:
+    """Type in which weights are loaded, whatever that of the files is.
+
+    Trained weights have the type of ``trainer.precision``: Lightning makes it torch's default while
+    the model is built. That is float32 unless the precision is a ``-true`` one, as AdamW's small
+    steps would be lost in a hub model's bfloat16.
+    """
+    bfloat16 = args.lora is not None and args.lora.bfloat16_base
+    return torch.bfloat16 if bfloat16 else torch.get_default_dtype()
+
+
+def checkpoint_gradients(model: PreTrainedModel) -> None:
+    """Have a model compute its activations again in the backward pass.
+
+    Only in training mode, in which it has no key-value cache.
+
+    Raises:
+        ValueError: if the model cannot.
+    """
+    with warnings.catch_warnings():  # the name has a successor, which early 5.x releases lack
+        warnings.simplefilter("ignore", FutureWarning)
+        try:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        except ValueError as error:
+            raise ValueError(f"model.policy.gradient_checkpointing=true: {error}") from error
 
 
 def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:

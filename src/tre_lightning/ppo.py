@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -30,7 +30,7 @@ from tre_lightning.args import (
     RolloutArgs,
     options,
 )
-from tre_lightning.diagnostics import EvaluationMetrics, RolloutMetrics, UpdateMetrics
+from tre_lightning.diagnostics import Evaluations, RolloutMetrics, UpdateMetrics
 from tre_lightning.distributed import world
 from tre_lightning.entropy import EntropyStats
 from tre_lightning.experience import (
@@ -42,6 +42,7 @@ from tre_lightning.experience import (
 )
 from tre_lightning.head import Head, HeadInput
 from tre_lightning.horizon import total_batches
+from tre_lightning.lora import fingerprint, frozen_names, without_adapters
 from tre_lightning.losses import masked_sum, policy_loss, value_loss
 from tre_lightning.methods.hooks import (
     POLICY,
@@ -68,18 +69,9 @@ from tre_lightning.policy import (
 )
 from tre_lightning.rollout import PromptBatch, Rollout, generate
 from tre_lightning.seeding import uniforms
+from tre_lightning.task import Task
 
 T = TypeVar("T")
-
-
-class Task(Protocol):
-    """What the module asks of the data module besides prompts."""
-
-    binary_scores: bool
-    """Whether a score is 1 for right and 0 for wrong, so that pass@k means something."""
-
-    def score(self, responses: Sequence[str], prompts: PromptBatch) -> Tensor:
-        """One score a response ``[len(prompts) * n]``; NaN = could not be scored."""
 
 
 class PPOModule(LightningModule):
@@ -126,9 +118,10 @@ class PPOModule(LightningModule):
         self.seed = seed
         self.iteration = 0  # finished PPO iterations
         self._reference: list[PreTrainedModel] = []  # a list, so that no checkpoint holds it
+        self._base: str | None = None  # hash of the frozen weights beneath adapters
         self._rollout_metrics = RolloutMetrics(self.rollout_args.num_responses)
         self._update_metrics = UpdateMetrics()
-        self._evaluations = nn.ModuleDict()
+        self._evaluations = Evaluations(self.evaluation_args.num_responses)
         groups = ("policy", "rollout", "evaluation", "ppo", "optim", "diagnostics")
         plain = {name: asdict(getattr(self, f"{name}_args")) for name in groups}
         self.save_hyperparameters({**plain, "seed": seed}, logger=False)
@@ -139,15 +132,22 @@ class PPOModule(LightningModule):
         """Load the policy, its tokenizer, the critic and, for a KL reward, the reference."""
         if hasattr(self, "actor_critic"):
             return
-        self.actor_critic = ActorCritic.load(self.policy_args)
+        self.actor_critic = ActorCritic.load(self.policy_args, self.seed)
         source = self.policy_args.tokenizer_source
         if source is None:
             raise ValueError(
                 "model.policy.architecture needs model.policy.tokenizer, or a warm_start"
             )
         self.tokenizer = load_tokenizer(source)
+        if self.policy_args.lora is not None:
+            self.strict_loading = False  # checkpoints leave out what is frozen
+            self._base = fingerprint(self.actor_critic)
         methods = find_methods(self.trainer.callbacks)  # type: ignore[attr-defined]
-        if self.ppo_args.kl_coef > 0.0 or any(method.needs_reference for method in methods):
+        if self.ppo_args.kl_coef == 0.0 and not any(m.needs_reference for m in methods):
+            return
+        if self.policy_args.lora is not None:
+            self._reference = [self.actor_critic.policy]  # without its adapters
+        else:
             reference = copy.deepcopy(self.actor_critic.policy).requires_grad_(False)
             self._reference = [reference]
 
@@ -167,11 +167,15 @@ class PPOModule(LightningModule):
         return [*groups, (critic, optim.critic_lr)] if critic else groups
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the iteration and the model's shape."""
+        """Add the iteration and the model's shape; leave out frozen weights."""
         checkpoint["tre_lightning"] = {
             "iteration": self.iteration,
             "shapes": parameter_shapes(self.actor_critic),
+            "lora": self._lora_state(),
         }
+        if self.policy_args.lora is not None:
+            for name in frozen_names(self):
+                del checkpoint["state_dict"][name]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the iteration; refuse a checkpoint of another model."""
@@ -179,7 +183,20 @@ class PPOModule(LightningModule):
         if state is None:
             raise ValueError("ckpt_path holds no PPO run of tre_lightning; give one that fit wrote")
         refuse_other_model(parameter_shapes(self.actor_critic), state["shapes"])
+        if state.get("lora") != self._lora_state():
+            raise ValueError(
+                "ckpt_path is a checkpoint of adapters to another model.policy.model or with "
+                f"another model.policy.lora ({state.get('lora')} there, {self._lora_state()} here);"
+                " give the checkpoint's own configuration"
+            )
+        trained = self.state_dict().keys() - frozen_names(self)
+        if not self.strict_loading and (lost := trained - checkpoint["state_dict"].keys()):
+            raise ValueError(f"ckpt_path lacks {min(lost)}; give another checkpoint")
         self.iteration = state["iteration"]
+
+    def _lora_state(self) -> dict[str, Any] | None:
+        lora = self.policy_args.lora
+        return None if lora is None else {"alpha": lora.alpha, "base": self._base}
 
     # ----- one iteration
 
@@ -194,6 +211,7 @@ class PPOModule(LightningModule):
 
         experience, scales = self._judge(rollout, scores, methods)
         self._rollout_metrics.update_scores(experience, binary=self._task.binary_scores)
+        self._rollout_metrics.update_timeouts(self._task.scorer_timeouts())
         batch = compute_targets(
             experience.gathered(),
             estimator=self.ppo_args.estimator,
@@ -360,7 +378,11 @@ class PPOModule(LightningModule):
         if reference.device != self.device:
             reference.to(self.device)  # type: ignore[arg-type]
         linear = self.actor_critic.head and reference.get_output_embeddings()
-        source, _ = head_input(reference, linear if head.takes_hidden else None, ids, mask, counted)
+        adapted = self.policy_args.lora is not None
+        with without_adapters(reference) if adapted else nullcontext():
+            source, _ = head_input(
+                reference, linear if head.takes_hidden else None, ids, mask, counted
+            )
         return head.outputs(source, labels)
 
     def _update(self, minibatch: TrainingBatch, methods: Sequence[Method], share: float) -> None:
@@ -451,21 +473,20 @@ class PPOModule(LightningModule):
     ) -> None:
         """Sample and score responses; the same random numbers at every validation."""
         rollout, texts, scores = self._answer(prompts)
-        if prompts.split not in self._evaluations:
-            new = EvaluationMetrics(self.evaluation_args.num_responses)
-            self._evaluations[prompts.split] = new.to(self.device)
-        metrics = self._evaluations[prompts.split]
-        assert isinstance(metrics, EvaluationMetrics)
-        binary = self._task.binary_scores
-        metrics.update(scores, rollout.response_mask, rollout.finished, binary=binary)
+        self._evaluations.of(prompts.split, self.device).update(
+            scores,
+            rollout.response_mask,
+            rollout.finished,
+            binary=self._task.binary_scores,
+            answers=self._task.answers(texts, prompts),
+            standard_errors=self.trainer.testing,
+        )
         if batch_idx == 0:
             self._log_samples(prompts, texts, scores)
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores of every set."""
-        for split, metrics in self._evaluations.items():
-            assert isinstance(metrics, EvaluationMetrics)
-            self.log_dict({f"{split}/{tag}": value for tag, value in metrics.flush().items()})
+        self.log_dict(self._evaluations.flush())
 
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
@@ -487,7 +508,9 @@ class PPOModule(LightningModule):
     def _answer(self, prompts: PromptBatch) -> tuple[Rollout, list[str], Tensor]:
         rollout = self._sample(prompts, self.evaluation_args)
         texts = self._texts(rollout)
-        return rollout, texts, self._score(texts, prompts)
+        scores = self._score(texts, prompts)
+        self._task.scorer_timeouts()  # not those of the next iteration
+        return rollout, texts, scores
 
     def _log_samples(self, prompts: PromptBatch, texts: Sequence[str], scores: Tensor) -> None:
         n = self.evaluation_args.num_responses

@@ -21,7 +21,13 @@ from tre_lightning.data.preferences import PairBatch, PreferencePairs
 from tre_lightning.errors import read
 from tre_lightning.metrics import MaskedMean
 from tre_lightning.optim import decaying_adamw
-from tre_lightning.policy import PolicyArgs, load_config, load_tokenizer
+from tre_lightning.policy import (
+    PolicyArgs,
+    checkpoint_gradients,
+    load_config,
+    load_tokenizer,
+    trains_all,
+)
 from tre_lightning.rewards.preference import context_length, scalar_scores, set_pad_token
 from tre_lightning.tokenizer import word_tokenizer
 
@@ -102,7 +108,7 @@ class RewardModelModule(LightningModule):
         if not centering_coef >= 0.0:
             raise ValueError(f"model.centering_coef={centering_coef} must be 0 (off) or positive")
         self.output_dir = output_dir
-        self.policy_args = options(PolicyArgs, policy)
+        self.policy_args = trains_all(options(PolicyArgs, policy))
         self.lr = lr
         self.centering_coef = centering_coef
         self.final_lr_share = final_lr_share
@@ -164,6 +170,8 @@ class RewardModelModule(LightningModule):
                 lambda name: kind.from_pretrained(name, config=config, **options),
             )
         self.model = cast(PreTrainedModel, model).train()
+        if self.policy_args.gradient_checkpointing:
+            checkpoint_gradients(self.model)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW, decaying linearly."""

@@ -4,7 +4,8 @@ Every sampled token consumes one uniform number that belongs to its row, so resp
 on how rows are laid out over batches and devices.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
@@ -122,42 +123,43 @@ def generate(
     uniforms = uniforms.to(device)
     eos = torch.tensor(list(eos_token_ids), device=device)
 
-    cache = DynamicCache(config=model.config)
-    mask = prompts.prompt_mask
-    logits = model(
-        input_ids=prompts.prompt_ids,
-        attention_mask=mask.long(),
-        position_ids=positions(mask),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits[:, -1]
-    # One pass over each prompt serves all its responses.
-    cache.batch_repeat_interleave(num_responses)
-    logits = logits.repeat_interleave(num_responses, 0)
-    mask = mask.repeat_interleave(num_responses, 0)
-    next_position = mask.sum(-1, keepdim=True)
-
-    response = torch.full((rows, max_new_tokens), pad_token_id, device=device)
-    response_mask = torch.zeros(rows, max_new_tokens, dtype=torch.bool, device=device)
-    running = torch.ones(rows, dtype=torch.bool, device=device)
-    for t in range(max_new_tokens):
-        token = pick_tokens(logits / temperature, uniforms[:, t], top_p)
-        response[:, t] = token.where(running, pad_token_id)
-        response_mask[:, t] = running
-        running = running & ~torch.isin(token, eos)
-        if t + 1 == max_new_tokens or not running.any():
-            break
-        mask = torch.cat([mask, response_mask[:, t : t + 1]], dim=1)
+    with _eval_mode(model):
+        cache = DynamicCache(config=model.config)
+        mask = prompts.prompt_mask
         logits = model(
-            input_ids=response[:, t : t + 1],
+            input_ids=prompts.prompt_ids,
             attention_mask=mask.long(),
-            position_ids=next_position,
+            position_ids=positions(mask),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-        next_position = next_position + 1
+        # One pass over each prompt serves all its responses.
+        cache.batch_repeat_interleave(num_responses)
+        logits = logits.repeat_interleave(num_responses, 0)
+        mask = mask.repeat_interleave(num_responses, 0)
+        next_position = mask.sum(-1, keepdim=True)
+
+        response = torch.full((rows, max_new_tokens), pad_token_id, device=device)
+        response_mask = torch.zeros(rows, max_new_tokens, dtype=torch.bool, device=device)
+        running = torch.ones(rows, dtype=torch.bool, device=device)
+        for t in range(max_new_tokens):
+            token = pick_tokens(logits / temperature, uniforms[:, t], top_p)
+            response[:, t] = token.where(running, pad_token_id)
+            response_mask[:, t] = running
+            running = running & ~torch.isin(token, eos)
+            if t + 1 == max_new_tokens or not running.any():
+                break
+            mask = torch.cat([mask, response_mask[:, t : t + 1]], dim=1)
+            logits = model(
+                input_ids=response[:, t : t + 1],
+                attention_mask=mask.long(),
+                position_ids=next_position,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+            next_position = next_position + 1
     longest = int(response_mask.any(0).sum())
     return Rollout(
         prompt_ids=prompts.prompt_ids.repeat_interleave(num_responses, 0),
@@ -166,6 +168,17 @@ def generate(
         response_mask=response_mask[:, :longest],
         finished=~running,
     )
+
+
+@contextmanager
+def _eval_mode(model: PreTrainedModel) -> Iterator[None]:
+    """In training mode, layers that checkpoint their gradients drop the cache."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def positions(mask: Tensor) -> Tensor:

@@ -16,8 +16,10 @@ from tre_lightning.losses import label_logprobs
 from tre_lightning.optim import decaying_adamw
 from tre_lightning.policy import (
     PolicyArgs,
+    checkpoint_gradients,
     load_language_model,
     load_tokenizer,
+    trains_all,
 )
 from tre_lightning.tokenizer import word_tokenizer
 
@@ -46,7 +48,7 @@ class SFTModule(LightningModule):
         super().__init__()
         positive("lr", lr)
         self.output_dir = output_dir
-        self.policy_args = options(PolicyArgs, policy)
+        self.policy_args = trains_all(options(PolicyArgs, policy))
         self.lr = lr
         self.final_lr_share = final_lr_share
         plain = {"lr": lr, "final_lr_share": final_lr_share, "output_dir": output_dir}
@@ -57,6 +59,8 @@ class SFTModule(LightningModule):
         if hasattr(self, "policy"):
             return
         self.policy = load_language_model(self.policy_args).train()
+        if self.policy_args.gradient_checkpointing:
+            checkpoint_gradients(self.policy)
         source = self.policy_args.tokenizer_source
         if source is not None:
             self.tokenizer = load_tokenizer(source)

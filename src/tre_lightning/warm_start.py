@@ -69,7 +69,7 @@ class WarmStart:
             "seed_everything": seed,
             "model": {
                 "output_dir": str(directory / "model"),
-                "policy": policy,
+                "policy": {**policy, "lora": None},  # adapters come after it
                 "lr": self.lr,
                 "final_lr_share": self.final_lr_share,
             },

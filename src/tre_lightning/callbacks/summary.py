@@ -12,6 +12,8 @@ from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from rich.console import Console
 from rich.table import Table
 
+from tre_lightning.methods import find_methods
+from tre_lightning.model_card import describe, hub_name, model_card
 from tre_lightning.ppo import PPOModule
 
 
@@ -41,9 +43,30 @@ class RunSummary(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock and export the policy."""
         self.seconds += time.perf_counter() - self._started
+        log_dir = trainer.log_dir  # all ranks must ask
         if self.export and trainer.is_global_zero:
             module = cast(PPOModule, pl_module)
-            module.actor_critic.save_pretrained(self.model_dir(trainer), module.tokenizer)
+            directory = self.model_dir(trainer)
+            module.actor_critic.save_pretrained(directory, module.tokenizer)
+            (directory / "README.md").write_text(
+                self._card(trainer, module, log_dir), encoding="utf-8"
+            )
+
+    def _card(self, trainer: Trainer, module: PPOModule, log_dir: str | None) -> str:
+        config = Path(log_dir or trainer.default_root_dir) / "config.yaml"
+        policy = module.policy_args
+        methods = find_methods(trainer.callbacks)  # type: ignore[attr-defined]
+        return model_card(
+            base_model=hub_name(policy.model),
+            task=type(trainer.datamodule).__name__,  # type: ignore[attr-defined]
+            methods=[describe(method) for method in methods],
+            adapters=None if policy.lora is None else f"LoRA of rank {policy.lora.rank}",
+            iterations=module.iteration,
+            seed=module.seed,
+            before=self.before,
+            after=self.after,
+            config=config.read_text(encoding="utf-8") if config.exists() else "",
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The scores, and the seconds trained so far."""

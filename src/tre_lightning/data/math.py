@@ -12,7 +12,7 @@ Without files the problems are those of :mod:`tre_lightning.data.arithmetic`.
 import logging
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -24,7 +24,10 @@ from tre_lightning.args import at_least, positive
 from tre_lightning.data.arithmetic import ArithmeticSpec, Problem, generate, mistaken, worked
 from tre_lightning.data.prompts import Prompt, PromptDataModule
 from tre_lightning.data.sources import Row, read_rows, text_of
-from tre_lightning.rewards.math import MathScorer, boxed_answers
+from tre_lightning.rewards.math import MathScorer, boxed_answers, last_boxed
+from tre_lightning.rewards.mathematics.forms import Named, Value
+from tre_lightning.rewards.mathematics.limits import MAX_CHARS
+from tre_lightning.rewards.mathematics.reader import read
 from tre_lightning.rollout import PromptBatch
 from tre_lightning.seeding import derived_seed, permutation
 
@@ -175,6 +178,11 @@ class MathDataModule(PromptDataModule):
         golds = [str(extra["gold"]) for extra in prompts.extras for _ in range(n)]
         return torch.tensor(self._scorer.score(responses, golds), dtype=torch.float32)
 
+    def answers(self, responses: Sequence[str], prompts: PromptBatch) -> list[Hashable | None]:
+        r"""The last ``\boxed`` of each response as :func:`normal_form`, None without one."""
+        boxes = map(last_boxed, responses)
+        return [None if box is None or not box.strip() else normal_form(box) for box in boxes]
+
     def scorer_timeouts(self) -> int:
         """Answers that the scorer gave up since this was last asked, on this rank."""
         return self._scorer.timeouts()
@@ -276,6 +284,20 @@ def read_problem(row: Row, where: str) -> tuple[str, list[str]]:
         return problem, [answer]
     different = {"".join(gold.split()): gold.strip() for gold in boxed_answers(solution)}
     return problem, [gold for gold in different.values() if gold]
+
+
+def normal_form(answer: str) -> Hashable:
+    """The form that the scorer reads in an answer; answers of equal forms count as the same.
+
+    A plain number is its value, whatever its unit, and ``x = 5`` is 5. What the scorer cannot read
+    is its text with single spaces. Nothing is evaluated: ``2x`` and ``x+x`` differ.
+    """
+    text = answer.strip()
+    form = read(text, thousands=True) if len(text) <= MAX_CHARS else None
+    if form is None:
+        return " ".join(text.split())
+    form = form.form if isinstance(form, Named) else form
+    return form.number if isinstance(form, Value) and form.number is not None else form
 
 
 def _text(row: Row, name: str, where: str) -> str:

@@ -6,7 +6,7 @@ the scorer.
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
@@ -96,6 +96,28 @@ class PromptDataModule(LightningDataModule, ABC):
     @abstractmethod
     def score(self, responses: Sequence[str], prompts: PromptBatch) -> Tensor:
         """Scores ``[len(prompts) * n]`` of n responses a prompt; NaN = could not be scored."""
+
+    def answers(
+        self, responses: Sequence[str], prompts: PromptBatch
+    ) -> Sequence[Hashable | None] | None:
+        """What each response answers, so that majority@k can count who agrees.
+
+        Args:
+            responses: n responses a prompt, ``[len(prompts) * n]``.
+            prompts: what they respond to.
+
+        Returns:
+            For each response its answer in a normal form, equal for equal answers, or None where
+            it gives none. None = the task has no discrete answers, hence no majority@k.
+        """
+        return None
+
+    def scorer_timeouts(self) -> int | None:
+        """Answers that the scorer gave up since this was last asked, on this rank.
+
+        None = a scorer that gives up none, hence no such metric.
+        """
+        return None
 
     def file_prompts(self) -> dict[str, list[Prompt]]:
         """The lists of prompts that come from files, by the option that names the file.

@@ -1,4 +1,4 @@
-"""Countdown puzzles: generated, loaded from a file, and worked solutions to train on.
+"""Countdown puzzles: generated, read from the row of a file, and worked solutions to train on.
 
 A puzzle asks to combine all the given numbers, each once, into the target. A worked solution is a
 chain of steps ``3 * 4 = 12 , 12 + 5 = 17`` in which every result is a positive integer; both it
@@ -6,13 +6,10 @@ and the text of :func:`as_answer` score 1.0 under ``tre_lightning.rewards.score_
 """
 
 import hashlib
-import json
 import random
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
 from typing import NamedTuple, TypeGuard
 
 MAX_NUMBERS = 6  # numbers of the television game; bounds the exhaustive search
@@ -189,34 +186,15 @@ def as_answer(steps_text: str) -> str:
     return f"<think> {steps_text} </think> <answer> {expression} </answer>"
 
 
-def load_puzzles(path: str | PathLike[str]) -> list[Puzzle]:
-    """Read puzzles from JSONL: ``{"nums": [3, 4, 5], "target": 17}`` a line.
+def read_puzzle(row: Mapping[str, object], where: str) -> Puzzle:
+    """The puzzle in a row ``{"nums": [3, 4, 5], "target": 17}``; other keys are ignored.
 
-    Other keys are ignored and blank lines skipped. ``nums`` holds 2 to 6 ints from 0 to 999999999.
+    ``nums`` holds 2 to 6 ints from 0 to 999999999.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file holds no puzzle, or a line is no such object.
+        ValueError: if the row is none such; the message starts with ``where``.
     """
-    try:
-        lines = Path(path).read_bytes().split(b"\n")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"path={str(path)!r} does not exist; give a JSONL file") from None
-    puzzles = [_read(line, f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
-    if not puzzles:
-        raise ValueError(f'{path}: no puzzle; add lines like {{"nums": [3, 4, 5], "target": 17}}')
-    return puzzles
-
-
-def _read(line: bytes, where: str) -> Puzzle:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        raise ValueError(f"{where}: line={_show(line)} is not JSON; write one object") from None
-    if not isinstance(row, dict):
-        raise ValueError(f'{where}: line={_show(row)}; write an object with "nums" and "target"')
-    numbers: object = row.get("nums")
-    target: object = row.get("target")
+    numbers, target = row.get("nums"), row.get("target")
     if not isinstance(numbers, list):
         raise ValueError(f"{where}: nums={_show(numbers)} is not a list; write a list of ints")
     _check_numbers(f"{where}: nums", numbers)
