@@ -576,6 +576,7 @@ EVALUATED = {
     "scores": torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0, NAN, NAN]),  # three prompts
     "response_mask": torch.arange(4) < LENGTHS.unsqueeze(1),
     "finished": LENGTHS < 3,
+    "invalid": LENGTHS == 2,
 }
 ANSWERS = ["5", "5", "6", "7", "7", "8", None, "9", "9"]
 
@@ -604,6 +605,7 @@ def test_evaluation_by_hand() -> None:
         "response_length": 2.0,
         "response_length_se": 1 / math.sqrt(3),  # of 2, 3, 1
         "finished_share": 5 / 9,
+        "invalid_share": 1 / 9,
     }
     assert evaluate(metrics, slice(3), slice(3, 9)) == pytest.approx(expected)
     assert evaluate(metrics, slice(9)) == pytest.approx(expected)  # and flush has emptied it
@@ -611,14 +613,15 @@ def test_evaluation_by_hand() -> None:
 
 def test_a_single_prompt_has_no_standard_error() -> None:
     found = evaluate(EvaluationMetrics(num_responses=3), slice(3))
-    means = {"score", "pass@1", "pass@3", "majority@3", "response_length", "finished_share"}
-    assert found.keys() == means
+    means = {"score", "pass@1", "pass@3", "majority@3", "response_length"}
+    assert found.keys() == means | {"finished_share", "invalid_share"}
 
 
 def test_a_task_without_right_and_answers_has_its_scores_alone() -> None:
     metrics = EvaluationMetrics(num_responses=3)
     metrics.update(**EVALUATED, binary=False)
-    assert metrics.flush().keys() == {"score", "response_length", "finished_share"}
+    shares = {"finished_share", "invalid_share"}
+    assert metrics.flush().keys() == {"score", "response_length", *shares}
 
 
 def test_sets_are_evaluated_apart() -> None:

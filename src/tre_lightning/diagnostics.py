@@ -189,13 +189,15 @@ class EvaluationMetrics(_Collection):
             "response_length": MaskedMean(),
         }
         errors = {f"{tag}_se": StandardError() for tag in means}
-        super().__init__({**means, "finished_share": MaskedMean(), **errors})
+        shares = {"finished_share": MaskedMean(), "invalid_share": MaskedMean()}
+        super().__init__({**means, **shares, **errors})
 
     def update(
         self,
         scores: Tensor,
         response_mask: Tensor,
         finished: Tensor,
+        invalid: Tensor,
         *,
         binary: bool = True,
         answers: Sequence[Hashable | None] | None = None,
@@ -207,6 +209,7 @@ class EvaluationMetrics(_Collection):
             scores: NaN = could not be scored, ``[G * n]``.
             response_mask: bool, True = counts, ``[G * n, T]``.
             finished: bool, whether a response ended by itself, ``[G * n]``.
+            invalid: bool, whether a response has an invalid token, ``[G * n]``.
             binary: whether pass@k means something.
             answers: what each response answers, None = nothing; None = no such thing in this task.
             standard_errors: whether to count those of the means, too.
@@ -215,6 +218,7 @@ class EvaluationMetrics(_Collection):
         self["score"].update(scores, ~scores.isnan())
         self["response_length"].update(lengths)
         self["finished_share"].update(finished)
+        self["invalid_share"].update(invalid)
         by_prompt = {
             "score": grouped.double().nanmean(1),
             "response_length": lengths.view_as(grouped).double().mean(1),

@@ -68,6 +68,18 @@ def full_entropy(logits: Tensor) -> Tensor:
     return _entropy(_upcast(logits))
 
 
+def entropy_of_tokens(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Entropy inside regions that are given token by token, and their scale, ``[...]`` each.
+
+    Args:
+        logits: ``[..., V]``.
+        ids: the region, ``[..., C]`` int64; a negative id is no token. At least one token each.
+    """
+    z, inside = _upcast(logits), ids >= 0
+    chosen = z.gather(-1, ids.clamp(min=0)).masked_fill(~inside, -math.inf)
+    return _entropy(chosen), _scale((chosen > -math.inf).sum(-1), z)
+
+
 @torch.no_grad()
 def entropy_stats(
     logits: Tensor, *, top_k: int | None = None, top_p: float | None = None

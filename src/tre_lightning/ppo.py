@@ -272,6 +272,11 @@ class PPOModule(LightningModule):
         ids = [row[:length] for row, length in rows]
         return list(self.tokenizer.batch_decode(ids, skip_special_tokens=True))
 
+    def _invalid(self, rollout: Rollout) -> Tensor:
+        """Whether a response has a token that the tokenizer has no text for, ``[B]`` bool."""
+        unknown = rollout.response_ids >= len(self.tokenizer)
+        return (unknown & rollout.response_mask).any(1)
+
     @property
     def _task(self) -> Task:
         task: Task = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -477,6 +482,7 @@ class PPOModule(LightningModule):
             scores,
             rollout.response_mask,
             rollout.finished,
+            self._invalid(rollout),
             binary=self._task.binary_scores,
             answers=self._task.answers(texts, prompts),
             standard_errors=self.trainer.testing,

@@ -1,10 +1,21 @@
-"""Trust Region Entropy, the method that this project is about (arXiv 2602.03635)."""
+"""Trust Region Entropy, the method that this project is about (arXiv 2602.03635).
 
+Ours beyond the paper, off by default: the region may be that of the policy that sampled or of the
+initial policy instead of the current one's (``region_of``), its size and the coefficient may follow
+a schedule, and a nucleus may be kept from shrinking below some tokens (``min_size``).
+"""
+
+from typing import Literal, get_args
+
+import torch
 from torch import Tensor
 
-from tre_lightning.entropy import check_region
+from tre_lightning.args import at_least, one_of
+from tre_lightning.entropy import check_region, entropy_of_tokens, trust_region_mask
 from tre_lightning.methods.hooks import LinearSchedule, LossTerm, PolicyOutputs, Tokens
 from tre_lightning.ops.region import Region
+
+Owner = Literal["current", "behaviour", "reference"]
 
 
 class TrustRegionEntropy(LossTerm):
@@ -13,33 +24,109 @@ class TrustRegionEntropy(LossTerm):
     def __init__(
         self,
         coef: float | LinearSchedule = 0.001,
-        top_k: int | None = None,
-        top_p: float | None = None,
+        top_k: int | LinearSchedule | None = None,
+        top_p: float | LinearSchedule | None = None,
         rescale: bool = True,
+        region_of: Owner = "current",
+        max_size: int = 64,
+        min_size: int = 1,
         name: str = "tre",
     ) -> None:
         """Exactly one of ``top_k`` and ``top_p`` names the region.
 
         Args:
             coef: coefficient of the entropy, >= 0 (paper: 0.001), or a schedule over iterations.
-            top_k: the region is this many most probable tokens (paper: 2).
-            top_p: the region is the smallest nucleus of this mass (paper: 0.99).
+            top_k: the region is this many most probable tokens (paper: 2), or a schedule, rounded.
+            top_p: the region is the smallest nucleus of this mass (paper: 0.99), or a schedule.
             rescale: multiply the entropy by log|V| / log|A|.
+            region_of: whose plausible tokens they are: the ``current`` policy's (the paper), the
+                ``behaviour`` policy's that sampled, or the ``reference``'s, the initial policy. The
+                latter two need the logits in every update, and the reference a second model.
+            max_size: most tokens kept of a region that is not the current policy's.
+            min_size: least tokens of a nucleus; a smaller one becomes the top ``min_size``, so that
+                positions which the policy is sure of count too.
             name: name in the logs.
         """
         super().__init__(name, coef)
-        check_region(top_k, top_p)
-        self.region = Region(top_k, top_p)
-        self.regions = (self.region,)
+        one_of(f"{name}.region_of", region_of, get_args(Owner))
+        at_least(f"{name}.max_size", max_size, 1)
+        at_least(f"{name}.min_size", min_size, 1)
+        for end in ("start", "end"):
+            check_region(_tokens(_end(top_k, end)), _end(top_p, end))
+        if min_size > 1 and (top_p is None or region_of != "current"):
+            raise ValueError(
+                f"{name}.min_size={min_size} is for the nucleus of the current policy; give top_p "
+                "and region_of: current, or leave it at 1"
+            )
+        self.top_k, self.top_p = top_k, top_p
         self.rescale = rescale
+        self.region_of = region_of
+        self.max_size = max_size
+        self.min_size = min_size
+        self.needs_logits = region_of != "current"
+        self.needs_reference = region_of == "reference"
+
+    @property
+    def region(self) -> Region:
+        """The region of this iteration."""
+        return Region(_tokens(_at(self.top_k, self.iteration)), _at(self.top_p, self.iteration))
+
+    @property
+    def regions(self) -> tuple[Region, ...]:  # type: ignore[override]
+        """The region, and the one that stands in for a nucleus that is too small."""
+        if self.region_of != "current":
+            return ()
+        return (self.region,) if self.min_size == 1 else (self.region, Region(top_k=self.min_size))
+
+    def observe(self, outputs: PolicyOutputs, reference: PolicyOutputs | None) -> Tensor | None:
+        """Token ids of the region, most probable first and -1 behind its end, ``[n, C]``."""
+        if self.region_of == "current":
+            return None
+        seen = reference if self.region_of == "reference" else outputs
+        assert seen is not None and seen.logits is not None
+        region = self.region
+        mask = trust_region_mask(seen.logits, top_k=region.top_k, top_p=region.top_p)
+        kept = seen.logits.float().masked_fill(~mask, -torch.inf)
+        width = min(self.max_size, kept.shape[-1])
+        if region.top_k is not None:
+            width = min(width, region.top_k)
+        best = kept.topk(width)
+        return best.indices.masked_fill(best.values == -torch.inf, -1)
 
     def per_token(self, outputs: PolicyOutputs, tokens: Tokens) -> Tensor:
         """Minus the (rescaled) entropy inside the region, ``[n]``."""
-        stats = outputs.entropy(self.region)
-        return -(stats.scaled if self.rescale else stats.region)
+        if self.region_of != "current":
+            assert outputs.logits is not None
+            entropy, scale = entropy_of_tokens(outputs.logits, tokens.observed[self.name])
+            return -(entropy * scale if self.rescale else entropy)
+        return -self._current(outputs, "scaled" if self.rescale else "region")
 
     def scale(self, outputs: PolicyOutputs) -> Tensor:
-        """log|V| / log|A|, 0 where the region is one token, ``[n]``."""
-        if not self.rescale:
+        """log|V| / log|A|, 0 where the region is one token, ``[n]``.
+
+        1 for a region that is not the current policy's: it is not known from its outputs.
+        """
+        if not self.rescale or self.region_of != "current":
             return super().scale(outputs)
-        return outputs.entropy(self.region).scale
+        return self._current(outputs, "scale")
+
+    def _current(self, outputs: PolicyOutputs, field: str) -> Tensor:
+        region, *floor = self.regions
+        stats = outputs.entropy(region)
+        value: Tensor = getattr(stats, field)
+        for least in floor:
+            small = stats.size < self.min_size
+            value = torch.where(small, getattr(outputs.entropy(least), field), value)
+        return value
+
+
+def _at(value: float | LinearSchedule | None, iteration: int) -> float | None:
+    return value.at(iteration) if isinstance(value, LinearSchedule) else value
+
+
+def _tokens(value: float | None) -> int | None:
+    return None if value is None else round(value)
+
+
+def _end(value: float | LinearSchedule | None, end: str) -> float | None:
+    return getattr(value, end) if isinstance(value, LinearSchedule) else value
