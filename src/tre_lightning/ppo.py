@@ -263,6 +263,7 @@ class PPOModule(LightningModule):
             pad_token_id=int(self.tokenizer.pad_token_id),
             temperature=how.temperature,
             top_p=how.top_p if isinstance(how, EvaluationArgs) else 1.0,
+            sample_batch_size=self.rollout_args.sample_batch_size,
         )
 
     def _texts(self, rollout: Rollout) -> list[str]:
