@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import runs
+from tre_lightning.cli import main as fit
 from tre_lightning.compare.__main__ import main
 from tre_lightning.compare.curves import gather
 from tre_lightning.compare.plan import Method, Plan, Trial, read_plan, specification
@@ -23,6 +24,7 @@ from tre_lightning.compare.run import Runner, _Running, choose
 from tre_lightning.compare.statistics import differences, estimate, mean
 from tre_lightning.compare.trial import RESULT, SPECIFICATION, late_mean, locked, read_curves
 
+PLANS = Path(__file__).parents[1] / "configs" / "compare"
 METHOD = {
     "trainer": {
         "callbacks+": [
@@ -367,3 +369,20 @@ def test_report_by_hand(plan_file: Callable[..., Path]) -> None:
     assert not any("Unfinished" in line for line in lines)
     (Trial("tre", 0.1, 6).directory(plan) / RESULT).unlink()
     assert "**Unfinished: 3 of 4 trials.**" in report(plan, "plan.yaml")
+
+
+@pytest.mark.parametrize("file", sorted(PLANS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_shipped_plans_give_configurations_that_parse(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = read_plan(file)
+    for name, method in plan.methods.items():
+        value = method.settings[-1]
+        made = specification(plan, Trial(name, value, plan.seeds[0]), file.parent)
+        words = [f"--config={config}" for config in made["configs"]] + made["flags"]
+        with pytest.raises(SystemExit) as stopped:
+            fit(["fit", *words, "--print_config"])
+        printed = capsys.readouterr().out
+        assert stopped.value.code == 0, name
+        if value is not None:
+            assert f": {value}" in printed, name
