@@ -142,7 +142,8 @@ class PPOModule(LightningModule):
         if self.policy_args.lora is not None:
             self.strict_loading = False  # checkpoints leave out what is frozen
             self._base = fingerprint(self.actor_critic)
-        methods = find_methods(self.trainer.callbacks)  # type: ignore[attr-defined]
+        trainer = self._trainer  # a module that is looked at has none
+        methods = [] if trainer is None else find_methods(trainer.callbacks)  # type: ignore[attr-defined]
         if self.ppo_args.kl_coef == 0.0 and not any(m.needs_reference for m in methods):
             return
         if self.policy_args.lora is not None:
