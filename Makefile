@@ -4,11 +4,11 @@ BIN := .venv/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train train-math train-hh test lint format tensorboard clean
+.PHONY: help train train-math train-hh test test-slow lint format tensorboard clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
-	@echo 'ARGS="..." goes on to train..., test and tensorboard; PYTHON=... picks the interpreter.'
+	@echo 'ARGS="..." goes on to train..., test... and tensorboard; PYTHON=... picks the interpreter.'
 
 train: .venv/.stamp ## train the smallest example
 	$(BIN)/python -m tre_lightning fit --config configs/countdown_tiny.yaml $(ARGS)
@@ -24,6 +24,9 @@ runs/hh_reward_tiny/model: | .venv/.stamp
 
 test: .venv/.stamp ## run the tests; fails under 90 % line coverage
 	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=90 $(ARGS)
+
+test-slow: .venv/.stamp ## run the shipped examples in full; fails where their score does not rise
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 lint: .venv/.stamp ## check style, format and types
 	$(BIN)/ruff check

@@ -1,5 +1,6 @@
-"""What the docs promise: every metric is defined, and the README's method works."""
+"""What the docs promise: every metric and method is there, and the README's method works."""
 
+import inspect
 import re
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import torch
 
 import batches
 import runs
+from tre_lightning import methods
 from tre_lightning.methods import LossTerm, PolicyOutputs
+from tre_lightning.rewards.math import score_math
 
 ROOT = Path(__file__).parents[1]
 
@@ -18,7 +21,9 @@ def test_metrics_page_defines_exactly_what_a_run_logs(
 ) -> None:
     puzzles = tmp_path_factory.mktemp("data") / "eval.jsonl"
     puzzles.write_text('{"nums": [3, 4, 5], "target": 17}\n')
+    weighing = {"class_path": "tre_lightning.methods.ForkingTokens", "init_args": {"share": 0.5}}
     changes = {
+        "trainer.callbacks": [runs.TRE, weighing],
         "model.rollout": {"num_responses": 8, "max_new_tokens": 8},
         "model.evaluation": {"num_responses": 8},
         "data.init_args.eval_file": str(puzzles),
@@ -33,6 +38,27 @@ def test_metrics_page_defines_exactly_what_a_run_logs(
     defined = set(re.findall(r"^\| `([^`]+)`", page, re.MULTILINE))
     assert defined == logged
     assert runs.texts(tmp_path / "run", "val/samples")
+
+
+def test_methods_page_has_every_method_with_its_defaults() -> None:
+    page = (ROOT / "docs" / "methods.md").read_text()
+    files = {file.stem for file in (ROOT / "configs" / "method").glob("*.yaml")}
+    assert set(re.findall(r"\(\.\./configs/method/(\w+)\.yaml\)", page)) == files
+    readme = (ROOT / "README.md").read_text()
+    assert all(re.search(rf"\b{name}\b", readme) for name in files)
+    rows = re.findall(r"^\| \[(\w+)\]\(.*\| ([^|]+) \| [^|]+ \|$", page, re.MULTILINE)
+    written = {name: re.findall(r"`(\w+)` (-?[\d.]\S*?)(?=[, ]|$)", cell) for name, cell in rows}
+    of_this_package = {
+        name: kind
+        for name, kind in vars(methods).items()
+        if inspect.isclass(kind) and issubclass(kind, methods.Method) and name in methods.__all__
+    }
+    assert written.keys() == of_this_package.keys() - {"Method", "LossTerm"}
+    for name, cells in written.items():
+        options = inspect.signature(of_this_package[name]).parameters
+        assert cells, name
+        for option, value in cells:
+            assert options[option].default == float(value), (name, option)
 
 
 def blocks() -> list[str]:
@@ -60,3 +86,12 @@ def test_readme_method_is_a_loss_term() -> None:
     logprobs = torch.tensor([-1.0, -2.0])
     assert torch.equal(term.per_token(PolicyOutputs(logprobs, {}), batches.tokens(2)), logprobs)
     assert term.name == "confidence"
+
+
+@pytest.mark.parametrize("page", ["tasks.md", "math_scorer.md"])
+def test_math_scores_are_as_the_comments_say(page: str) -> None:
+    text = (ROOT / "docs" / page).read_text()
+    calls = re.findall(r"^(score_math\(.*\))  # (\d\.\d)", text, re.MULTILINE)
+    assert {score for _, score in calls} == {"0.0", "1.0"}
+    for call, score in calls:
+        assert eval(call, {"score_math": score_math}) == float(score), call  # our own docs

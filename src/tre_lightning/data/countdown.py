@@ -28,7 +28,7 @@ from tre_lightning.data.puzzles import (
     worked_solution,
 )
 from tre_lightning.data.sources import read_rows
-from tre_lightning.rewards.countdown import Format, _answer, score_countdown
+from tre_lightning.rewards.countdown import Format, final_expression, score_countdown
 from tre_lightning.rollout import PromptBatch
 from tre_lightning.seeding import derived_seed, permutation
 
@@ -144,7 +144,7 @@ class CountdownDataModule(PromptDataModule):
             found: list[str | None] = list(responses)
         else:
             think = self.format == "think_answer"
-            found = [_answer(response, think=think) for response in responses]
+            found = [final_expression(response, think=think) for response in responses]
         return [" ".join(re.findall(r"[0-9]+|[^0-9\s]", text or "")) or None for text in found]
 
     def demonstration(self, index: int, misleading: bool) -> tuple[str, str]:

@@ -65,7 +65,7 @@ def score_countdown(
         return 0.0
     if format == "steps":
         return float(_steps_reach(response, numbers, target))
-    expression = _answer(response, think=format == "think_answer")
+    expression = final_expression(response, think=format == "think_answer")
     tokens = None if expression is None else _tokens(expression)
     if tokens is None or sorted(t for t in tokens if isinstance(t, int)) != sorted(numbers):
         return 0.0
@@ -107,7 +107,16 @@ def _only(text: str, tag: str) -> int:
     return first if first == text.rfind(tag) else -1
 
 
-def _answer(response: str, *, think: bool) -> str | None:
+def final_expression(response: str, *, think: bool) -> str | None:
+    """What stands inside ``<answer> </answer>``, as it is written, in linear time.
+
+    Args:
+        response: the generated text; any string is safe.
+        think: whether ``<think>...</think>`` must come before it (format ``"think_answer"``).
+
+    Returns:
+        None where the tags are not those of :func:`score_countdown`. The text itself is not read.
+    """
     start, end = _only(response, "<answer>"), _only(response, "</answer>")
     if start < 0 or end < start or response[end + len("</answer>") :].strip(_SPACE):
         return None
