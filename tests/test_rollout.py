@@ -1,13 +1,26 @@
 """Tests of tre_lightning.rollout."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tre_lightning.rollout import PromptBatch, Rollout, generate, pick_tokens, positions
+import runs
+from tre_lightning import ppo
+from tre_lightning.args import RolloutArgs
+from tre_lightning.policy import PolicyArgs, load_language_model
+from tre_lightning.rollout import (
+    PromptBatch,
+    Rollout,
+    concatenate,
+    generate,
+    pick_tokens,
+    positions,
+)
 
 MakePrompts = Callable[[Sequence[int]], PromptBatch]
 VOCAB_SIZE, PAD, EOS = 50, 0, 1
@@ -74,6 +87,7 @@ def sample(
     eos: Sequence[int] = (EOS,),
     temperature: float = 1.0,
     top_p: float = 1.0,
+    size: int | None = None,
 ) -> Rollout:
     return generate(
         model,
@@ -84,6 +98,7 @@ def sample(
         pad_token_id=PAD,
         temperature=temperature,
         top_p=top_p,
+        sample_batch_size=size,
     )
 
 
@@ -223,6 +238,210 @@ def test_a_wrong_number_of_uniforms_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=f"uniforms has {rows} rows, not 2 prompts x 2"):
         sample(policy, make_prompts([1, 1]), torch.zeros(rows, 4), num_responses=2)
+
+
+# --- rows that leave the batch, and batches of some of the rows ---
+
+# Sliding windows and convolutions keep their state in caches of their own kinds.
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "initializer_range": 0.5,
+}
+OTHER_CACHES: dict[str, dict[str, Any]] = {
+    "sliding": {
+        **SMALL,
+        "model_type": "qwen2",
+        "layer_types": ["sliding_attention", "full_attention"],
+        "num_hidden_layers": 2,
+        "use_sliding_window": True,
+        "sliding_window": 4,
+    },
+    "convolution": {
+        **SMALL,
+        "model_type": "lfm2",
+        "layer_types": ["conv", "full_attention"],
+        "num_hidden_layers": 2,
+        "block_multiple_of": 8,
+    },
+}
+
+
+def sample_alone(
+    model: PreTrainedModel, prompts: PromptBatch, uniforms: Tensor, n: int, ends: Sequence[int]
+) -> list[list[int]]:
+    """Row by row, without padding and cache."""
+    responses = []
+    for row, uniform in enumerate(uniforms):
+        ids = prompts.prompt_ids[row // n, prompts.prompt_mask[row // n]].tolist()
+        response: list[int] = []
+        for number in uniform:
+            logits = model(input_ids=torch.tensor([ids + response]), use_cache=False).logits[:, -1]
+            response.append(int(pick_tokens(logits / 3.0, number.unsqueeze(0))))
+            if response[-1] in ends:
+                break
+        responses.append(response)
+    return responses
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "sliding", "convolution"])
+@torch.no_grad()
+def test_responses_are_those_of_rows_sampled_alone(
+    kind: str, architectures: dict[str, dict[str, Any]], make_prompts: MakePrompts
+) -> None:
+    torch.manual_seed(0)
+    architecture = {**architectures, **OTHER_CACHES}[kind]
+    model = load_language_model(PolicyArgs(architecture=architecture)).double().eval()
+    prompts, n, ends = make_prompts([2, 9, 4, 1, 6]), 3, range(1, 8)
+    uniforms = torch.rand(15, 14, dtype=torch.float64, generator=torch.manual_seed(0))
+    expected = sample_alone(model, prompts, uniforms, n, ends)
+    lengths = [len(response) for response in expected]
+    assert len(set(lengths)) > 3 and max(lengths) == 14  # some leave at some time, some never
+    for size in (None, 1, 2, 3, 7, 15, 100):
+        rollout = sample(
+            model, prompts, uniforms, num_responses=n, eos=ends, temperature=3.0, size=size
+        )
+        assert rollout.response_mask.sum(1).tolist() == lengths
+        for row, response in enumerate(expected):
+            assert rollout.response_ids[row, : len(response)].tolist() == response, size
+            assert (rollout.response_ids[row, len(response) :] == PAD).all()
+            assert bool(rollout.finished[row]) == (response[-1] in ends)
+        assert torch.equal(rollout.prompt_ids, prompts.prompt_ids.repeat_interleave(n, 0))
+        assert torch.equal(rollout.prompt_mask, prompts.prompt_mask.repeat_interleave(n, 0))
+
+
+def passes(model: PreTrainedModel) -> list[tuple[int, int]]:
+    """A list that grows by (rows, columns) of the input of every forward pass."""
+    made: list[tuple[int, int]] = []
+
+    def note(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        made.append(tuple(kwargs["input_ids"].shape))
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    return made
+
+
+def test_finished_rows_leave_once_an_eighth_has_finished(
+    policy: PreTrainedModel, make_prompts: MakePrompts
+) -> None:
+    lengths = [1, 2, 3, 4, *[6] * 12]  # of 16 responses to 2 prompts
+    rows = [[*[5] * (length - 1), EOS, *[7] * (7 - length)] for length in lengths]
+    made = passes(uniform_policy(policy))
+    rollout = sample(policy, make_prompts([3, 3]), forced(*rows), num_responses=8)
+    # Running after each token: 15 of 16, 14 of 16, 13 of 14, 12 of 14, 12 of 12, none.
+    assert made == [(2, 3), (16, 1), (14, 1), (14, 1), (12, 1), (12, 1)]
+    assert rollout.response_mask.sum(1).tolist() == lengths
+    assert rollout.finished.all()
+
+
+def test_rows_that_all_finish_at_once_or_never(
+    policy: PreTrainedModel, make_prompts: MakePrompts
+) -> None:
+    made = passes(uniform_policy(policy))
+    rollout = sample(policy, make_prompts([3]), forced(*[[5, EOS, 7]] * 4), num_responses=4)
+    assert made == [(1, 3), (4, 1)]
+    assert rollout.response_ids.tolist() == [[5, EOS]] * 4 and rollout.finished.all()
+    made.clear()
+    rollout = sample(policy, make_prompts([3]), forced(*[[5, 6, 7]] * 4), num_responses=4)
+    assert made == [(1, 3), (4, 1), (4, 1)]
+    assert rollout.response_mask.all() and not rollout.finished.any()
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        (None, [(3, 9), (6, 1)]),
+        (6, [(3, 9), (6, 1)]),
+        (5, [(2, 9), (4, 1), (1, 4), (2, 1)]),  # whole groups; columns that none needs are left out
+        (2, [(1, 2), (2, 1), (1, 9), (2, 1), (1, 4), (2, 1)]),
+        (1, [(1, 2), (1, 1), (1, 1), (1, 9), (1, 1), (1, 1), (1, 4), (1, 1), (1, 1)]),
+    ],
+)
+def test_a_prompt_is_read_once_and_no_more_rows_are_sampled_than_allowed(
+    policy: PreTrainedModel,
+    make_prompts: MakePrompts,
+    size: int | None,
+    expected: list[tuple[int, int]],
+) -> None:
+    made = passes(uniform_policy(policy))
+    sample(policy, make_prompts([2, 9, 4]), forced(*[[5, 6]] * 6), num_responses=2, size=size)
+    assert made == expected
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_the_mode_is_that_of_before(
+    policy: PreTrainedModel, make_prompts: MakePrompts, training: bool, fails: bool
+) -> None:
+    policy.train(training)
+    seen: list[bool] = []
+
+    def note(module: PreTrainedModel, _: Any) -> None:
+        seen.append(module.training)
+        if fails and len(seen) == 2:
+            raise RuntimeError("out of memory")
+
+    policy.register_forward_pre_hook(note)
+    if fails:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            sample(policy, make_prompts([2]), forced([5, 6, 7]))
+    else:
+        sample(policy, make_prompts([2, 3]), forced([5, 6, 7], [5, 6, 7]), size=1)
+    assert seen and not any(seen)
+    assert all(module.training == training for module in policy.modules())
+
+
+def test_parts_are_joined_in_order_and_padded_to_the_longest() -> None:
+    def part(prompt: int, response: list[int], finished: bool) -> Rollout:
+        ids = torch.tensor([response])
+        prompts = torch.tensor([[PAD, prompt]])
+        ended = torch.tensor([finished])
+        return Rollout(prompts, prompts != PAD, ids, torch.ones_like(ids, dtype=torch.bool), ended)
+
+    whole = concatenate([part(5, [6], True), part(7, [8, 9, 4], False), part(3, [2, 2], True)], 40)
+    assert whole.prompt_ids.tolist() == [[PAD, 5], [PAD, 7], [PAD, 3]]
+    assert whole.prompt_mask.tolist() == [[False, True]] * 3
+    assert whole.response_ids.tolist() == [[6, 40, 40], [8, 9, 4], [2, 2, 40]]
+    assert whole.response_mask.tolist() == [
+        [True, False, False],
+        [True, True, True],
+        [True, True, False],
+    ]
+    assert whole.response_mask.dtype == torch.bool
+    assert whole.finished.tolist() == [True, False, True]
+
+
+def test_a_sample_batch_of_no_response_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"rollout\.sample_batch_size=0 must be at least 1"):
+        RolloutArgs(sample_batch_size=0)
+
+
+def test_a_run_in_small_sample_batches_trains_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: set[tuple[str, int | None]] = set()
+
+    def noting(model: PreTrainedModel, prompts: PromptBatch, **how: Any) -> Rollout:
+        used.add((prompts.split, how["sample_batch_size"]))
+        return generate(model, prompts, **how)
+
+    monkeypatch.setattr(ppo, "generate", noting)
+    flags = ["--trainer.precision=64-true"]
+    runs.run(tmp_path / "whole", *flags)
+    assert used == {("train", None), ("val", None)}
+    used.clear()
+    runs.run(tmp_path / "parts", *flags, "--model.rollout.sample_batch_size=3")
+    assert used == {("train", 3), ("val", 3)}
+    whole, parts = (runs.weights(tmp_path / name) for name in ("whole", "parts"))
+    assert runs.distance(whole, parts) < 1e-6
+    alone, together = runs.scalars(tmp_path / "parts"), runs.scalars(tmp_path / "whole")
+    assert alone.keys() == together.keys()
+    for tag, events in alone.items():
+        close = [(step, pytest.approx(value, rel=1e-5, abs=1e-6)) for step, value in events]
+        assert together[tag] == close, tag
 
 
 # --- the batch ---

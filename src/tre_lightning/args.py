@@ -17,16 +17,22 @@ class RolloutArgs:
         num_responses: responses a prompt.
         max_new_tokens: longest response, tokens.
         temperature: of the sampling policy, > 0; log-probabilities are taken at it too.
+        sample_batch_size: responses sampled at a time on one device, in training and evaluation;
+            bounds the memory of the key-value cache and, rounding aside, changes no response; none
+            = all at once.
     """
 
     num_responses: int = 8
     max_new_tokens: int = 1024
     temperature: float = 1.0
+    sample_batch_size: int | None = None
 
     def __post_init__(self) -> None:
         at_least("rollout.num_responses", self.num_responses, 1)
         at_least("rollout.max_new_tokens", self.max_new_tokens, 1)
         positive("rollout.temperature", self.temperature)
+        if self.sample_batch_size is not None:
+            at_least("rollout.sample_batch_size", self.sample_batch_size, 1)
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,8 @@ class PPOModule(LightningModule):
         if self.policy_args.lora is not None:
             self.strict_loading = False  # checkpoints leave out what is frozen
             self._base = fingerprint(self.actor_critic)
-        methods = find_methods(self.trainer.callbacks)  # type: ignore[attr-defined]
+        trainer = self._trainer  # a module that is looked at has none
+        methods = [] if trainer is None else find_methods(trainer.callbacks)  # type: ignore[attr-defined]
         if self.ppo_args.kl_coef == 0.0 and not any(m.needs_reference for m in methods):
             return
         if self.policy_args.lora is not None:
@@ -268,6 +269,7 @@ class PPOModule(LightningModule):
             pad_token_id=int(self.tokenizer.pad_token_id),
             temperature=how.temperature,
             top_p=how.top_p if isinstance(how, EvaluationArgs) else 1.0,
+            sample_batch_size=self.rollout_args.sample_batch_size,
         )
 
     def _texts(self, rollout: Rollout) -> list[str]:

@@ -4,6 +4,7 @@ Every sampled token consumes one uniform number that belongs to its row, so resp
 on how rows are laid out over batches and devices.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -11,7 +12,12 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
+
+# Finished rows leave the batch when at most this share of it is running. Leaving copies the cache,
+# as every step does, so it may be often.
+MOST_RUNNING = 7 / 8
 
 
 @dataclass  # not frozen: Lightning copies a batch field by field to convert its precision
@@ -103,6 +109,7 @@ def generate(
     pad_token_id: int,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    sample_batch_size: int | None = None,
 ) -> Rollout:
     """Sample ``num_responses`` responses to every prompt.
 
@@ -115,59 +122,137 @@ def generate(
         pad_token_id: fills the response after its end.
         temperature: divides the logits, > 0.
         top_p: nucleus to sample from; 1.0 samples from the whole distribution.
+        sample_batch_size: responses sampled at a time; None = all. Bounds the memory of the cache
+            and, rounding aside, changes no response.
+
+    Raises:
+        ValueError: for a wrong number of ``uniforms``.
     """
-    device = prompts.prompt_ids.device
-    rows, max_new_tokens = uniforms.shape
-    if rows != len(prompts) * num_responses:
-        raise ValueError(f"uniforms has {rows} rows, not {len(prompts)} prompts x {num_responses}")
-    uniforms = uniforms.to(device)
+    device, n = prompts.prompt_ids.device, num_responses
+    rows = len(uniforms)
+    if rows != len(prompts) * n:
+        raise ValueError(f"uniforms has {rows} rows, not {len(prompts)} prompts x {n}")
     eos = torch.tensor(list(eos_token_ids), device=device)
-
+    size = rows if sample_batch_size is None else sample_batch_size
+    num_prompts = max(size // n, 1)  # whose responses fit
+    parts = []
     with _eval_mode(model):
-        cache = DynamicCache(config=model.config)
-        mask = prompts.prompt_mask
-        logits = model(
-            input_ids=prompts.prompt_ids,
-            attention_mask=mask.long(),
-            position_ids=positions(mask),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        # One pass over each prompt serves all its responses.
-        cache.batch_repeat_interleave(num_responses)
-        logits = logits.repeat_interleave(num_responses, 0)
-        mask = mask.repeat_interleave(num_responses, 0)
-        next_position = mask.sum(-1, keepdim=True)
+        for first in range(0, len(prompts), num_prompts):
+            ids = prompts.prompt_ids[first : first + num_prompts]
+            mask = prompts.prompt_mask[first : first + num_prompts]
+            # One pass over each prompt serves all its responses.
+            read = _Decoding.start(model, ids, mask)
+            pieces = torch.arange(len(ids), device=device).repeat_interleave(n).split(size)
+            numbers = uniforms[first * n :][: len(ids) * n].split(size)
+            for piece, uniform in zip(pieces, numbers, strict=True):
+                decoding = copy.deepcopy(read) if len(pieces) > 1 else read
+                decoding.take(piece)
+                response, response_mask, finished = _respond(
+                    model, decoding, uniform.to(device), eos, pad_token_id, temperature, top_p
+                )
+                parts.append(Rollout(ids[piece], mask[piece], response, response_mask, finished))
+    return concatenate(parts, pad_token_id)
 
-        response = torch.full((rows, max_new_tokens), pad_token_id, device=device)
-        response_mask = torch.zeros(rows, max_new_tokens, dtype=torch.bool, device=device)
-        running = torch.ones(rows, dtype=torch.bool, device=device)
-        for t in range(max_new_tokens):
-            token = pick_tokens(logits / temperature, uniforms[:, t], top_p)
-            response[:, t] = token.where(running, pad_token_id)
-            response_mask[:, t] = running
-            running = running & ~torch.isin(token, eos)
-            if t + 1 == max_new_tokens or not running.any():
-                break
-            mask = torch.cat([mask, response_mask[:, t : t + 1]], dim=1)
-            logits = model(
-                input_ids=response[:, t : t + 1],
-                attention_mask=mask.long(),
-                position_ids=next_position,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
-            next_position = next_position + 1
-    longest = int(response_mask.any(0).sum())
-    return Rollout(
-        prompt_ids=prompts.prompt_ids.repeat_interleave(num_responses, 0),
-        prompt_mask=prompts.prompt_mask.repeat_interleave(num_responses, 0),
-        response_ids=response[:, :longest],
-        response_mask=response_mask[:, :longest],
-        finished=~running,
+
+def concatenate(parts: Sequence[Rollout], pad_token_id: int) -> Rollout:
+    """The rows of all parts in order, as wide as their longest response.
+
+    The prompts of all parts are equally wide.
+    """
+    width = max(part.response_ids.shape[1] for part in parts)
+    fill = {"response_ids": pad_token_id, "response_mask": False}
+
+    def joined(name: str, _: Tensor) -> Tensor:
+        tensors = [getattr(part, name) for part in parts]
+        if name in fill:
+            tensors = [pad(x, (0, width - x.shape[1]), value=fill[name]) for x in tensors]
+        return torch.cat(tensors)
+
+    return parts[0].map(joined)
+
+
+@dataclass
+class _Decoding:
+    """R rows, and what the model has made of their C tokens so far."""
+
+    cache: DynamicCache
+    mask: Tensor  # [R, C] bool, True = a real token
+    next_position: Tensor  # [R, 1] int64
+    logits: Tensor  # [R, V] of the next token
+
+    @classmethod
+    def start(cls, model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor) -> Self:
+        """Read prompts, ``[R, P]``, padded on the left."""
+        used = prompt_mask.any(0)  # these prompts may be shorter than others of their batch
+        ids, mask = prompt_ids[:, used], prompt_mask[:, used]
+        cache = DynamicCache(config=model.config)
+        logits = _next_logits(model, cache, ids, mask, positions(mask))
+        return cls(cache, mask, mask.sum(-1, keepdim=True), logits)
+
+    def read(self, model: PreTrainedModel, tokens: Tensor, counted: Tensor) -> None:
+        """Read one token of each row, ``[R]``; those not ``counted`` (``[R]`` bool) are padding."""
+        self.mask = torch.cat([self.mask, counted.unsqueeze(1)], dim=1)
+        self.logits = _next_logits(
+            model, self.cache, tokens.unsqueeze(1), self.mask, self.next_position
+        )
+        self.next_position = self.next_position + 1
+
+    def take(self, rows: Tensor) -> None:
+        """Keep these rows, ``[R']`` int64, in this order; a row may be kept several times."""
+        # Of the cache's methods the one that knows every kind of layer.
+        self.cache.reorder_cache(rows)  # type: ignore[arg-type]
+        self.mask, self.logits = self.mask[rows], self.logits[rows]
+        self.next_position = self.next_position[rows]
+
+
+def _next_logits(
+    model: PreTrainedModel, cache: DynamicCache, ids: Tensor, mask: Tensor, position_ids: Tensor
+) -> Tensor:
+    out = model(
+        input_ids=ids,
+        attention_mask=mask.long(),
+        position_ids=position_ids,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
     )
+    logits: Tensor = out.logits[:, -1]
+    return logits
+
+
+def _respond(
+    model: PreTrainedModel,
+    decoding: _Decoding,
+    uniforms: Tensor,
+    eos: Tensor,
+    pad_token_id: int,
+    temperature: float,
+    top_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One response to each row: response, response mask and finished, as in a rollout."""
+    count, max_new_tokens = uniforms.shape
+    device = uniforms.device
+    response = torch.full((count, max_new_tokens), pad_token_id, device=device)
+    response_mask = torch.zeros(count, max_new_tokens, dtype=torch.bool, device=device)
+    finished = torch.zeros(count, dtype=torch.bool, device=device)
+    rows = torch.arange(count, device=device)  # that are still in the batch
+    for t in range(max_new_tokens):
+        token = pick_tokens(decoding.logits / temperature, uniforms[rows, t], top_p)
+        running = ~finished[rows]
+        token = token.where(running, pad_token_id)
+        response[rows, t] = token
+        response_mask[rows, t] = running
+        finished[rows] = ~running | torch.isin(token, eos)
+        left = count - int(finished.sum())
+        if t + 1 == max_new_tokens or left == 0:
+            break
+        if left <= MOST_RUNNING * len(rows):
+            kept = (~finished[rows]).nonzero().squeeze(1)
+            decoding.take(kept)
+            rows, token, running = rows[kept], token[kept], running[kept]
+        decoding.read(model, token, running)
+    longest = int(response_mask.any(0).sum())
+    return response[:, :longest], response_mask[:, :longest], finished
 
 
 @contextmanager

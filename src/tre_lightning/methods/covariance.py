@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tre_lightning.experience import TrainingBatch
 from tre_lightning.methods.hooks import LinearSchedule, LossTerm, Method, PolicyOutputs, Tokens
-from tre_lightning.methods.selection import share_of, top
+from tre_lightning.methods.selection import check_share, share_of, top
 from tre_lightning.seeding import uniforms
 
 
@@ -66,10 +66,7 @@ class KLCov(LossTerm):
             name: name in the logs.
         """
         super().__init__(name, coef)
-        if not 0.0 < share <= 1.0:
-            raise ValueError(
-                f"{name}: share={share} must be above 0 and at most 1; coef=0 switches it off"
-            )
+        check_share(f"{name}: share", share, "coef=0 switches it off")
         self.share = share
 
     def per_token(self, outputs: PolicyOutputs, tokens: Tokens) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tre_lightning.experience import TrainingBatch
 from tre_lightning.methods.hooks import Method, PolicyOutputs
-from tre_lightning.methods.selection import share_of, top
+from tre_lightning.methods.selection import check_share, share_of, top
 from tre_lightning.ops.region import Region
 
 Divisor = Literal["all", "selected"]
@@ -51,10 +51,7 @@ class ForkingTokens(Method):
             name: name in the logs.
         """
         super().__init__(name)
-        if not 0.0 < share <= 1.0:
-            raise ValueError(
-                f"{name}: share={share} must be above 0 and at most 1; 0.2 is the paper's"
-            )
+        check_share(f"{name}: share", share, "0.2 is the paper's")
         if average_over not in get_args(Divisor):
             raise ValueError(
                 f"{name}: average_over={average_over!r} is unknown; use 'all' or 'selected'"

@@ -10,7 +10,7 @@ from torch import Tensor
 from tre_lightning.entropy import check_region
 from tre_lightning.experience import TrainingBatch
 from tre_lightning.methods.hooks import LinearSchedule, LossTerm, PolicyOutputs, Tokens
-from tre_lightning.methods.selection import share_of, top
+from tre_lightning.methods.selection import check_share, share_of, top
 from tre_lightning.ops.region import Region
 
 _TWO = Region(top_k=2)
@@ -68,20 +68,14 @@ class PAEC(LossTerm):
         """
         super().__init__(name, coef)
         check_region(None, top_p)
-        if not 0.0 < share <= 1.0:
-            raise ValueError(
-                f"{name}: share={share} must be above 0 and at most 1; coef=0 switches it off"
-            )
+        check_share(f"{name}: share", share, "coef=0 switches it off")
         if not 0.0 <= mix <= 1.0:
             raise ValueError(f"{name}: mix={mix} must lie in [0, 1]; 0.5 weighs both alike")
         if anchor_iterations < 1:
             raise ValueError(
                 f"{name}: anchor_iterations={anchor_iterations} must be at least 1 PPO iteration"
             )
-        if not 0.0 < floor_share <= 1.0:
-            raise ValueError(
-                f"{name}: floor_share={floor_share} must be above 0 and at most 1; 1 = the anchor"
-            )
+        check_share(f"{name}: floor_share", floor_share, "1 = the anchor")
         self.region = Region(top_p=top_p)
         self.regions = (self.region,)
         self.observed_regions = (_TWO,)

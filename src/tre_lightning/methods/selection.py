@@ -1,9 +1,15 @@
-"""How many of a minibatch's counted tokens a method acts on, and which."""
+"""How many of a batch's counted tokens a method acts on, and which."""
 
 import math
 
 import torch
 from torch import Tensor
+
+
+def check_share(name: str, share: float, hint: str) -> None:
+    """Raise ValueError, ending with ``hint``, unless the share lies in (0, 1]."""
+    if not 0.0 < share <= 1.0:
+        raise ValueError(f"{name}={share} must be above 0 and at most 1; {hint}")
 
 
 def share_of(count: int, share: float, *, up: bool = False) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor
 from tre_lightning.entropy import check_region
 from tre_lightning.experience import TrainingBatch
 from tre_lightning.methods.hooks import LinearSchedule, LossTerm, PolicyOutputs, Tokens
-from tre_lightning.methods.selection import share_of, top
+from tre_lightning.methods.selection import check_share, share_of, top
 from tre_lightning.ops.region import Region
 
 
@@ -57,10 +57,7 @@ class SIREN(LossTerm):
         """
         super().__init__(name, coef)
         check_region(None, top_p)
-        if not 0.0 < share <= 1.0:
-            raise ValueError(
-                f"{name}: share={share} must be above 0 and at most 1; coef=0 switches it off"
-            )
+        check_share(f"{name}: share", share, "coef=0 switches it off")
         self.region = Region(top_p=top_p)
         self.regions = (self.region,)
         self.share = share

@@ -1,0 +1,8 @@
+"""Methods against each other, each with its own chosen coefficient, over several seeds.
+
+``python -m tre_lightning.compare --config FILE``; see :mod:`tre_lightning.compare.plan`.
+"""
+
+from tre_lightning.compare.plan import Method, Plan, Trial, read_plan
+
+__all__ = ["Method", "Plan", "Trial", "read_plan"]
