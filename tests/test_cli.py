@@ -192,6 +192,7 @@ REFUSED: dict[str, tuple[list[str], Mapping[str, Any], list[str]]] = {
         {"model.policy.architecture": {**runs.ARCHITECTURE, "vocab_size": 20}},
         ["vocab_size=20", "raise it"],
     ),
+    "half precision": (["--trainer.precision=16-true"], {}, ["trainer.precision=16-true", "bf16"]),
     "warm start": (["--warm_start.steps=0"], {}, ["warm_start.steps=0", "at least 1"]),
     "checkpoints": (["--checkpoint.every_n_iterations=0"], {}, ["checkpoint.every_n_iterations=0"]),
 }

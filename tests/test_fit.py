@@ -50,7 +50,8 @@ def test_checkpoints_hold_tensors_and_counts_only(done: tuple[Path, str]) -> Non
     best = runs.checkpoint(run_dir, "best")
     trained = {step: score for step, score in scores.items() if step > 0}
     assert best["tre_lightning"]["iteration"] == 1 + max(trained, key=lambda step: trained[step])
-    assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    names = sorted(p.name for p in (run_dir / "checkpoints").iterdir())
+    assert names == ["best.ckpt", "last.ckpt", "previous.ckpt"]
 
 
 def test_each_step_is_logged_once(done: tuple[Path, str]) -> None:

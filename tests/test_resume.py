@@ -155,6 +155,7 @@ def test_checkpoints_may_be_rarer_than_iterations(
     assert [p.name for p in sorted((run_dir / "checkpoints").iterdir())] == [
         "best.ckpt",
         "last.ckpt",
+        "previous.ckpt",
     ]
     runs.resume(run_dir, changes=changes)
     assert runs.distance(runs.weights(run_dir), runs.weights(whole)) == 0.0

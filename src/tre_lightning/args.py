@@ -85,6 +85,8 @@ class PPOArgs:
         fused: log-probabilities and entropies by the fused ops, which never hold all the logits;
             false = by the readable reference (entropy.py), to check against.
         logits_memory: MiB of logits that the fused ops hold at a time.
+        max_skipped_updates: optimiser steps in a row, over iterations too, that are skipped because
+            a loss or a gradient is not finite; that many end the run.
     """
 
     estimator: Estimator = "gae"
@@ -102,10 +104,12 @@ class PPOArgs:
     kl_coef: float = 0.0
     fused: bool = True
     logits_memory: int = 128
+    max_skipped_updates: int = 8
 
     def __post_init__(self) -> None:
         one_of("ppo.estimator", self.estimator, get_args(Estimator))
-        for name in ("num_epochs", "num_minibatches", "micro_batch_size", "logits_memory"):
+        counts = ("num_epochs", "num_minibatches", "micro_batch_size", "logits_memory")
+        for name in (*counts, "max_skipped_updates"):
             at_least(f"ppo.{name}", getattr(self, name), 1)
         for name in ("gamma", "gae_lambda"):
             unit_share(f"ppo.{name}", getattr(self, name))

@@ -46,6 +46,11 @@ def check_run(
     """
     find_methods(trainer.callbacks)  # type: ignore[attr-defined]
     check_batches(module, data, trainer.world_size)
+    if trainer.precision in ("16-mixed", "16-true"):
+        raise ValueError(
+            f"trainer.precision={trainer.precision} needs a loss scale, which overflows that are "
+            "skipped here would leave too high; use bf16-mixed, bf16-true or 32-true"
+        )
     config = load_config(policy)
     if policy.critic_model is not None:
         read("model.policy.critic_model", policy.critic_model, AutoConfig.from_pretrained)

@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 from tre_lightning.callbacks.checkpoint import (
     IterationCheckpoint,
     find_checkpoint,
-    folder,
+    has_run,
     saved_run,
 )
 from tre_lightning.callbacks.progress import RunProgress
@@ -38,7 +38,7 @@ from tre_lightning.checks import check_run
 from tre_lightning.data.demonstrations import Demonstrations
 from tre_lightning.data.preferences import PreferencePairs
 from tre_lightning.data.prompts import PromptDataModule
-from tre_lightning.errors import one_line, one_line_errors
+from tre_lightning.errors import RunError, disk_full, one_line, one_line_errors
 from tre_lightning.layers import read_config, with_layers
 from tre_lightning.memory import keep_freed_memory
 from tre_lightning.policy import PolicyArgs
@@ -59,7 +59,8 @@ def main(args: Sequence[str] | None = None) -> LightningCLI:
 
     Raises:
         SystemExit: with one line on stderr and code 2 for a configuration that cannot work, code 1
-            where the reward server ended the run.
+            where the reward server, updates that are not finite, an infinite score or a full disk
+            ended the run.
     """
     keep_freed_memory()
     _be_quiet()
@@ -324,7 +325,7 @@ class PPOCLI(_CLI):
             self.resumed_run = saved_run(path)
             self.resumed_iteration = int(self.resumed_run["iteration"])
             self.options.ckpt_path = str(path)
-        elif self.subcommand == "fit" and (folder(self.run_dir) / "last.ckpt").exists():
+        elif self.subcommand == "fit" and has_run(self.run_dir):
             raise ValueError(
                 f"trainer.default_root_dir={self.run_dir} already holds a run; continue it with "
                 "--ckpt_path last, or give another directory, or delete this one"
@@ -399,15 +400,20 @@ class PPOCLI(_CLI):
             summary.print_table(self.trainer, self.warm_start_seconds)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run; a reward server that fails is one line and exit code 1, as it is no bug."""
+        """Run; what ends a run though it is no bug is one line and exit code 1."""
         try:
             super()._run_subcommand(subcommand)
-        except RewardServerError as error:
-            if os.environ.get("TRE_DEBUG"):
+        except (RewardServerError, RunError, OSError) as error:
+            full = disk_full(error)
+            if os.environ.get("TRE_DEBUG") or (isinstance(error, OSError) and not full):
                 raise
-            saved = subcommand == "fit" and (folder(self.run_dir) / "last.ckpt").exists()
+            if isinstance(error, RunError) and error.of_all_ranks and self.trainer.global_rank > 0:
+                # The first one says it; a code other than 0 would have Lightning kill that one.
+                raise SystemExit(0) from error
+            fix = "; make room on the disk" if full else ""
+            saved = subcommand == "fit" and has_run(self.run_dir)
             hint = f"; go on with --ckpt_path last (saved in {self.run_dir})" if saved else ""
-            print(f"error: {one_line(str(error))}{hint}", file=sys.stderr)
+            print(f"error: {one_line(str(error))}{fix}{hint}", file=sys.stderr)
             raise SystemExit(1) from error
 
     before_validate = before_test = before_predict = prepare

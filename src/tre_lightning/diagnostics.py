@@ -1,5 +1,6 @@
 """What a run logs, as collections of torchmetrics; docs/metrics.md defines every tag."""
 
+import math
 from collections.abc import Hashable, Sequence
 
 import torch
@@ -117,7 +118,9 @@ class UpdateMetrics(_Collection):
             }
         )
         self.losses = nn.ModuleDict()
+        self.parts: dict[str, Tensor] = {}  # this rank's parts of the losses of the present update
         self.steps = 0
+        self.skipped = 0  # all ranks skip alike
 
     def update_targets(self, batch: TrainingBatch) -> None:
         """Count the critic's predictions of the whole (global) rollout, if there is a critic."""
@@ -148,18 +151,26 @@ class UpdateMetrics(_Collection):
 
     def add_loss(self, name: str, part: Tensor) -> None:
         """Add a part of a loss, already divided by the minibatch's global token count."""
-        if name not in self.losses:
-            self.losses[name] = SumMetric().to(part.device)
-        loss = self.losses[name]
-        assert isinstance(loss, SumMetric)
-        loss.update(part.detach())
+        self.parts[name] = self.parts.get(name, 0.0) + part.detach()
 
     def end_step(self, policy_norm: Tensor, critic_norm: Tensor | None = None) -> None:
         """Count one optimiser step and its gradient norms before clipping."""
         self["policy/grad_norm"].update(policy_norm)
         if critic_norm is not None:
             self["value/grad_norm"].update(critic_norm)
+        for name, part in self.parts.items():
+            if name not in self.losses:
+                self.losses[name] = SumMetric().to(part.device)
+            loss = self.losses[name]
+            assert isinstance(loss, SumMetric)
+            loss.update(part)
+        self.parts = {}
         self.steps += 1
+
+    def skip_step(self) -> None:
+        """Count an update that was skipped; its losses and gradient norms do not count."""
+        self.parts = {}
+        self.skipped += 1
 
     def flush(self) -> dict[str, Tensor]:
         """Values over all ranks, then empty."""
@@ -168,9 +179,11 @@ class UpdateMetrics(_Collection):
             assert isinstance(loss, SumMetric)
             # A tag once logged goes on: Lightning would repeat its last value.
             counted = loss.update_called  # not where the coefficient is 0 by now
-            values[f"loss/{name}"] = loss.compute() / self.steps if counted else torch.zeros(())
+            none = torch.tensor(0.0 if self.steps else math.nan)
+            values[f"loss/{name}"] = loss.compute() / self.steps if counted else none
             loss.reset()
-        self.steps = 0
+        values["policy/skipped_updates"] = torch.tensor(float(self.skipped))
+        self.steps = self.skipped = 0
         return values
 
 

@@ -1,5 +1,6 @@
-"""A mistake in the configuration is one line on stderr and exit code 2."""
+"""One line on stderr: exit code 2 for a mistake in the configuration, 1 for what ends a run."""
 
+import errno
 import os
 import re
 import sys
@@ -9,6 +10,8 @@ from typing import TypeVar
 
 Loaded = TypeVar("Loaded")
 
+# No room for a file: of the disk, of the user's quota, or of the process's limit.
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _LONGEST_MESSAGE = 500  # characters
 # Lines with which jsonargparse describes the other types that a value could have had.
 _NOISE = (
@@ -28,6 +31,25 @@ _NOISE = (
     "Expected a path but",
     "Expected a dot import path",
 )
+
+
+class RunError(RuntimeError):
+    """Ends a run that has no bug, by what its message says; ``of_all_ranks``: on each alike."""
+
+    of_all_ranks = False
+
+
+class ScoreError(RunError):
+    """The scorer gave an infinite score."""
+
+
+class CheckpointError(RunError):
+    """A checkpoint could not be written; those before it are intact."""
+
+
+def disk_full(error: BaseException) -> bool:
+    """Whether the error is that there is no room for a file."""
+    return isinstance(error, OSError) and error.errno in _NO_ROOM
 
 
 @contextmanager

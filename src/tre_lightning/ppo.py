@@ -33,6 +33,7 @@ from tre_lightning.args import (
 from tre_lightning.diagnostics import Evaluations, RolloutMetrics, UpdateMetrics
 from tre_lightning.distributed import world
 from tre_lightning.entropy import EntropyStats
+from tre_lightning.errors import ScoreError
 from tre_lightning.experience import (
     Experience,
     TrainingBatch,
@@ -56,6 +57,7 @@ from tre_lightning.methods.hooks import (
     weighed,
 )
 from tre_lightning.metrics import MaskedMean
+from tre_lightning.nonfinite import all_finite, end_of_run, with_telling_gradient
 from tre_lightning.ops import Region
 from tre_lightning.policy import (
     ActorCritic,
@@ -117,6 +119,7 @@ class PPOModule(LightningModule):
         )
         self.seed = seed
         self.iteration = 0  # finished PPO iterations
+        self.skipped_in_a_row = 0  # updates that were not finite
         self._reference: list[PreTrainedModel] = []  # a list, so that no checkpoint holds it
         self._base: str | None = None  # hash of the frozen weights beneath adapters
         self._rollout_metrics = RolloutMetrics(self.rollout_args.num_responses)
@@ -173,6 +176,7 @@ class PPOModule(LightningModule):
             "iteration": self.iteration,
             "shapes": parameter_shapes(self.actor_critic),
             "lora": self._lora_state(),
+            "skipped_in_a_row": self.skipped_in_a_row,
         }
         if self.policy_args.lora is not None:
             for name in frozen_names(self):
@@ -194,6 +198,7 @@ class PPOModule(LightningModule):
         if not self.strict_loading and (lost := trained - checkpoint["state_dict"].keys()):
             raise ValueError(f"ckpt_path lacks {min(lost)}; give another checkpoint")
         self.iteration = state["iteration"]
+        self.skipped_in_a_row = state.get("skipped_in_a_row", 0)
 
     def _lora_state(self) -> dict[str, Any] | None:
         lora = self.policy_args.lora
@@ -290,7 +295,14 @@ class PPOModule(LightningModule):
             raise ValueError(
                 f"the scorer gave {list(scores.shape)} scores for {len(responses)} responses"
             )
-        return scores.to(self.device, torch.float32)
+        scores = scores.to(torch.float32)
+        if scores.isinf().any():
+            row = int(scores.isinf().nonzero()[0])
+            raise ScoreError(
+                f"the scorer gave {float(scores[row])} to the response {responses[row][:80]!r}; "
+                "give a finite score, or NaN for a response that cannot be scored"
+            )
+        return scores.to(self.device)
 
     @torch.no_grad()
     def _judge(
@@ -393,7 +405,10 @@ class PPOModule(LightningModule):
         return head.outputs(source, labels)
 
     def _update(self, minibatch: TrainingBatch, methods: Sequence[Method], share: float) -> None:
-        """One optimiser step on this rank's share of a global minibatch."""
+        """One optimiser step on this rank's share of a global minibatch.
+
+        A minibatch whose loss or gradient is not finite is skipped, by all ranks.
+        """
         ppo, optim = self.ppo_args, self.optim_args
         rank, ranks = world()
         count = minibatch.response_mask.sum().clamp(min=1)
@@ -406,9 +421,16 @@ class PPOModule(LightningModule):
             with self._gradient_sync(number == len(micros)):
                 loss = self._loss(micro, methods, count)
                 # Data-parallel strategies average over ranks; the token count is global already.
-                self.manual_backward(loss * ranks)
+                self.manual_backward(with_telling_gradient(loss) * ranks)
         groups = self._parameter_groups()
         norms = [nn.utils.clip_grad_norm_(params, optim.max_grad_norm) for params, _ in groups]
+        if not all_finite(norms):
+            optimizer.zero_grad()
+            self.skipped_in_a_row += 1
+            if self.skipped_in_a_row >= ppo.max_skipped_updates:
+                raise end_of_run(self._update_metrics.parts, norms, self.skipped_in_a_row)
+            return self._update_metrics.skip_step()
+        self.skipped_in_a_row = 0
         for group, (_, lr) in zip(optimizer.param_groups, groups, strict=True):
             group["lr"] = lr * share
         optimizer.step()

@@ -1,16 +1,21 @@
-"""Checkpoints by PPO iteration: the last and the best."""
+"""Checkpoints by PPO iteration: the last, the one before it and the best."""
 
 import math
+import os
+import sys
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_only
 
 from tre_lightning.args import at_least
+from tre_lightning.errors import CheckpointError
 
 FOLDER = "checkpoints"
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
 
 class IterationCheckpoint(Checkpoint):
@@ -19,6 +24,7 @@ class IterationCheckpoint(Checkpoint):
     Lightning's own ModelCheckpoint counts optimiser steps, of which an iteration has many. Only
     whole iterations are saved, so an error inside an update loses that iteration and no more; a
     checkpoint is written beside its target and then renamed, so a kill never leaves half a file.
+    The ``last.ckpt`` before it stays as ``previous.ckpt``.
 
     The last iteration of an epoch is saved when the epoch's validation begins, in the state in
     which Lightning repeats the whole validation on resume, and again after it.
@@ -40,6 +46,7 @@ class IterationCheckpoint(Checkpoint):
         self.monitor = monitor
         self.keep_all = keep_all
         self.best_score = -math.inf
+        self._wrote_last = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -105,16 +112,39 @@ class IterationCheckpoint(Checkpoint):
         return trainer.state.fn == "fit" and not trainer.sanity_checking
 
     def _save_last(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._save(trainer, "last.ckpt")
+        self._save(trainer, LAST)
         if self.keep_all:
             self._save(trainer, f"iteration={pl_module.iteration}.ckpt")
 
     def _save(self, trainer: Trainer, name: str) -> None:
         target = folder(trainer.default_root_dir) / name
         partial = target.with_suffix(".partial")
-        trainer.save_checkpoint(partial, weights_only=False)
-        if trainer.is_global_zero:
-            partial.replace(target)
+        try:
+            trainer.save_checkpoint(partial, weights_only=False)
+            if trainer.is_global_zero:
+                if name == LAST:
+                    self._keep_previous(target)
+                partial.replace(target)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise CheckpointError(
+                f"{target} could not be written ({error}); what was saved before is intact; make "
+                "room on the disk"
+            ) from error
+
+    def _keep_previous(self, last: Path) -> None:
+        """Let ``previous.ckpt`` be what ``last.ckpt`` is, unless that is damaged."""
+        good = self._wrote_last or damage(last) is None
+        self._wrote_last = True
+        if good and last.exists():
+            previous, link = last.with_name(PREVIOUS), last.with_name("previous.partial")
+            link.unlink(missing_ok=True)
+            try:
+                os.link(last, link)
+            except OSError:  # a file system without hard links: for a moment there is no last.ckpt
+                last.replace(previous)
+            else:
+                link.replace(previous)
 
 
 def folder(run_dir: str | Path) -> Path:
@@ -125,17 +155,51 @@ def folder(run_dir: str | Path) -> Path:
 def find_checkpoint(ckpt_path: str, run_dir: str | Path) -> Path:
     """The file that ``ckpt_path`` (a path, ``last`` or ``best``) means.
 
+    Instead of a damaged ``last``, with a warning, the one before it.
+
     Raises:
-        ValueError: if it does not exist.
+        ValueError: if it does not exist, or both are damaged.
     """
     named = ckpt_path in ("last", "best")
     path = folder(run_dir) / f"{ckpt_path}.ckpt" if named else Path(ckpt_path)
+    previous = folder(run_dir) / PREVIOUS
+    if ckpt_path == "last" and previous.exists() and damage(path):
+        if damage(previous):
+            raise ValueError(
+                f"ckpt_path=last: neither {path} nor {previous.name} beside it can be read; give "
+                "best or another checkpoint file, or start the run again in another directory"
+            )
+        iteration = saved_run(previous)["iteration"]
+        _warn(f"{path} is damaged or missing; going on with {previous} (iteration {iteration})")
+        return previous
     if not path.exists():
         raise ValueError(
             f"ckpt_path={ckpt_path} does not exist ({path}); give a checkpoint file, or last or "
             "best with the run's trainer.default_root_dir"
         )
     return path
+
+
+@rank_zero_only
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def has_run(run_dir: str | Path) -> bool:
+    """Whether there is a checkpoint that ``last`` could mean."""
+    return any((folder(run_dir) / name).exists() for name in (LAST, PREVIOUS))
+
+
+def damage(path: Path) -> str | None:
+    """Why a checkpoint cannot be read, as far as can be told without reading its tensors.
+
+    A file that was cut off has lost its directory, which stands at its end.
+    """
+    try:
+        saved_run(path)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def saved_run(path: Path) -> dict[str, Any]:
