@@ -365,7 +365,7 @@ def test_report_by_hand(plan_file: Callable[..., Path]) -> None:
     )
     assert "| tre | coef | 0.1 | 0.5 | 2 | 0.5625 [0.5, 0.625] |  |  |  |  |  |" in lines
     assert "| tre | +0.1875 [+0.125, +0.25] | 2 of 2 |  |  |" in lines
-    assert "| tre | coef | 0.1 | 0.5 | 1 | 0.4 | 0.75 |  |  |" in lines  # the sweep
+    assert "| tre | coef | 0.1 | 0.5 | 1 | 0.4 | 0.75 |  |  |  |  |" in lines  # the sweep
     assert not any("Unfinished" in line for line in lines)
     (Trial("tre", 0.1, 6).directory(plan) / RESULT).unlink()
     assert "**Unfinished: 3 of 4 trials.**" in report(plan, "plan.yaml")

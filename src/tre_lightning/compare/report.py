@@ -54,7 +54,7 @@ def report(plan: Plan, config: str) -> str:
     done = sum(len(found) for found in results.values())
     iterations = sorted({r["iterations"] for found in results.values() for r in found.values()})
     lines = [
-        f"# {len(plan.methods)} methods, {len(plan.seeds)} seeds",
+        f"# Methods: {len(plan.methods)}, seeds: {len(plan.seeds)}",
         "",
         f"    python -m tre_lightning.compare --config {config}",
         "",
@@ -129,7 +129,7 @@ def _paired_table(plan: Plan, results: Mapping[str, Mapping[int, Fields]]) -> li
 
 
 def _sweep_table(plan: Plan) -> list[str]:
-    tags = (plan.choose_by, "test/pass@1", "entropy/full", "entropy/tail_mass")
+    tags = (plan.choose_by, *FINAL[:-1])
     lines = [
         "## Every value",
         "",
