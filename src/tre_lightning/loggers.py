@@ -1,8 +1,52 @@
-"""TensorBoard logs that lie directly in the run directory."""
+"""TensorBoard logs that lie directly in the run directory, and how their curves are grouped."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
+
+# Charts of the custom-scalars tab by group; a chart shows the tags that match its patterns.
+LAYOUT: dict[str, dict[str, list[str]]] = {
+    "score": {
+        "score": ["rollout/score$", r"val\w*/score$"],
+        "pass@1": ["rollout/pass@1$", r"val\w*/pass@1$"],
+        "pass@k": [r"(rollout|val\w*)/(pass|majority)@(?!1$)\d+$"],
+    },
+    "entropy": {
+        "whole vocabulary and region": ["entropy/full$", "entropy/region$"],
+        "region, rescaled": ["entropy/region_scaled$"],
+    },
+    "region": {
+        "tokens": ["entropy/region_size$"],
+        "share of single tokens": ["entropy/single_token_share$"],
+    },
+    "tail": {
+        "mass outside the region": ["entropy/tail_mass$"],
+        "cumulative risk": ["entropy/cumulative_tail_risk$"],
+        "invalid responses": [r"val\w*/invalid_share$"],
+    },
+    "policy": {
+        "step": ["policy/approx_kl$", "policy/clip_fraction$"],
+        "gradient norm": ["policy/grad_norm$", "value/grad_norm$"],
+        "length": ["rollout/response_length$", r"val\w*/response_length$"],
+        "critic": ["value/explained_variance$"],
+    },
+    "methods": {
+        "losses": [r"loss/(?!total$)\w+(?<!_coef)$"],
+        "effective coefficients": [r"loss/\w+_effective_coef$"],
+    },
+}
+
+
+def add_layout(loggers: Iterable[object]) -> None:
+    """Group the curves in the custom-scalars tab of those that are TensorBoard's."""
+    layout = {
+        group: {chart: ["Multiline", patterns] for chart, patterns in charts.items()}
+        for group, charts in LAYOUT.items()
+    }
+    for logger in loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_custom_scalars(layout)
 
 
 class TensorBoard(TensorBoardLogger):

@@ -43,6 +43,7 @@ from tre_lightning.experience import (
 )
 from tre_lightning.head import Head, HeadInput
 from tre_lightning.horizon import total_batches
+from tre_lightning.loggers import add_layout
 from tre_lightning.lora import fingerprint, frozen_names, without_adapters
 from tre_lightning.losses import masked_sum, policy_loss, value_loss
 from tre_lightning.methods.hooks import (
@@ -203,6 +204,10 @@ class PPOModule(LightningModule):
     def _lora_state(self) -> dict[str, Any] | None:
         lora = self.policy_args.lora
         return None if lora is None else {"alpha": lora.alpha, "base": self._base}
+
+    def on_train_start(self) -> None:
+        """Group the curves."""
+        add_layout(self.loggers)
 
     # ----- one iteration
 
