@@ -159,6 +159,8 @@ def test_validate_test_and_predict_from_a_checkpoint(plain: Path, tmp_path: Path
     for tag, values in by_prompt.items():
         assert float(scores[tag]) == pytest.approx(sum(values) / 5), tag
         assert errors[f"{tag}_se"] == pytest.approx(statistics.stdev(values) / 5**0.5), tag
+    unused = ["<unused" in response for record in records for response in record["responses"]]
+    assert any(unused) and float(scores["test/invalid_share"]) == sum(unused) / len(unused)
     assert errors.keys() == {f"{tag}_se" for tag in by_prompt} | {"test/response_length_se"}
     assert runs.scalars(run_dir) == curves  # the curves of the training are as they were
 

@@ -69,6 +69,7 @@ from tre_lightning.policy import (
     parameter_shapes,
     refuse_other_model,
     sequence_inputs,
+    unused_tokens,
 )
 from tre_lightning.rollout import PromptBatch, Rollout, generate
 from tre_lightning.seeding import uniforms
@@ -285,9 +286,11 @@ class PPOModule(LightningModule):
         return list(self.tokenizer.batch_decode(ids, skip_special_tokens=True))
 
     def _invalid(self, rollout: Rollout) -> Tensor:
-        """Whether a response has a token that the tokenizer has no text for, ``[B]`` bool."""
-        unknown = rollout.response_ids >= len(self.tokenizer)
-        return (unknown & rollout.response_mask).any(1)
+        """Whether a response has a token that stands for no text, ``[B]`` bool."""
+        ids = rollout.response_ids
+        unused = torch.tensor(unused_tokens(self.tokenizer), device=ids.device)
+        invalid = (ids >= len(self.tokenizer)) | torch.isin(ids, unused)
+        return (invalid & rollout.response_mask).any(1)
 
     @property
     def _task(self) -> Task:
