@@ -160,7 +160,8 @@ def test_validate_test_and_predict_from_a_checkpoint(plain: Path, tmp_path: Path
         assert float(scores[tag]) == pytest.approx(sum(values) / 5), tag
         assert errors[f"{tag}_se"] == pytest.approx(statistics.stdev(values) / 5**0.5), tag
     unused = ["<unused" in response for record in records for response in record["responses"]]
-    assert any(unused) and float(scores["test/invalid_share"]) == sum(unused) / len(unused)
+    share = sum(unused) / len(unused)
+    assert 0.0 < share < 1.0 and float(scores["test/invalid_share"]) == pytest.approx(share)
     assert errors.keys() == {f"{tag}_se" for tag in by_prompt} | {"test/response_length_se"}
     assert runs.scalars(run_dir) == curves  # the curves of the training are as they were
 
