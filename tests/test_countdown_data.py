@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from tre_lightning.data import CountdownDataModule, Prompt, PuzzleSpec
 from tre_lightning.data.sources import read_rows
+from tre_lightning.tokenizer import word_tokenizer
 
 
 def rows(*targets: int) -> list[dict[str, Any]]:
@@ -150,3 +152,35 @@ def test_refused(
     with pytest.raises(ValueError, match=message) as error:
         data.train_prompt(0)
     assert "\n" not in str(error.value)
+
+
+def test_long_prompts_of_files_are_dropped_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A prompt is its numbers, a sign, the target and a colon: here 5 or 6 words."""
+    long = [{"nums": [1, 2, target, 4], "target": target} for target in (11, 12, 13)]
+    eval_file = write(tmp_path / "b.jsonl", [*rows(9), long[2]])
+    words = ["=", ":", *map(str, range(101))]
+    tokenizer = word_tokenizer(words, AutoConfig.for_model("llama", vocab_size=128))
+
+    def data(*held_out: dict[str, Any]) -> CountdownDataModule:
+        return CountdownDataModule(
+            train_file=write(tmp_path / "a.jsonl", [*rows(1, 2), long[0], *held_out]),
+            eval_file=eval_file,
+            train_size=3,
+            test_size=1,
+            val_size=1,
+            instruct=False,
+            long_prompts="drop",
+            max_prompt_length=6,
+        )
+
+    with pytest.raises(ValueError, match=r"too short for all 1 prompts of data.train_file \(val\)"):
+        data(*rows(5), long[1]).check(tokenizer)
+    caplog.clear()
+    kept = data(*rows(5, 6))
+    kept.check(tokenizer)
+    assert "left out 1 of 3 prompts of data.train_file longer than" in caplog.text
+    assert "left out 1 of 2 prompts of data.eval_file longer than" in caplog.text
+    assert sorted(trained(kept, 2)) == [1, 2]
+    assert targets(kept.heldout_prompts("val")["val_file"]) == [9]

@@ -112,16 +112,33 @@ class CountdownDataModule(PromptDataModule):
 
     def train_prompt(self, index: int) -> Prompt:
         """Puzzle number ``index`` of the training stream; a file is shuffled anew every pass."""
-        return self._prompt(self._train_puzzle(index))
+        prompts = self._from_files["train"]
+        if not prompts:
+            return self._prompt(self._generated("train", index))
+        passes, place = divmod(index, len(prompts))
+        if self._order[0] != passes:
+            order = permutation(len(prompts), "train_file", self.seed, passes)
+            self._order = (passes, order.tolist())
+        return prompts[self._order[1][place]]
 
     def heldout_prompts(self, stage: str) -> dict[str, list[Prompt]]:
         """The puzzles held out as ``val`` or ``test``, those of ``eval_file`` as ``..._file``."""
         files = self._from_files
-        puzzles = self._distinct(stage) if self.train_size is None else files[stage]
-        sets = {stage: [self._prompt(puzzle) for puzzle in puzzles]}
+        generated = self._distinct(stage) if self.train_size is None else []
+        sets = {stage: [self._prompt(puzzle) for puzzle in generated] or files[stage]}
         if files["eval_file"]:
-            sets[f"{stage}_file"] = [self._prompt(puzzle) for puzzle in files["eval_file"]]
+            sets[f"{stage}_file"] = files["eval_file"]
         return sets
+
+    def file_prompts(self) -> dict[str, list[Prompt]]:
+        """The prompts of the files; none where all puzzles are generated."""
+        names = {
+            "train": "train_file",
+            "test": "train_file (test)",
+            "val": "train_file (val)",
+            "eval_file": "eval_file",
+        }
+        return {names[name]: prompts for name, prompts in self._from_files.items() if prompts}
 
     def score(self, responses: Sequence[str], prompts: PromptBatch) -> Tensor:
         """1 for a correct response, else 0."""
@@ -168,16 +185,6 @@ class CountdownDataModule(PromptDataModule):
         symbols = [*self.puzzles.operations, "=", ",", ":"]
         return [*symbols, *(tags if self.format != "steps" else []), *map(str, range(largest + 1))]
 
-    def _train_puzzle(self, index: int) -> Puzzle:
-        puzzles = self._from_files["train"]
-        if not puzzles:
-            return self._generated("train", index)
-        passes, place = divmod(index, len(puzzles))
-        if self._order[0] != passes:
-            order = permutation(len(puzzles), "train_file", self.seed, passes)
-            self._order = (passes, order.tolist())
-        return puzzles[self._order[1][place]]
-
     def _generated(self, split: str, index: int) -> Puzzle:
         """Generated puzzle number ``index``, none that is held out."""
         for seed in range(self.seed, self.seed + 100):
@@ -213,7 +220,12 @@ class CountdownDataModule(PromptDataModule):
     # ----- puzzles of files
 
     @cached_property
-    def _from_files(self) -> dict[str, list[Puzzle]]:
+    def _from_files(self) -> dict[str, list[Prompt]]:
+        """The prompts of :attr:`_puzzles`; too long ones may leave these lists."""
+        return {name: [*map(self._prompt, puzzles)] for name, puzzles in self._puzzles.items()}
+
+    @cached_property
+    def _puzzles(self) -> dict[str, list[Puzzle]]:
         """Puzzles of ``eval_file``, and of ``train_file`` as train, val and test; maybe empty."""
         evaluated, known = self._load("eval_file"), self._load("train_file")
         train, test, val = known, [], []
@@ -239,7 +251,7 @@ class CountdownDataModule(PromptDataModule):
     @cached_property
     def _held_out(self) -> set[tuple[tuple[int, ...], int]]:
         """What no generated puzzle may be."""
-        files = self._from_files
+        files = self._puzzles
         return {canonical(p) for name in ("eval_file", "test", "val") for p in files[name]}
 
     def _load(self, name: str) -> list[Puzzle]:
