@@ -12,9 +12,10 @@ class EntropyAdvantage(Method):
     """Add min(alpha * H, |A| / kappa) to each advantage A, H the token's entropy, a constant.
 
     Source: "Reasoning with Exploration: An Entropy Perspective", Cheng et al. 2025, arXiv
-    2506.14758. Paper: kappa 2; alpha 0.1 for PPO and 0.4 for GRPO. With kappa > 1 the bonus turns
-    no advantage's sign. H is over the whole vocabulary and has no gradient: unlike an entropy bonus
-    in the loss it does not push the policy to be uncertain.
+    2506.14758. Said to be the paper's, not checked against it: kappa 2; alpha 0.1 for PPO and 0.4
+    for GRPO. With kappa > 1 the bonus turns no advantage's sign. H is over the whole vocabulary and
+    has no gradient: unlike an entropy bonus in the loss it does not push the policy to be
+    uncertain.
 
     It is added after whitening and not whitened again, so that the mean advantage becomes positive;
     the returns of the critic stay as they were. That the paper does so, too, is our reading: no
@@ -42,7 +43,7 @@ class EntropyAdvantage(Method):
         if not kappa > 1.0:
             raise ValueError(
                 f"{name}: kappa={kappa} must be above 1, or the bonus could turn an advantage's "
-                "sign; 2 is the paper's"
+                "sign; 2 is usual"
             )
         self.alpha = alpha
         self.kappa = kappa
