@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,13 @@ def test_methods_page_has_every_method_with_its_defaults() -> None:
         assert cells, name
         for option, value in cells:
             assert options[option].default == float(value), (name, option)
+
+
+def test_configuration_page_is_what_the_parser_says() -> None:
+    script = runpy.run_path(str(ROOT / "docs" / "configuration.py"))
+    written = script["PAGE"].read_text()
+    assert script["page"]() == written, "run python docs/configuration.py"
+    assert "| `model.ppo.num_minibatches` | int | `4` | optimiser steps a pass. |" in written
 
 
 def blocks() -> list[str]:

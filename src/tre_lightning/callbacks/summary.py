@@ -21,7 +21,11 @@ class RunSummary(Callback):
     """Remembers the scores before and after; prints them and exports the policy at the end."""
 
     def __init__(self, export: bool = True) -> None:
-        """``export`` writes the policy into ``model`` in the run directory, for transformers."""
+        """Keep the options.
+
+        Args:
+            export: write the policy into ``model`` in the run directory, for transformers.
+        """
         self.export = export
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
