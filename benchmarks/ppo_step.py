@@ -52,10 +52,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -209,11 +210,22 @@ class Clock:
 
 
 def run_ours(
-    kind: str, setting: Setting, model: str, device: str, iterations: int, detailed: bool
+    kind: str,
+    setting: Setting,
+    model: str,
+    device: str,
+    iterations: int,
+    detailed: bool,
+    *,
+    policy: Mapping[str, Any] = MappingProxyType({}),
+    ppo: Mapping[str, Any] = MappingProxyType({}),
+    about_to_start: Callable[[], None] = lambda: None,
 ) -> Fields:
     """Our module in Lightning's trainer.
 
-    ``detailed`` times all the parts, which costs a little; without it, only sampling.
+    ``detailed`` times all the parts, which costs a little; without it, only sampling. ``policy``
+    and ``ppo`` are options that replace those of the kind; ``about_to_start`` is called before the
+    model is read.
     """
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.utilities import disable_possible_user_warnings
@@ -227,6 +239,7 @@ def run_ours(
 
     keep_freed_memory()
     disable_possible_user_warnings()
+    about_to_start()
     clock = Clock(device)
 
     class Words(PromptDataModule):
@@ -249,13 +262,18 @@ def run_ours(
                 trainer.strategy.optimizer_step = clock.timed("optimiser", step)  # type: ignore[method-assign]
 
     module = PPOModule(
-        policy=PolicyArgs(model=model, critic="separate" if kind == PPO else "none"),
+        policy=PolicyArgs(
+            **{"model": model, "critic": "separate" if kind == PPO else "none", **policy}
+        ),
         rollout=RolloutArgs(num_responses=RESPONSES, max_new_tokens=setting.new_tokens),
         ppo=PPOArgs(
-            estimator="gae" if kind == PPO else "grpo",
-            num_minibatches=UPDATES,
-            micro_batch_size=setting.rows // UPDATES,
-            kl_coef=KL_COEF if kind == PPO else 0.0,
+            **{
+                "estimator": "gae" if kind == PPO else "grpo",
+                "num_minibatches": UPDATES,
+                "micro_batch_size": setting.rows // UPDATES,
+                "kl_coef": KL_COEF if kind == PPO else 0.0,
+                **ppo,
+            }
         ),
         optim=OptimArgs(lr=LR, critic_lr=LR),
     )
