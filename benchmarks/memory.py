@@ -17,6 +17,7 @@ is small, and any communication between devices.
 """
 
 import argparse
+import importlib
 import json
 import os
 import resource
@@ -189,7 +190,8 @@ def sampling_bytes(run: Run) -> dict[str, float]:
 def peak_bytes(run: Run) -> dict[str, float]:
     """Peak of one device and its parts.
 
-    States are held throughout. On top of them comes the larger of sampling and update. With
+    States are held throughout: gradients are there during sampling too, and beside the activations
+    from the second micro-batch of a step on. On top comes the larger of sampling and update. With
     sharded weights one layer's gathered weights are added, in the type of the products, three times
     (forward, prefetched, gradient).
     """
@@ -292,8 +294,8 @@ def device_seconds(run: Run, responses: int, prompts: int, device: Device) -> di
 
 SIZES = {
     "10m": Setting(4, 16, 48, 8192, 256, 6, 4, 4),
-    "40m": Setting(2, 16, 48, 8192, 512, 10, 8, 4),
-    "100m": Setting(2, 16, 48, 16384, 768, 10, 12, 4),
+    "40m": Setting(4, 16, 48, 8192, 512, 10, 8, 4),
+    "100m": Setting(4, 16, 48, 16384, 768, 10, 12, 4),
 }
 CASES: tuple[tuple[str, Fields], ...] = (
     ("10m", {"critic": "none"}),
@@ -306,11 +308,11 @@ CASES: tuple[tuple[str, Fields], ...] = (
     ("100m", {"critic": "none"}),
     ("100m", {"critic": "separate"}),
 )
-MINIBATCHES = 2
+MINIBATCHES, MICRO_BATCHES = 2, 2  # an iteration, and each of these
 
 
 def run_of(size: str, **fields: Any) -> Run:
-    """The measured run: half of the responses in a micro-batch, all sampled at once."""
+    """The measured run: all responses are sampled at once."""
     setting = SIZES[size]
     model = Model(
         setting.layers,
@@ -324,7 +326,7 @@ def run_of(size: str, **fields: Any) -> Run:
     return Run(
         model,
         setting.rows,
-        setting.rows // MINIBATCHES,
+        setting.rows // MINIBATCHES // MICRO_BATCHES,
         setting.prompt_tokens,
         setting.new_tokens,
         **fields,
@@ -355,6 +357,8 @@ def do_job(job: Fields) -> None:
         before[0] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     rank = how.get("lora_rank", 0)
+    if rank:
+        importlib.import_module("peft")  # not what is measured
     found = run_ours(
         GRPO,
         SIZES[job["size"]],
@@ -370,7 +374,7 @@ def do_job(job: Fields) -> None:
         ppo={
             "estimator": "grpo" if how["critic"] == "none" else "gae",
             "num_minibatches": MINIBATCHES,
-            "micro_batch_size": SIZES[job["size"]].rows // MINIBATCHES,
+            "micro_batch_size": run_of(job["size"]).micro_rows,
         },
         about_to_start=about_to_start,
     )
@@ -432,8 +436,10 @@ def compared(cases: Sequence[tuple[str, Fields]]) -> Iterator[tuple[Fields, Fiel
         time: Fields = dict(case)
         for name in flops:
             time[f"{name}, GFLOP"] = round(flops[name] / 1e9)
-            time["CPU s" + " " * list(flops).index(name)] = seconds[name]
-            time["GFLOP/s" + " " * list(flops).index(name)] = flops[name] / 1e9 / seconds[name]
+            time[f"{name}, CPU s"] = seconds[name]
+            time[f"{name}, GFLOP/s"] = flops[name] / 1e9 / seconds[name]
+            time[f"{name}, predicted share"] = flops[name] / sum(flops.values())
+            time[f"{name}, share"] = seconds[name] / sum(seconds.values())
         yield memory, time
 
 
