@@ -3,7 +3,7 @@
     pip install trl accelerate                                                    # GRPOTrainer
     pip install --target runs/trl_ppo --no-deps trl==1.12.0                       # PPOTrainer
     python benchmarks/ppo_step.py --trl_ppo runs/trl_ppo --out runs/ppo_step      # about 5 minutes
-    python benchmarks/ppo_step.py --device cuda --size 100m --out runs/ppo_step   # not yet run
+    python benchmarks/ppo_step.py --device cuda --size 100m --out runs/ppo_step   # never run so far
 
 trl is no dependency of this package; without it its rows are left out, with a line that says so.
 Releases after 1.12.0 have no PPOTrainer any more, hence the second installation.
@@ -11,7 +11,8 @@ Releases after 1.12.0 have no PPOTrainer any more, hence the second installation
 Prints tables; writes ``ppo_step.json``. Every contestant runs in a fresh process, one at a time;
 they take turns within a repetition. Of each process the first iteration is not counted. The time of
 an iteration is that from the end of one to the end of the next: batches, tokenisation, sampling,
-scoring, update and the trainer's own work. The tables show medians over iterations and repetitions.
+scoring, update and the trainer's own work. The tables show medians over iterations and repetitions; *CPU s* are processor
+seconds, which on one thread mean something on a busy machine too.
 
 The same for all: the model (a Qwen3 from scratch, the same weights, read from a directory), the
 prompts (all equally long, so that nobody pads), 8 responses a prompt, the number of new tokens, 4
@@ -20,6 +21,8 @@ updates of a quarter of the responses each, in one forward and backward pass, on
 precision, PyTorch's threads. No response ends early: the end-of-sequence and padding tokens of the
 tokenizer lie outside of the model's vocabulary, so that no sampler ever draws them and none needs
 a logits processor to hold them back. No checkpoints, no logger, no validation.
+
+PPOTrainer does not clip gradients, and takes old log-probabilities from the logits of sampling.
 
 Set for trl, where its defaults are slower or do something else:
 
