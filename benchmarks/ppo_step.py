@@ -11,8 +11,8 @@ Releases after 1.12.0 have no PPOTrainer any more, hence the second installation
 Prints tables; writes ``ppo_step.json``. Every contestant runs in a fresh process, one at a time;
 they take turns within a repetition. Of each process the first iteration is not counted. The time of
 an iteration is that from the end of one to the end of the next: batches, tokenisation, sampling,
-scoring, update and the trainer's own work. The tables show medians over iterations and repetitions; *CPU s* are processor
-seconds, which on one thread mean something on a busy machine too.
+scoring, update and the trainer's own work. The tables show medians over iterations and repetitions;
+*CPU s* are processor seconds, which on one thread mean something on a busy machine too.
 
 The same for all: the model (a Qwen3 from scratch, the same weights, read from a directory), the
 prompts (all equally long, so that nobody pads), 8 responses a prompt, the number of new tokens, 4
