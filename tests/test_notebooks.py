@@ -60,7 +60,7 @@ def test_a_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     client = NotebookClient(
         notebook,
         km=own_kernel(tmp_path / "kernels"),
-        timeout=300,
+        timeout=600,
         resources={"metadata": {"path": str(where)}},
     )
     client.execute()
