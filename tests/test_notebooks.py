@@ -8,8 +8,6 @@ from typing import Any
 import nbformat
 import pytest
 from ipykernel.kernelspec import write_kernel_spec
-from jupyter_client import AsyncKernelManager
-from jupyter_client.kernelspec import KernelSpecManager
 from nbclient import NotebookClient
 
 import tre_lightning
@@ -36,13 +34,6 @@ def code_cells(notebook: Any) -> list[Any]:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def own_kernel(directory: Path) -> AsyncKernelManager:
-    """A kernel of this very interpreter, whatever kernels the machine has."""
-    write_kernel_spec(directory / "own")
-    specs = KernelSpecManager(kernel_dirs=[str(directory)], ensure_native_kernel=False)
-    return AsyncKernelManager(kernel_name="own", kernel_spec_manager=specs)
-
-
 def test_the_readme_links_each_notebook() -> None:
     linked = re.findall(r"\(notebooks/(\w+)\.ipynb\)", (ROOT / "README.md").read_text())
     assert len(linked) == 4 and set(linked) == set(NOTEBOOKS)
@@ -52,6 +43,9 @@ def test_the_readme_links_each_notebook() -> None:
 def test_a_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("TMPDIR", str(tmp_path))  # where the notebooks make their directories
+    # A kernel of this very interpreter, whatever kernels the machine has.
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    write_kernel_spec(str(tmp_path / "kernels" / "own"))
     notebook = read(name)
     committed = [bool(cell.outputs) for cell in code_cells(notebook)]
     notebook.cells.insert(0, nbformat.v4.new_code_cell(FIRST))
@@ -59,7 +53,7 @@ def test_a_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     where.mkdir()
     client = NotebookClient(
         notebook,
-        km=own_kernel(tmp_path / "kernels"),
+        kernel_name="own",
         timeout=600,
         resources={"metadata": {"path": str(where)}},
     )
