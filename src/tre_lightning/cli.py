@@ -90,18 +90,29 @@ def run() -> None:
 
 
 class RunConfig(SaveConfigCallback):
-    """Writes the configuration of ``fit`` into the run directory, ready to be used again."""
+    """Writes the configuration of ``fit`` into the run directory, ready to be used again.
+
+    Lightning's would follow the logger, which may lie elsewhere or nowhere.
+    """
 
     def __init__(
         self, parser: LightningArgumentParser, config: Namespace, given: Namespace
     ) -> None:
         """``given`` is the configuration before any path was filled in."""
-        super().__init__(parser, given, overwrite=True)
+        super().__init__(parser, given, overwrite=True, save_to_log_dir=False)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Only ``fit`` owns the run directory."""
         if stage == "fit":
             super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the file; on the first rank."""
+        path = Path(trainer.default_root_dir) / self.config_filename
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.parser.save(
+            self.config, str(path), skip_none=False, overwrite=True, multifile=self.multifile
+        )
 
 
 def _be_quiet() -> None:
@@ -227,13 +238,20 @@ class _CLI(LightningCLI):
         Other commands than fit log into a folder of their own: their scores are no point of the
         run's curves.
         """
-        if self.options.trainer.logger in (None, True):
-            fits = self.subcommand == "fit"
-            save_dir = self.run_dir if fits else str(Path(self.run_dir) / str(self.subcommand))
-            first_step = self.resumed_iteration if fits else None
-            logger = {"save_dir": save_dir, "purge_step": first_step or 0}
-            spec = {"class_path": "tre_lightning.loggers.TensorBoard", "init_args": logger}
-            self.options.trainer.logger = Namespace(spec)  # type: ignore[no-untyped-call]
+        trainer, fits = self.options.trainer, self.subcommand == "fit"
+        if trainer.logger in (None, True):
+            spec = {"class_path": "tre_lightning.loggers.TensorBoard", "init_args": {}}
+            trainer.logger = Namespace(spec)  # type: ignore[no-untyped-call]
+            trainer.logger.init_args = Namespace({"save_dir": self.run_dir, "purge_step": 0})  # type: ignore[no-untyped-call]
+        loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
+        for logger in loggers:
+            options = logger.get("init_args") if isinstance(logger, Namespace) else None
+            if options is None or options.get("save_dir") != self.run_dir:
+                continue
+            if not fits:
+                options.save_dir = str(Path(self.run_dir) / str(self.subcommand))
+            elif options.get("purge_step") in (None, 0) and "purge_step" in options:
+                options.purge_step = self.resumed_iteration or 0
 
     def instantiate_classes(self) -> None:
         """Build module, data and trainer; their checks run here, before any work."""
