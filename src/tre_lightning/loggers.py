@@ -1,11 +1,14 @@
 """Logs that lie directly in the run directory, and how TensorBoard groups their curves."""
 
 import csv
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from tre_lightning.distributed import world
 
 # Charts of the custom-scalars tab by group; a chart shows the tags that match its patterns.
 LAYOUT: dict[str, dict[str, list[str]]] = {
@@ -93,10 +96,13 @@ class CSV(CSVLogger):
     @property
     def experiment(self) -> Any:
         """The writer; the rows that are kept go through it first."""
-        writer = super().experiment
         kept, self._kept = self._kept, []
-        if kept:
-            Path(writer.metrics_file_path).unlink()
+        with warnings.catch_warnings():  # that it deletes the earlier file
+            warnings.simplefilter("ignore")
+            writer = super().experiment
+        if kept and world()[0] == 0:
+            Path(writer.metrics_file_path).unlink(missing_ok=True)
             for row in kept:
                 writer.log_metrics({k: v for k, v in row.items() if v}, int(row["step"]))
+            writer.save()
         return writer
