@@ -547,6 +547,74 @@ def test_all_ranks_skip_what_one_of_them_sees(
     assert runs.distance(left, right) == 0.0
 
 
+class InfiniteOnLastRank(InfiniteScore):
+    """The infinite score on the last rank alone; ``bug``: an error of another kind instead."""
+
+    bug = False
+
+    def score(self, responses: Sequence[str], prompts: PromptBatch) -> Tensor:
+        rank, ranks = world()
+        kind = InfiniteScore if rank == ranks - 1 else runs.PlusCountdown
+        scores = kind.score(self, responses, prompts)
+        if self.bug and scores.isinf().any():
+            raise KeyError("no such answer")
+        return scores
+
+
+class BugOnLastRank(InfiniteOnLastRank):
+    bug = True
+
+
+@distributed
+@pytest.mark.parametrize(
+    ("kind", "said", "codes"),
+    [
+        ("InfiniteOnLastRank", "error: the scorer gave -inf to the response '", [1, 0]),
+        ("BugOnLastRank", "error: process 1 of 2 failed: KeyError: 'no such answer'", [1, 1]),
+    ],
+)
+def test_a_scorer_that_fails_on_one_rank_ends_all(
+    kind: str,
+    said: str,
+    codes: list[int],
+    whole: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    run_dir = tmp_path / "run"
+    changes = {**poisoned(), "data.class_path": f"test_faults.{kind}"}
+    assert ranks(run_dir, changes, lambda rank: None) == codes
+    printed = capfd.readouterr().err
+    lines = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and lines[0].startswith(said), printed
+    assert "--ckpt_path last" in lines[0]
+    assert ("Traceback" in printed) == (codes[1] == 1)  # of the bug itself
+    assert runs.saved_iteration(run_dir) == 1
+
+
+@distributed
+def test_a_full_disk_of_the_first_rank_ends_all(
+    whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def prepare(rank: int) -> None:
+        original, saves = torch.save, 0
+
+        def full(*args: Any, **options: Any) -> None:
+            nonlocal saves
+            saves += 1
+            if saves == 2:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            original(*args, **options)
+
+        torch.save = full  # the first rank alone writes
+
+    assert ranks(tmp_path / "run", poisoned(), prepare) == [1, 0]
+    printed = capfd.readouterr().err
+    lines = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "could not be written" in lines[0], printed
+    assert "No space left" in lines[0] and "Traceback" not in printed
+
+
 @distributed
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_dies_ends_the_others(victim: int, whole: Path, tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ say what is trained.
 import logging
 import math
 import os
+import shlex
+import signal
 import sys
 import time
 import warnings
@@ -33,6 +35,7 @@ from tre_lightning.callbacks.checkpoint import (
     saved_run,
 )
 from tre_lightning.callbacks.progress import RunProgress
+from tre_lightning.callbacks.stop import LAUNCHER, GracefulStop
 from tre_lightning.callbacks.summary import PredictionWriter, RunSummary
 from tre_lightning.checks import check_run
 from tre_lightning.data.demonstrations import Demonstrations
@@ -60,44 +63,56 @@ def main(args: Sequence[str] | None = None) -> LightningCLI:
     Raises:
         SystemExit: with one line on stderr and code 2 for a configuration that cannot work, code 1
             where the reward server, updates that are not finite, an infinite score or a full disk
-            ended the run.
+            ended the run, 130 for Ctrl-C, 143 for SIGTERM.
     """
     keep_freed_memory()
     _be_quiet()
+    given = sys.argv[1:] if args is None else list(args)
     with one_line_errors():
-        words = with_layers(sys.argv[1:] if args is None else args)
+        words = with_layers(given)
     if words[:1] == ["sft"]:
         return SFTCLI(words[1:], SFTModule, Demonstrations)
     if words[:1] == ["reward"]:
         return RewardCLI(words[1:], RewardModelModule, PreferencePairs)
     if words[:1] == ["fit"] and _data_class(words[1:]) == PreferencePairs.__name__:
         return RewardCLI(words, RewardModelModule, PreferencePairs)
-    return PPOCLI(words, PPOModule, PromptDataModule)
+    return PPOCLI(words, PPOModule, PromptDataModule, command_to_resume(given))
 
 
 def run() -> None:
-    """Console entry point; exits with 143 where SIGTERM stopped the run."""
+    """Console entry point; it has the exit codes of :func:`main`, Ctrl-C before a run included."""
     try:
-        stopped = main().trainer.received_sigterm
-    except SIGTERMException:
-        stopped = True
-    if stopped:
-        sys.exit(143)
+        if main().trainer.received_sigterm:
+            sys.exit(143)
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
 
 
 class RunConfig(SaveConfigCallback):
-    """Writes the configuration of ``fit`` into the run directory, ready to be used again."""
+    """Writes the configuration of ``fit`` into the run directory, ready to be used again.
+
+    Lightning's would follow the logger, which may lie elsewhere or nowhere.
+    """
 
     def __init__(
         self, parser: LightningArgumentParser, config: Namespace, given: Namespace
     ) -> None:
         """``given`` is the configuration before any path was filled in."""
-        super().__init__(parser, given, overwrite=True)
+        super().__init__(parser, given, overwrite=True, save_to_log_dir=False)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Only ``fit`` owns the run directory."""
         if stage == "fit":
             super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the file; on the first rank."""
+        path = Path(trainer.default_root_dir) / self.config_filename
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.parser.save(
+            self.config, str(path), skip_none=False, overwrite=True, multifile=self.multifile
+        )
 
 
 def _be_quiet() -> None:
@@ -133,6 +148,23 @@ def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
         yield option, value if joined else following
 
 
+def command_to_resume(words: Sequence[str]) -> str:
+    """The shell command that goes on with what these words began."""
+    kept: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        if word == "--ckpt_path":
+            next(rest, "")
+        elif not word.startswith("--ckpt_path="):
+            kept.append(word)
+    program = "python -m tre_lightning"
+    if Path(sys.argv[0]).name == "tre-lightning":
+        program = "tre-lightning"
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        program = "torchrun ... -m tre_lightning"  # its own options are not known here
+    return f"{program} {shlex.join([*kept, '--ckpt_path', 'last'])}"
+
+
 def _seed(seed: bool | int) -> int:
     """What Lightning makes of ``seed_everything``: true and false mean 0 here."""
     return 0 if isinstance(seed, bool) else seed
@@ -149,8 +181,10 @@ class _CLI(LightningCLI):
         args: Sequence[str] | Mapping[str, Any],
         model: type[LightningModule],
         data: type[LightningDataModule],
+        resume_command: str = "",
     ) -> None:
-        """Parse, build and run the command in ``args``."""
+        """Parse, build and run the command in ``args``; ``resume_command`` is for messages."""
+        self.resume_command = resume_command
         parser = {"parser_mode": "omegaconf+", "exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             model,
@@ -204,18 +238,78 @@ class _CLI(LightningCLI):
         Other commands than fit log into a folder of their own: their scores are no point of the
         run's curves.
         """
-        if self.options.trainer.logger in (None, True):
-            fits = self.subcommand == "fit"
-            save_dir = self.run_dir if fits else str(Path(self.run_dir) / str(self.subcommand))
-            first_step = self.resumed_iteration if fits else None
-            logger = {"save_dir": save_dir, "purge_step": first_step or 0}
-            spec = {"class_path": "tre_lightning.loggers.TensorBoard", "init_args": logger}
-            self.options.trainer.logger = Namespace(spec)  # type: ignore[no-untyped-call]
+        trainer, fits = self.options.trainer, self.subcommand == "fit"
+        if trainer.logger in (None, True):
+            spec = {"class_path": "tre_lightning.loggers.TensorBoard", "init_args": {}}
+            trainer.logger = Namespace(spec)  # type: ignore[no-untyped-call]
+            trainer.logger.init_args = Namespace({"save_dir": self.run_dir, "purge_step": 0})  # type: ignore[no-untyped-call]
+        loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
+        for logger in loggers:
+            options = logger.get("init_args") if isinstance(logger, Namespace) else None
+            if options is None or options.get("save_dir") != self.run_dir:
+                continue
+            if not fits:
+                options.save_dir = str(Path(self.run_dir) / str(self.subcommand))
+            elif options.get("purge_step") in (None, 0) and "purge_step" in options:
+                options.purge_step = self.resumed_iteration or 0
 
     def instantiate_classes(self) -> None:
         """Build module, data and trainer; their checks run here, before any work."""
         with one_line_errors():
             super().instantiate_classes()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run; what ends a run though it is no bug is one line and an exit code."""
+        if "LOCAL_RANK" not in os.environ:  # else started by that process, or by another launcher
+            os.environ[LAUNCHER] = str(os.getpid())
+        try:
+            super()._run_subcommand(subcommand)
+        except SIGTERMException as stopped:  # all ranks stop after the same iteration
+            self._say_stopped("Ctrl-C" if self.stop_signal == signal.SIGINT else "SIGTERM")
+            raise SystemExit(self._common_code(128 + self.stop_signal)) from stopped
+        except (KeyboardInterrupt, SystemExit) as stopped:
+            # Lightning makes code 1 of a Ctrl-C.
+            if isinstance(stopped, SystemExit) and not (
+                stopped.code == 1 and isinstance(stopped.__context__, KeyboardInterrupt)
+            ):
+                raise
+            self._say_stopped("Ctrl-C")
+            raise SystemExit(130) from stopped
+        except (RunError, OSError) as error:
+            full = disk_full(error)
+            if os.environ.get("TRE_DEBUG") or (isinstance(error, OSError) and not full):
+                raise
+            code = 1
+            if isinstance(error, RunError) and error.of_all_ranks:
+                code = self._common_code(1)
+            if code:
+                fix = "; make room on the disk" if full else ""
+                saved = subcommand == "fit" and has_run(self.run_dir)
+                hint = f"; go on with --ckpt_path last (saved in {self.run_dir})" if saved else ""
+                print(f"error: {one_line(str(error))}{fix}{hint}", file=sys.stderr)
+            raise SystemExit(code) from error
+
+    def _common_code(self, code: int) -> int:
+        """Where all ranks end alike, the first one speaks for them.
+
+        At a code of another one Lightning would kill the first.
+        """
+        return 0 if self.trainer.global_rank else code
+
+    def _say_stopped(self, how: str) -> None:
+        if self.trainer.global_rank:
+            return
+        hint = ""
+        if self.resume_command and self.subcommand == "fit":
+            saved = has_run(self.run_dir)
+            hint = f"; go on with: {self.resume_command}" if saved else "; nothing was saved yet"
+        print(f"stopped by {how}{hint}", file=sys.stderr)
+
+    @property
+    def stop_signal(self) -> int:
+        """What stopped the run between two iterations, or SIGTERM anywhere else."""
+        stops = (c for c in self.trainer.callbacks if isinstance(c, GracefulStop))  # type: ignore[attr-defined]
+        return next((stop.received for stop in stops if stop.received), int(signal.SIGTERM))
 
     @property
     def run_dir(self) -> str:
@@ -262,8 +356,8 @@ class RewardCLI(_TrainingCLI):
 class ServerErrorCheckpoint(Callback):
     """Saves what is trained where the reward server ends the run.
 
-    Such an error comes before the update of an iteration, so the model is that of a whole one. On
-    several devices there is no save: the others do not know that the run ends.
+    Such an error comes before the update of an iteration, so the model is that of a whole one; all
+    ranks raise it together.
     """
 
     def on_exception(
@@ -277,7 +371,6 @@ class ServerErrorCheckpoint(Callback):
         if (
             not isinstance(exception, RewardServerError)
             or not trainer.training
-            or trainer.world_size > 1
             or progress.current.completed == 0  # saved at the end of the epoch before
             or iteration % checkpoint.every_n_iterations == 0
         ):
@@ -304,6 +397,7 @@ class PPOCLI(_CLI):
         parser.add_lightning_class_args(RunSummary, "summary")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.add_lightning_class_args(ServerErrorCheckpoint, "server_error")
+        parser.add_lightning_class_args(GracefulStop, "stop")
         parser.add_argument(
             "--warm_start",
             type=WarmStart | None,
@@ -398,22 +492,5 @@ class PPOCLI(_CLI):
         summary = cast(RunSummary, self.config_init[self.subcommand].summary)
         if self.trainer.is_global_zero and summary.after:
             summary.print_table(self.trainer, self.warm_start_seconds)
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Run; what ends a run though it is no bug is one line and exit code 1."""
-        try:
-            super()._run_subcommand(subcommand)
-        except (RewardServerError, RunError, OSError) as error:
-            full = disk_full(error)
-            if os.environ.get("TRE_DEBUG") or (isinstance(error, OSError) and not full):
-                raise
-            if isinstance(error, RunError) and error.of_all_ranks and self.trainer.global_rank > 0:
-                # The first one says it; a code other than 0 would have Lightning kill that one.
-                raise SystemExit(0) from error
-            fix = "; make room on the disk" if full else ""
-            saved = subcommand == "fit" and has_run(self.run_dir)
-            hint = f"; go on with --ckpt_path last (saved in {self.run_dir})" if saved else ""
-            print(f"error: {one_line(str(error))}{fix}{hint}", file=sys.stderr)
-            raise SystemExit(1) from error
 
     before_validate = before_test = before_predict = prepare

@@ -1,8 +1,13 @@
 """Collectives over the ranks; each is the identity on one device."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from tre_lightning.errors import RunError
 
 
 def world() -> tuple[int, int]:
@@ -28,3 +33,56 @@ def gather_rows(tensor: Tensor, padding: float) -> Tensor:
     parts = [torch.empty_like(padded) for _ in range(ranks)]
     dist.all_gather(parts, padded)
     return torch.cat([part[: shape[0]] for part, shape in zip(parts, shapes, strict=True)])
+
+
+def highest(number: int, device: torch.device) -> int:
+    """The highest of all ranks' numbers; every one of them must ask."""
+    if world()[1] == 1:
+        return number
+    numbers = torch.tensor(number, device=device)
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return int(numbers)
+
+
+@contextmanager
+def agreed() -> Iterator[None]:
+    """What fails in this block on one rank ends all of them at its end, where they exchange errors.
+
+    All ranks must come here; no collective may follow in the block on what can fail.
+
+    Raises:
+        RunError: on every rank, that of the first one that raised such an error; or, where another
+            one failed with an error of another kind, one that names it.
+        Exception: the rank's own error of another kind.
+    """
+    failed: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failed = error
+    agree(failed)
+
+
+def agree(error: Exception | None) -> None:
+    """Raise on all ranks where one of them comes with an error; see :func:`agreed`."""
+    rank, ranks = world()
+    if ranks == 1:
+        if error is not None:
+            raise error
+        return
+    own: tuple[type[RunError], str] | None = None
+    if isinstance(error, RunError):
+        own = type(error), str(error)
+    elif error is not None:
+        own = RunError, f"process {rank} of {ranks} failed: {type(error).__name__}: {error}"
+    told: list[tuple[type[RunError], str] | None] = [None] * ranks
+    dist.all_gather_object(told, own)
+    first = next((one for one in told if one is not None), None)
+    if first is None:
+        return
+    if error is not None and not isinstance(error, RunError):
+        raise error
+    kind, message = first
+    common = kind(message)
+    common.of_all_ranks = True
+    raise common from error

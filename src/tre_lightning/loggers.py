@@ -1,9 +1,14 @@
-"""TensorBoard logs that lie directly in the run directory, and how their curves are grouped."""
+"""Logs that lie directly in the run directory, and how TensorBoard groups their curves."""
 
+import csv
+import warnings
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from tre_lightning.distributed import world
 
 # Charts of the custom-scalars tab by group; a chart shows the tags that match its patterns.
 LAYOUT: dict[str, dict[str, list[str]]] = {
@@ -69,3 +74,35 @@ class TensorBoard(TensorBoardLogger):
             purge_step=purge_step,
             **kwargs,
         )
+
+
+class CSV(CSVLogger):
+    """A CSVLogger whose ``metrics.csv`` lies in the run directory; a resumed run goes on in it."""
+
+    def __init__(self, save_dir: str, purge_step: int = 0) -> None:
+        """Set the directory.
+
+        Args:
+            save_dir: the run directory.
+            purge_step: drop what an earlier process logged from this step on.
+        """
+        super().__init__(save_dir, name="", version="")
+        file = Path(save_dir) / "metrics.csv"
+        self._kept: list[dict[str, str]] = []
+        if purge_step and file.exists():
+            with file.open(newline="") as old:
+                self._kept = [row for row in csv.DictReader(old) if int(row["step"]) < purge_step]
+
+    @property
+    def experiment(self) -> Any:
+        """The writer; the rows that are kept go through it first."""
+        kept, self._kept = self._kept, []
+        with warnings.catch_warnings():  # that it deletes the earlier file
+            warnings.simplefilter("ignore")
+            writer = super().experiment
+        if kept and world()[0] == 0:
+            Path(writer.metrics_file_path).unlink(missing_ok=True)
+            for row in kept:
+                writer.log_metrics({k: v for k, v in row.items() if v}, int(row["step"]))
+            writer.save()
+        return writer

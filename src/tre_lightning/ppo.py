@@ -31,7 +31,7 @@ from tre_lightning.args import (
     options,
 )
 from tre_lightning.diagnostics import Evaluations, RolloutMetrics, UpdateMetrics
-from tre_lightning.distributed import world
+from tre_lightning.distributed import agreed, world
 from tre_lightning.entropy import EntropyStats
 from tre_lightning.errors import ScoreError
 from tre_lightning.experience import (
@@ -253,9 +253,11 @@ class PPOModule(LightningModule):
         self.log_dict(values, logger=False, batch_size=1)  # for callbacks and progress bar
         if (self.iteration + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             # Lightning would log after the iteration's checkpoint: a kill in between would lose it.
-            for logger in self.loggers:
-                logger.log_metrics({k: float(v) for k, v in values.items()}, step=self.iteration)
-                logger.save()
+            numbers = {tag: float(value) for tag, value in values.items()}
+            with agreed():  # the first rank alone writes
+                for logger in self.loggers:
+                    logger.log_metrics(numbers, step=self.iteration)
+                    logger.save()
         self.iteration += 1
 
     def _sample(self, prompts: PromptBatch, how: RolloutArgs | EvaluationArgs) -> Rollout:
@@ -298,18 +300,20 @@ class PPOModule(LightningModule):
         return task
 
     def _score(self, responses: Sequence[str], prompts: PromptBatch) -> Tensor:
-        scores = self._task.score(responses, prompts)
-        if scores.shape != (len(responses),):
-            raise ValueError(
-                f"the scorer gave {list(scores.shape)} scores for {len(responses)} responses"
-            )
-        scores = scores.to(torch.float32)
-        if scores.isinf().any():
-            row = int(scores.isinf().nonzero()[0])
-            raise ScoreError(
-                f"the scorer gave {float(scores[row])} to the response {responses[row][:80]!r}; "
-                "give a finite score, or NaN for a response that cannot be scored"
-            )
+        with agreed():
+            scores = self._task.score(responses, prompts)
+            if scores.shape != (len(responses),):
+                raise ValueError(
+                    f"the scorer gave {list(scores.shape)} scores for {len(responses)} responses"
+                )
+            scores = scores.to(torch.float32)
+            if scores.isinf().any():
+                row = int(scores.isinf().nonzero()[0])
+                raise ScoreError(
+                    f"the scorer gave {float(scores[row])} to the response "
+                    f"{responses[row][:80]!r}; give a finite score, or NaN for a response that "
+                    "cannot be scored"
+                )
         return scores.to(self.device)
 
     @torch.no_grad()

@@ -3,6 +3,8 @@
 import math
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +14,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_only
 
 from tre_lightning.args import at_least
+from tre_lightning.distributed import agreed, world
 from tre_lightning.errors import CheckpointError
 
 FOLDER = "checkpoints"
@@ -119,18 +122,17 @@ class IterationCheckpoint(Checkpoint):
     def _save(self, trainer: Trainer, name: str) -> None:
         target = folder(trainer.default_root_dir) / name
         partial = target.with_suffix(".partial")
-        try:
-            trainer.save_checkpoint(partial, weights_only=False)
+        with agreed(), _as_checkpoint_error(target, partial):
+            try:
+                trainer.save_checkpoint(partial, weights_only=False)
+            except Exception:
+                if world()[1] > 1:
+                    trainer.strategy.barrier()  # at the end of save_checkpoint, others wait in one
+                raise
             if trainer.is_global_zero:
                 if name == LAST:
                     self._keep_previous(target)
                 partial.replace(target)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise CheckpointError(
-                f"{target} could not be written ({error}); what was saved before is intact; make "
-                "room on the disk"
-            ) from error
 
     def _keep_previous(self, last: Path) -> None:
         """Let ``previous.ckpt`` be what ``last.ckpt`` is, unless that is damaged."""
@@ -145,6 +147,19 @@ class IterationCheckpoint(Checkpoint):
                 last.replace(previous)
             else:
                 link.replace(previous)
+
+
+@contextmanager
+def _as_checkpoint_error(target: Path, partial: Path) -> Iterator[None]:
+    """Name what could not be written, and leave no half of it."""
+    try:
+        yield
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"{target} could not be written ({error}); what was saved before is intact; make "
+            "room on the disk"
+        ) from error
 
 
 def folder(run_dir: str | Path) -> Path:

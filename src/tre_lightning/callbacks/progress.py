@@ -21,18 +21,28 @@ from tre_lightning.horizon import total_batches
 
 _SHOWN = {
     "rollout/score": "score {:.3f}",
+    "rollout/pass@1": "pass@1 {:.3f}",
     "entropy/full": "entropy {:.2f}",
-    "entropy/region_size": "region {:.1f}",
+    "entropy/tail_mass": "tail {:.1e}",
+    "policy/approx_kl": "kl {:.1e}",
+    "rollout/response_length": "length {:.1f}",
     "val/score": "val {:.3f}",
+    "val/pass@1": "val {:.3f}",
     "sft/loss": "loss {:.3f}",
     "reward/loss": "loss {:.3f}",
     "reward/accuracy": "accuracy {:.3f}",
     "val/accuracy": "val {:.3f}",
 }
+# In a task of right and wrong the share of right responses is the score: once is enough.
+_SAME = {"rollout/pass@1": "rollout/score", "val/score": "val/pass@1"}
+_CLOCKS = ("rollout/seconds", "policy/update_seconds")
 
 
 class RunProgress(ProgressBar):
-    """Iterations done, time left, and score, entropy and region size.
+    """Iterations done, time left, and this iteration's numbers that tell of trouble first.
+
+    Score (and pass@1, where it is another number), entropy of the whole vocabulary, mass outside
+    the region, KL of the update, response length, the last validation, and seconds.
 
     On a terminal a live bar; elsewhere a line now and then.
     """
@@ -116,5 +126,14 @@ class RunProgress(ProgressBar):
 
 
 def _numbers(trainer: Trainer) -> str:
-    values = trainer.callback_metrics
-    return " ".join(shown.format(values[tag]) for tag, shown in _SHOWN.items() if tag in values)
+    """The numbers of :data:`_SHOWN` that there are, and the seconds of the iteration."""
+    values = {tag: float(value) for tag, value in trainer.callback_metrics.items()}
+    shown = []
+    for tag, text in _SHOWN.items():
+        other = _SAME.get(tag)
+        repeated = other in values and (tag.startswith("val/") or values[other] == values.get(tag))
+        if tag in values and not repeated:
+            shown.append(text.format(values[tag]))
+    if all(tag in values for tag in _CLOCKS):
+        shown.append(f"{sum(values[tag] for tag in _CLOCKS):.1f} s")
+    return " ".join(shown)

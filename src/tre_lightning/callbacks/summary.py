@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback
+from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.table import Table
 
@@ -47,17 +48,14 @@ class RunSummary(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock and export the policy."""
         self.seconds += time.perf_counter() - self._started
-        log_dir = trainer.log_dir  # all ranks must ask
         if self.export and trainer.is_global_zero:
             module = cast(PPOModule, pl_module)
             directory = self.model_dir(trainer)
             module.actor_critic.save_pretrained(directory, module.tokenizer)
-            (directory / "README.md").write_text(
-                self._card(trainer, module, log_dir), encoding="utf-8"
-            )
+            (directory / "README.md").write_text(self._card(trainer, module), encoding="utf-8")
 
-    def _card(self, trainer: Trainer, module: PPOModule, log_dir: str | None) -> str:
-        config = Path(log_dir or trainer.default_root_dir) / "config.yaml"
+    def _card(self, trainer: Trainer, module: PPOModule) -> str:
+        config = Path(trainer.default_root_dir) / "config.yaml"
         policy = module.policy_args
         methods = find_methods(trainer.callbacks)  # type: ignore[attr-defined]
         return model_card(
@@ -105,9 +103,10 @@ class RunSummary(Callback):
             console.print(
                 f"model        {self.model_dir(trainer)}", soft_wrap=True, highlight=False
             )
-        console.print(
-            f"look at it   tensorboard --logdir {run_dir}", soft_wrap=True, highlight=False
-        )
+        if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
+            console.print(
+                f"look at it   tensorboard --logdir {run_dir}", soft_wrap=True, highlight=False
+            )
 
 
 class PredictionWriter(BasePredictionWriter):

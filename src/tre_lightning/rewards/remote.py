@@ -22,6 +22,7 @@ from typing import NoReturn
 from urllib.parse import urlsplit
 
 from tre_lightning.args import at_least, positive
+from tre_lightning.errors import RunError
 from tre_lightning.rewards.preference import ChatPrompt, check_equal_numbers
 
 _LARGEST_REPLY = 65536  # bytes, and these for every score besides:
@@ -29,7 +30,7 @@ _BYTES_A_SCORE = 64
 _SHOWN = 200  # characters of an error reply that the message repeats
 
 
-class RewardServerError(RuntimeError):
+class RewardServerError(RunError):
     """The reward server gave no valid scores; the message names it, what happened and the fix."""
 
 

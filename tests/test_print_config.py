@@ -1,0 +1,62 @@
+"""What --print_config prints is a configuration: given back, it prints the same."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+import runs
+from tre_lightning.cli import PPOCLI, main
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main([*words, "--print_config"])
+    assert stopped.value.code == 0
+    out, err = capsys.readouterr()
+    assert "error" not in err
+    return out
+
+
+@pytest.mark.parametrize(
+    ("command", "file"),
+    [
+        *((command, "countdown_tiny") for command in ("fit", "validate", "test", "predict")),
+        ("reward fit", "reward/hh_tiny"),
+        ("sft fit", None),
+        ("fit", "experiment/math_1.5b"),  # built of layers
+    ],
+)
+def test_it_can_be_given_back(
+    command: str, file: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = command.split()
+    given = ["--config", f"{CONFIGS}/{file}.yaml"] if file else []
+    if file is None:  # what a warm start needs
+        data = {"task": {"class_path": "tre_lightning.data.CountdownDataModule"}}
+        sft = {"model": {"output_dir": str(tmp_path / "model")}, "data": {"init_args": data}}
+        sft["data"]["class_path"] = "tre_lightning.data.demonstrations.Demonstrations"  # type: ignore[assignment]
+        (tmp_path / "sft.yaml").write_text(yaml.safe_dump(sft))
+        given = ["--config", str(tmp_path / "sft.yaml")]
+    first = printed(capsys, *words, *given)
+    assert "layers" not in yaml.safe_load(first)
+    again = tmp_path / "again.yaml"
+    again.write_text(first)
+    assert printed(capsys, *words, "--config", str(again)) == first
+
+
+def test_a_run_of_it_is_the_same_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = runs.words(tmp_path / "run")
+    again = tmp_path / "again.yaml"
+    again.write_text(printed(capsys, *words))
+    monkeypatch.setattr(PPOCLI, "_run_subcommand", lambda self, subcommand: None)
+    first, second = main(words), main(["fit", "--config", str(again)])
+    options = [cli.options.clone() for cli in (first, second)]  # type: ignore[attr-defined]
+    for option in options:
+        option.config = None
+    assert options[0] == options[1]
+    assert [type(c) for c in first.trainer.callbacks] == [type(c) for c in second.trainer.callbacks]
