@@ -82,7 +82,7 @@ mapfile -t entrypoint < <(b inspect --format '{{range .OCIv1.Config.Entrypoint}}
 run() {
     local user=$1 runs=$2
     shift 2
-    b run --user "$user" --volume "$runs:/app/runs" "$container" -- "${entrypoint[@]}" "$@"
+    b run --env OMP_NUM_THREADS=1 --user "$user" --volume "$runs:/app/runs" "$container" -- "${entrypoint[@]}" "$@"
 }
 user=$(b inspect --format '{{.OCIv1.Config.User}}' "$container")
 [[ $user == 1000:1000 ]] || { echo "error: the image runs as '$user'" >&2; exit 1; }

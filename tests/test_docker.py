@@ -36,7 +36,7 @@ def sources(arguments: str) -> list[str]:
 
 
 def in_context(path: str) -> bool:
-    """Whether .dockerignore leaves ``path`` in: the last pattern that hits it or a parent decides."""
+    """Whether .dockerignore leaves ``path`` in: the last pattern that hits it or a parent holds."""
     parents = [path, *map(str, PurePosixPath(path).parents)][:-1]
     sent = True
     for line in (ROOT / ".dockerignore").read_text().splitlines():
@@ -139,7 +139,7 @@ def test_commands_of_the_docs_mount_the_volumes_and_use_shipped_configs() -> Non
     commands = re.findall(r"docker run .*", text)
     assert len(commands) > 2
     for command in commands:
-        for mounted in re.findall(r"-v \S+:(/[^\s:"]+)", command):
+        for mounted in re.findall(r'-v \S+:(/[^\s:"]+)', command):
             assert mounted in json.loads(volumes), command
         for config in re.findall(r"--config (\S+)", command):
             assert (ROOT / config).is_file(), command
