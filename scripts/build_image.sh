@@ -87,15 +87,17 @@ run() {
 user=$(b inspect --format '{{.OCIv1.Config.User}}' "$container")
 [[ $user == 1000:1000 ]] || { echo "error: the image runs as '$user'" >&2; exit 1; }
 short=(--config configs/countdown_tiny.yaml --config configs/memory/lora.yaml
-    --warm_start.steps 20 --trainer.max_epochs 1
-    --data.init_args.iterations_per_epoch 2 --data.init_args.val_size 32 --data.init_args.test_size 32)
+    --warm_start.steps 5 --warm_start.batch_size 16 --trainer.max_epochs 1
+    --data.init_args.iterations_per_epoch 2 --data.init_args.batch_size 16
+    --data.init_args.val_size 16 --data.init_args.test_size 16 --data.init_args.eval_batch_size 16)
 # The second is the uid of some user of the host, which the image does not know.
 for uid in "$user" 4711:4711; do
     step "fit as $uid"
     runs=$work/runs-${uid%:*}
     install -d -m 700 -o "${uid%:*}" -g "${uid#*:}" "$runs"
     run "$uid" "$runs" fit "${short[@]}"
-    [[ $(stat -c %u:%g "$runs/countdown_tiny/checkpoints/last.ckpt") == "$uid" ]]
+    [[ $(stat -c %u:%g "$runs/countdown_tiny/checkpoints/last.ckpt") == "$uid" ]] \
+        || { echo "error: the checkpoint is not one of $uid" >&2; exit 1; }
 done
 
 step "a mistake is one line and exit code 2; --help is exit code 0"
