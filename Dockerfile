@@ -1,35 +1,52 @@
-# docker build -t tre-lightning .
-# docker run --rm --gpus all -v tre-runs:/runs tre-lightning fit --config configs/countdown_tiny.yaml
+# docker build -t tre_lightning .
+# docker run --rm --gpus all -v "$PWD/runs:/app/runs" tre_lightning fit --config configs/countdown_tiny.yaml
 #
-# Any base with Python >= 3.11 and pip will do. This one brings torch with CUDA 13.0; on a bare one,
-# pip fetches torch: --build-arg BASE_IMAGE=python:3.11-slim
-ARG BASE_IMAGE=pytorch/pytorch:2.13.0-cuda13.0-cudnn9-runtime
+# The base holds Python alone: torch and its CUDA libraries come from PyPI at the versions of
+# constraints.txt, so what runs is what the tests ran on, and the driver is all that the host adds.
+ARG BASE_IMAGE=python:3.11.14-slim-bookworm
 FROM ${BASE_IMAGE}
 
-ENV PIP_NO_CACHE_DIR=1 \
-    PIP_DISABLE_PIP_VERSION_CHECK=1 \
-    PYTHONUNBUFFERED=1
+# Triton, which torch's CUDA build brings, compiles its launchers with the C compiler when it runs.
+# Not pinned: Debian's mirrors drop a version when its next one comes.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
 
-# The virtual environment sees the base's torch and pip, and leaves the base's own packages alone.
-RUN python3 -m venv --system-site-packages --without-pip /opt/venv
-ENV PATH=/opt/venv/bin:${PATH}
+# Any user may write to the volumes and the home, for `docker run --user`.
+RUN useradd --no-create-home --home-dir /home/tre --uid 1000 tre \
+    && install -d -m 1777 /home/tre /app/runs /cache
+ENV HOME=/home/tre \
+    USER=tre \
+    HF_HOME=/cache/huggingface \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    PATH=/opt/venv/bin:${PATH} \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_NO_CACHE_DIR=1 \
+    PYTHONUNBUFFERED=1
 WORKDIR /app
 
-# Dependencies first: this layer is built again only when these two files change.
-COPY pyproject.toml constraints.txt ./
-RUN python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' > /tmp/requirements.txt \
-    && python -m pip install -c constraints.txt -r /tmp/requirements.txt hatchling \
-    && rm /tmp/requirements.txt
+# Dependencies first: a change of the source leaves this layer alone.
+COPY pyproject.toml constraints.txt /tmp/build/
+RUN python3 -m venv /opt/venv \
+    && python -c 'import tomllib; d = tomllib.load(open("/tmp/build/pyproject.toml", "rb")); p = d["project"]; print(*d["build-system"]["requires"], *p["dependencies"], *p["optional-dependencies"]["lora"], sep="\n")' > /tmp/build/requirements.txt \
+    && python -m pip install -c /tmp/build/constraints.txt -r /tmp/build/requirements.txt
 
-COPY README.md LICENSE ./
-COPY src src
-RUN python -m pip install --no-deps --no-build-isolation .
-COPY configs configs
+COPY pyproject.toml README.md LICENSE /tmp/build/
+COPY src /tmp/build/src
+RUN python -m pip install --no-deps --no-build-isolation /tmp/build \
+    && rm -rf /tmp/build
+# Readable by every user, whatever the umask of the checkout.
+COPY --chmod=755 configs configs
 
-# The configs write to runs/, relative to the working directory.
-RUN useradd --create-home --uid 10001 tre \
-    && install -d -o tre -g tre /runs \
-    && ln -s /runs runs
-USER tre
-VOLUME /runs
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="tre_lightning" \
+      org.opencontainers.image.description="Trust Region Entropy for reinforcement learning of language models" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.revision="${REVISION}"
+
+USER 1000:1000
+VOLUME ["/app/runs", "/cache"]
 ENTRYPOINT ["python", "-m", "tre_lightning"]
+CMD ["--help"]

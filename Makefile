@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train train-math train-hh test test-slow lint format tensorboard clean
+.PHONY: help train train-math train-hh test test-slow lint format tensorboard docker docker-lint docker-test clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -39,6 +39,16 @@ format: .venv/.stamp ## apply the style fixes and the format
 
 tensorboard: .venv/.stamp ## show the curves under runs/
 	$(BIN)/tensorboard --logdir runs $(ARGS)
+
+docker: ## build the image with docker
+	docker build -t tre_lightning .
+
+docker-lint: .venv/.stamp ## check the Dockerfile with hadolint
+	$(BIN)/pip install -q -c constraints.txt -e '.[docker]'
+	$(BIN)/hadolint --failure-threshold warning Dockerfile
+
+docker-test: ## as root, without docker: build the image and train in it with buildah
+	scripts/build_image.sh
 
 clean: ## remove .venv, caches and build output; runs/ stays
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov build dist
