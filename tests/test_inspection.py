@@ -92,7 +92,9 @@ def test_hyperparameters_and_results(run_dir: Path) -> None:
     assert values["method.coef"].number_value == 0.01
     assert values["method.top_p"].number_value == 0.9 and "method.top_k" not in values
     assert values["optim.lr"].number_value == 0.01
-    assert values["ppo.fused"].bool_value and values["optim.betas"].string_value == "(0.9, 0.999)"
+    assert values["optim.betas"].string_value == "(0.9, 0.999)" and "ppo.fused" not in values
+    session = written[metadata.SESSION_START_INFO_TAG].session_start_info
+    assert session.group_name == str(run_dir)  # two runs are two rows
     experiment = written[metadata.EXPERIMENT_TAG].experiment
     assert set(values) < {info.name for info in experiment.hparam_infos}
     results = [(info.name.group, info.name.tag) for info in experiment.metric_infos]

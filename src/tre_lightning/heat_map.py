@@ -15,9 +15,9 @@ _ENTROPY: Sequence[Color] = ((255, 255, 255), (253, 174, 97), (140, 0, 30))
 _SIZE: Sequence[Color] = ((255, 255, 255), (116, 173, 209), (30, 40, 120))
 _TOP = 3.0  # nats: the darkest colour; a region of e^3 = 20 tokens has that of its logarithm
 
-_WIDTH, _MARGIN, _PAD = 1000, 12, 4
+_WIDTH, _MARGIN, _PAD = 840, 12, 4
 _TOKEN_HEIGHT, _SIZE_HEIGHT, _LINE_GAP = 24, 18, 6
-_LONGEST_TOKEN, _LONGEST_TITLE, _MOST_TOKENS = 24, 120, 256
+_LONGEST_TOKEN, _LONGEST_TITLE, _MOST_TOKENS = 24, 100, 256
 
 _TEXT = ImageFont.load_default(16)
 _SMALL = ImageFont.load_default(13)
@@ -107,8 +107,8 @@ def _legend(draw: ImageDraw.ImageDraw | None, y: int) -> int:
         for step in range(7):
             value = _TOP * step / 6
             text = label(value) + ("+" if step == 6 else "")
-            _cell(draw, (x, y, x + 44, y + _SIZE_HEIGHT), text, _SMALL, _color(colors, value))
-            x += 44
+            _cell(draw, (x, y, x + 36, y + _SIZE_HEIGHT), text, _SMALL, _color(colors, value))
+            x += 36
     return y + _SIZE_HEIGHT
 
 

@@ -18,6 +18,15 @@ from tre_lightning.ppo import PPOModule
 
 Value = bool | float | str
 
+# Of these only memory, speed or the end of a failing run depend.
+_LEFT_OUT = {
+    "micro_batch_size",
+    "sample_batch_size",
+    "fused",
+    "logits_memory",
+    "max_skipped_updates",
+}
+
 
 def hyperparameters(module: PPOModule, trainer: Trainer) -> dict[str, Value | None]:
     """Options that tell runs apart, by name; the names are those of every run. None = not set."""
@@ -27,19 +36,19 @@ def hyperparameters(module: PPOModule, trainer: Trainer) -> dict[str, Value | No
     policy, coef = module.policy_args, terms[0].coef if terms else None
     found: dict[str, Any] = {
         "task": type(trainer.datamodule).__name__,  # type: ignore[attr-defined]
-        "model": policy.model or (policy.architecture or {}).get("model_type"),
-        "critic": policy.critic,
-        "lora_rank": None if policy.lora is None else policy.lora.rank,
+        "task.batch_size": trainer.datamodule.batch_size,  # type: ignore[attr-defined]
+        "policy.model": policy.model or (policy.architecture or {}).get("model_type"),
+        "policy.critic": policy.critic,
+        "policy.lora_rank": None if policy.lora is None else policy.lora.rank,
         "method": " + ".join(map(describe, methods)) or "PPO",
         "method.coef": coef if isinstance(coef, int | float) else None,  # not a schedule
         "method.top_k": regions[0].top_k if regions else None,
         "method.top_p": regions[0].top_p if regions else None,
-        "batch_size": trainer.datamodule.batch_size,  # type: ignore[attr-defined]
         "seed": module.seed,
     }
     for group in ("rollout", "ppo", "optim"):
         options = asdict(getattr(module, f"{group}_args"))
-        found |= {f"{group}.{name}": value for name, value in options.items()}
+        found |= {f"{group}.{k}": v for k, v in options.items() if k not in _LEFT_OUT}
     kinds = (bool, int, float, str)
     return {k: v if v is None or isinstance(v, kinds) else str(v) for k, v in found.items()}
 
@@ -58,14 +67,15 @@ def result_tags(module: PPOModule, trainer: Trainer) -> list[tuple[str | None, s
 
 def add_hyperparameters(
     writer: SummaryWriter,
+    name: str,
     found: Mapping[str, Value | None],
     results: Sequence[tuple[str | None, str]],
 ) -> None:
-    """Write one row of the HPARAMS tab; unlike ``add_hparams``, no curve of its own."""
-    columns = [HParam(name) for name in found]
+    """Write the row ``name`` of the HPARAMS tab; unlike ``add_hparams``, no curve of its own."""
+    columns = [HParam(option) for option in found]
     metrics = [Metric(tag, group=folder, display_name=tag) for folder, tag in results]
-    known = {name: value for name, value in found.items() if value is not None}
+    known = {option: value for option, value in found.items() if value is not None}
     events = writer._get_file_writer()
     events.add_summary(hparams_config_pb(columns, metrics))
-    events.add_summary(hparams_pb(known))
+    events.add_summary(hparams_pb(known, trial_id=name))
     writer.flush()

@@ -29,10 +29,10 @@ class Inspection(Callback):
         """Group the curves; name the run's hyperparameters, once for a run directory."""
         add_layout(trainer.loggers)
         if not has_run(trainer.default_root_dir):
-            module = cast(PPOModule, pl_module)
-            found = hyperparameters(module, trainer)
+            module, name = cast(PPOModule, pl_module), str(trainer.default_root_dir)
+            found, results = hyperparameters(module, trainer), result_tags(module, trainer)
             for writer in _writers(trainer):
-                add_hyperparameters(writer, found, result_tags(module, trainer))
+                add_hyperparameters(writer, name, found, results)
 
     def on_train_batch_end(
         self,
