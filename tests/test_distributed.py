@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch.distributed
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import runs
 
@@ -44,5 +45,13 @@ def test_two_processes_train_as_one(tmp_path: Path, estimator: dict[str, Any]) -
     for tag, events in alone.items():
         close = [(step, pytest.approx(value, rel=1e-5, abs=1e-6)) for step, value in events]
         assert together[tag] == close, tag
+    one, two = (
+        EventAccumulator(str(tmp_path / name), {"histograms": 0}).Reload()
+        for name in ("one", "two")
+    )
+    for tag in one.Tags()["histograms"]:  # of the rows of all processes
+        for left, right in zip(one.Histograms(tag), two.Histograms(tag), strict=True):
+            counts = left.histogram_value.bucket
+            assert list(right.histogram_value.bucket) == pytest.approx(list(counts), abs=1e-6), tag
     assert printed.count("held-out prompts") == 1  # one table, by the first process
     assert (tmp_path / "two" / "model" / "model.safetensors").exists()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import batches
 import runs
@@ -33,6 +34,8 @@ def test_metrics_page_defines_exactly_what_a_run_logs(
     }
     runs.run(tmp_path / "run", changes=changes)
     logged = set(runs.scalars(tmp_path / "run")) | set(runs.CLOCKS)
+    others = EventAccumulator(str(tmp_path / "run")).Reload().Tags()
+    logged |= {*others["histograms"], *others["images"]}
     # The page describes the four held-out sets once.
     logged = {re.sub("^val_file/", "val/", tag) for tag in logged} | {"val/samples", "sft/loss"}
     page = (ROOT / "docs" / "metrics.md").read_text()

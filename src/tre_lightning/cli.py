@@ -34,6 +34,7 @@ from tre_lightning.callbacks.checkpoint import (
     has_run,
     saved_run,
 )
+from tre_lightning.callbacks.inspection import Inspection
 from tre_lightning.callbacks.progress import RunProgress
 from tre_lightning.callbacks.stop import LAUNCHER, GracefulStop
 from tre_lightning.callbacks.summary import PredictionWriter, RunSummary
@@ -391,10 +392,11 @@ class PPOCLI(_CLI):
     warm_start_seconds: float | None = None
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add checkpoints, summary, warm start and the values that must match."""
+        """Add checkpoints, summary, inspection, warm start and the values that must match."""
         super().add_arguments_to_parser(parser)
         parser.add_lightning_class_args(IterationCheckpoint, "checkpoint")
         parser.add_lightning_class_args(RunSummary, "summary")
+        parser.add_lightning_class_args(Inspection, "inspection")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.add_lightning_class_args(ServerErrorCheckpoint, "server_error")
         parser.add_lightning_class_args(GracefulStop, "stop")

@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,7 +42,6 @@ from tre_lightning.experience import (
 )
 from tre_lightning.head import Head, HeadInput
 from tre_lightning.horizon import total_batches
-from tre_lightning.loggers import add_layout
 from tre_lightning.lora import fingerprint, frozen_names, without_adapters
 from tre_lightning.losses import masked_sum, policy_loss, value_loss
 from tre_lightning.methods.hooks import (
@@ -206,14 +204,10 @@ class PPOModule(LightningModule):
         lora = self.policy_args.lora
         return None if lora is None else {"alpha": lora.alpha, "base": self._base}
 
-    def on_train_start(self) -> None:
-        """Group the curves."""
-        add_layout(self.loggers)
-
     # ----- one iteration
 
-    def training_step(self, prompts: PromptBatch, batch_idx: int) -> None:
-        """One PPO iteration."""
+    def training_step(self, prompts: PromptBatch, batch_idx: int) -> dict[str, Any]:
+        """One PPO iteration; gives callbacks the entropies of the rollout, ``[B, T]`` each."""
         started = time.perf_counter()
         methods = find_methods(self.trainer.callbacks)  # type: ignore[attr-defined]
         share = self.optim_args.lr_share(self.iteration, total_batches(self.trainer))
@@ -221,7 +215,7 @@ class PPOModule(LightningModule):
         scores = self._score(self._texts(rollout), prompts)
         sampled = time.perf_counter()
 
-        experience, scales = self._judge(rollout, scores, methods)
+        experience, entropies, scales = self._judge(rollout, scores, methods)
         self._rollout_metrics.update_scores(experience, binary=self._task.binary_scores)
         self._rollout_metrics.update_timeouts(self._task.scorer_timeouts())
         batch = compute_targets(
@@ -259,6 +253,7 @@ class PPOModule(LightningModule):
                     logger.log_metrics(numbers, step=self.iteration)
                     logger.save()
         self.iteration += 1
+        return {"entropies": entropies, "response_mask": rollout.response_mask}
 
     def _sample(self, prompts: PromptBatch, how: RolloutArgs | EvaluationArgs) -> Rollout:
         policy, n = self.actor_critic.policy, how.num_responses
@@ -319,11 +314,11 @@ class PPOModule(LightningModule):
     @torch.no_grad()
     def _judge(
         self, rollout: Rollout, scores: Tensor, methods: Sequence[Method]
-    ) -> tuple[Experience, dict[str, Tensor]]:
+    ) -> tuple[Experience, EntropyStats, dict[str, Tensor]]:
         """Log-probabilities, values and entropies of the policy that sampled; each term's scale."""
         pieces: dict[str, list[Tensor]] = {}
         scales = {term.name: MaskedMean().to(self.device) for term in loss_terms(methods)}
-        shown = Region(self.diagnostics_args.top_k, self.diagnostics_args.top_p)
+        shown = self._shown_region
         observed = [region for method in methods for region in method.observed_regions]
         head = self._head(methods, shown, *observed)
         # Of the reference, only what is asked for: mostly log-probabilities alone.
@@ -334,7 +329,8 @@ class PPOModule(LightningModule):
             mask = micro.response_mask
             labels = micro.response_ids[mask]
             outputs, values = self._forward(micro, partial(head.outputs, labels=labels), head)
-            piece = {"old_logprobs": outputs.logprobs}
+            stats = torch.stack(list(outputs.entropy(shown)), dim=-1)  # sizes as floats
+            piece = {"old_logprobs": outputs.logprobs, "entropies": stats}
             if values is not None:
                 piece["values"] = values
             reference = self._reference_outputs(micro, labels, seen) if self._reference else None
@@ -347,11 +343,11 @@ class PPOModule(LightningModule):
             for name, part in piece.items():
                 spread = part if name == "values" else _spread(part, mask)
                 pieces.setdefault(name, []).append(spread)
-            stats = EntropyStats(*(_spread(part, mask) for part in outputs.entropy(shown)))
-            self._rollout_metrics.update_entropy(stats, mask)
             for term in loss_terms(methods):
                 scales[term.name].update(term.scale(outputs))
         columns = {name: torch.cat(parts) for name, parts in pieces.items()}
+        entropies = EntropyStats(*columns["entropies"].unbind(-1))
+        self._rollout_metrics.update_entropy(entropies, rollout.response_mask)
         experience = build_experience(
             rollout,
             scores,
@@ -364,7 +360,19 @@ class PPOModule(LightningModule):
                 if name.startswith("observed/")
             },
         )
-        return experience, {name: scale.compute().float() for name, scale in scales.items()}
+        factors = {name: scale.compute().float() for name, scale in scales.items()}
+        return experience, entropies, factors
+
+    @property
+    def _shown_region(self) -> Region:
+        return Region(self.diagnostics_args.top_k, self.diagnostics_args.top_p)
+
+    def entropies(self, rollout: Rollout) -> EntropyStats:
+        """What the policy makes of responses, ``[B, T]`` each, 0 at padding; all rows at once."""
+        mask, head = rollout.response_mask, self._head([], self._shown_region)
+        use = partial(head.outputs, labels=rollout.response_ids[mask])
+        outputs, _ = self._forward(rollout, use, head)
+        return EntropyStats(*(_spread(part, mask) for part in outputs.entropy(self._shown_region)))
 
     def _method_values(
         self, methods: Sequence[Method], scales: Mapping[str, Tensor]
@@ -511,7 +519,7 @@ class PPOModule(LightningModule):
 
     def validation_step(
         self, prompts: PromptBatch, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
+    ) -> dict[str, Any]:
         """Sample and score responses; the same random numbers at every validation."""
         rollout, texts, scores = self._answer(prompts)
         self._evaluations.of(prompts.split, self.device).update(
@@ -523,8 +531,7 @@ class PPOModule(LightningModule):
             answers=self._task.answers(texts, prompts),
             standard_errors=self.trainer.testing,
         )
-        if batch_idx == 0:
-            self._log_samples(prompts, texts, scores)
+        return {"rollout": rollout, "texts": texts, "scores": scores}
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores of every set."""
@@ -553,19 +560,6 @@ class PPOModule(LightningModule):
         scores = self._score(texts, prompts)
         self._task.scorer_timeouts()  # not those of the next iteration
         return rollout, texts, scores
-
-    def _log_samples(self, prompts: PromptBatch, texts: Sequence[str], scores: Tensor) -> None:
-        n = self.evaluation_args.num_responses
-        shown = min(self.evaluation_args.num_samples_logged, len(prompts))
-        lines = [
-            f"**{prompts.texts[i]}**  \n{texts[i * n]}  \nscore {scores[i * n]:g}"
-            for i in range(shown)
-        ]
-        for logger in self.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                # The step at which Lightning logs this validation's scores.
-                step = max(self.iteration - 1, 0)
-                logger.experiment.add_text(f"{prompts.split}/samples", "\n\n".join(lines), step)
 
 
 def _spread(values: Tensor, mask: Tensor) -> Tensor:
