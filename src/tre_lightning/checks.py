@@ -8,6 +8,7 @@ from lightning.pytorch import Trainer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 
 from tre_lightning.data.prompts import PromptDataModule
+from tre_lightning.engines import check_engine
 from tre_lightning.errors import read
 from tre_lightning.methods import find_methods
 from tre_lightning.policy import (
@@ -46,6 +47,7 @@ def check_run(
     """
     find_methods(trainer.callbacks)  # type: ignore[attr-defined]
     check_batches(module, data, trainer.world_size)
+    check_engine(module.rollout_args, trainer.strategy.root_device.type)
     if trainer.precision in ("16-mixed", "16-true"):
         raise ValueError(
             f"trainer.precision={trainer.precision} needs a loss scale, which overflows that are "

@@ -1,0 +1,84 @@
+"""transformers' continuous batching, on the model that is trained.
+
+A row that ends makes room for the next one, and keys and values lie in pages, so nothing is padded.
+Responses depend on how rows are laid out: random numbers are drawn for a batch, from a seed of its
+own for every batch of prompts and every rank.
+
+Source: https://huggingface.co/docs/transformers/continuous_batching
+"""
+
+import math
+from typing import Any
+
+import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+
+from tre_lightning.engines.base import Sampling, prompt_tokens, rollout_of
+from tre_lightning.rollout import PromptBatch, Rollout, eval_mode
+from tre_lightning.seeding import derived_seed
+
+_PREFILL = 512  # least tokens of one forward pass; without flash attention it has a dense mask
+_HALF = (torch.bfloat16, torch.float16)
+
+
+class ContinuousBatching:
+    """``sample_batch_size`` bounds the rows that are sampled at a time, and with them the pages."""
+
+    def sample(self, model: PreTrainedModel, prompts: PromptBatch, how: Sampling) -> Rollout:
+        """Sample; see :class:`~tre_lightning.engines.base.RolloutEngine`.
+
+        Raises:
+            RuntimeError: if a request fails.
+        """
+        inputs = prompt_tokens(prompts)
+        rows = len(inputs) * how.num_responses
+        at_a_time = min(how.sample_batch_size or rows, rows)
+        on_cuda = model.device.type == "cuda"
+        page = 256 if on_cuda else 32  # flash attention wants the former
+        longest = max(map(len, inputs)) + how.max_new_tokens
+        key = ("responses", how.seed, prompts.split, prompts.index, prompts.first_row)
+        config = ContinuousBatchingConfig(
+            page_size=page,
+            num_blocks=(at_a_time + 1) * math.ceil(longest / page),
+            max_batch_tokens=max(at_a_time, _PREFILL),
+            max_requests_per_batch=at_a_time,
+            return_logprobs=True,
+            seed=derived_seed(*key),
+            auto_switch_to_flash=model.dtype in _HALF,
+        )
+        generation = GenerationConfig(
+            do_sample=True,
+            temperature=how.temperature,
+            top_p=how.top_p,
+            top_k=0,
+            max_new_tokens=how.max_new_tokens,
+            eos_token_id=list(how.eos_token_ids),
+            pad_token_id=how.pad_token_id,
+            num_return_sequences=how.num_responses,
+        )
+        devices = [model.device] if on_cuda else []
+        with eval_mode(model), torch.random.fork_rng(devices):  # its seed becomes torch's own
+            manager: Any = model.init_continuous_batching(generation, config)  # type: ignore[operator]
+            # All requests are there before it starts: what it batches depends on no clock.
+            ids = manager.add_requests(inputs, max_new_tokens=how.max_new_tokens)
+            manager.start()
+            try:
+                found: dict[str, Any] = {}
+                while len(found) < rows:
+                    output = manager.get_result(timeout=1)
+                    if output is not None:
+                        found[output.request_id] = output
+                    elif not manager.is_running():
+                        break
+            finally:
+                manager.stop(block=True)
+                manager.destroy()
+        children = [f"__child#{j}" for j in range(how.num_responses - 1)]
+        names = [name + suffix for name in ids for suffix in ("", *children)]
+        failed = next((name for name in names if name not in found or found[name].error), None)
+        if failed is not None:
+            reason = found[failed].error if failed in found else "no result"
+            raise RuntimeError(f"continuous batching failed at {failed}: {reason}")
+        outputs = [found[name] for name in names]
+        tokens = [output.generated_tokens for output in outputs]
+        return rollout_of(prompts, how, tokens, [output.logprobs for output in outputs])
