@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import runs
+from tre_lightning import ppo
 from tre_lightning.args import RolloutArgs, VLLMArgs
 from tre_lightning.engines import (
     VLLM,
@@ -20,9 +21,11 @@ from tre_lightning.engines import (
     InProcess,
     RolloutEngine,
     Sampling,
+    corrected,
     importance_weights,
     make_engine,
 )
+from tre_lightning.experience import TrainingBatch
 from tre_lightning.rollout import PromptBatch, Rollout
 from tre_lightning.seeding import uniforms
 
@@ -167,7 +170,7 @@ class FakeInner:
 class FakeLLM:
     """Samples as this package does, from the model that the test gives it, and notes its calls."""
 
-    made: "ClassVar[list[FakeLLM]]" = []
+    made: "list[FakeLLM]"
     model: PreTrainedModel
 
     def __init__(self, model: str, **options: Any) -> None:
@@ -238,7 +241,7 @@ def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> type[FakeLLM]:
     monkeypatch.setitem(sys.modules, "vllm", module)
     monkeypatch.setitem(sys.modules, "vllm.inputs", inputs)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    monkeypatch.setattr(FakeLLM, "made", [])
+    monkeypatch.setattr(FakeLLM, "made", [], raising=False)
     return FakeLLM
 
 
@@ -351,23 +354,27 @@ def test_importance_weights_are_truncated_ratios() -> None:
     assert importance_weights(p, q, 2.0).tolist() == [[pytest.approx(w) for w in (0.5, 1.5, 2, 1)]]
 
 
-class Biased(InProcess):
-    """An engine whose samples are twice (first token) and half as likely as it says."""
+# Of the four responses to a prompt, by the row.
+RATIOS = torch.tensor([2.0, 0.5, 1.0, 1.0])
 
-    factors = torch.tensor([2.0, 0.5]).log()
+
+class Biased(InProcess):
+    """An engine that understates by these ratios how likely its samples are."""
 
     def sample(self, model: PreTrainedModel, prompts: PromptBatch, how: Sampling) -> Rollout:
         rollout = super().sample(model, prompts, how)
+        if how.num_responses == 1:  # of an evaluation
+            return rollout
         assert rollout.behaviour_logprobs is not None
-        wrong = rollout.behaviour_logprobs.clone()
-        wrong[:, :2] -= self.factors[: wrong.shape[1]]
-        return replace(rollout, behaviour_logprobs=wrong)
+        wrong = rollout.behaviour_logprobs.view(len(prompts), 4, -1) - RATIOS.log().view(4, 1)
+        return replace(rollout, behaviour_logprobs=wrong.flatten(0, 1))
 
 
 # Plain policy gradient on the first and only step: the policy loss is -mean of weight x advantage.
 ONE_STEP = {
     "model.policy.critic": "none",
     "model.ppo": {"estimator": "grpo", "num_epochs": 1, "num_minibatches": 1},
+    "model.evaluation": {"num_responses": 1},
     "trainer.max_epochs": 1,
     "data.init_args.iterations_per_epoch": 1,
 }
@@ -376,23 +383,21 @@ ONE_STEP = {
 def test_weights_correct_the_policy_loss_and_mismatch_is_logged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batches = []
-    module = "tre_lightning.ppo"
-    from tre_lightning import ppo
+    batches: list[TrainingBatch] = []
 
-    corrected = ppo.corrected
+    def noting(batch: TrainingBatch, max_weight: float | None) -> TrainingBatch:
+        batches.append(corrected(batch, max_weight))
+        return batches[-1]
+
     monkeypatch.setattr(ppo, "make_engine", lambda args: Biased())
-    monkeypatch.setattr(
-        f"{module}.corrected",
-        lambda batch, most: batches.append(corrected(batch, most)) or batches[-1],
-    )
+    monkeypatch.setattr(ppo, "corrected", noting)
     runs.run(tmp_path / "run", "--model.rollout.max_importance_weight=1.5", changes=ONE_STEP)
     runs.run(tmp_path / "off", changes=ONE_STEP)
     on, off = batches
     mask = on.response_mask
     weight = on.weights["policy"][mask]
-    column = torch.arange(mask.shape[1]).expand_as(mask)[mask]
-    expected = torch.tensor([1.5, 0.5, 1.0])[column.clamp(max=2)]
+    ratio = RATIOS.repeat(4).unsqueeze(1).expand_as(mask)[mask]
+    expected = ratio.clamp(max=1.5)
     torch.testing.assert_close(weight, expected, rtol=1e-4, atol=0)
     assert off.weights == {}
     scalars = runs.scalars(tmp_path / "run")
@@ -403,9 +408,8 @@ def test_weights_correct_the_policy_loss_and_mismatch_is_logged(
     assert others["loss/policy"] == [(0, pytest.approx(float(plain), rel=1e-3, abs=1e-6))]
     assert abs(float(loss - plain)) > 1e-3
     # k3 of a ratio r is r - 1 - log r; the engine's log-probabilities are logged either way.
-    kl = torch.tensor([1 - torch.tensor(2.0).log(), torch.tensor(2.0).log() - 0.5, 0.0])
+    mean = float((ratio - 1 - ratio.log()).mean())
     for found in (scalars, others):
-        mean = float(kl[column.clamp(max=2)].mean())
         assert found["rollout/engine_kl"] == [(0, pytest.approx(mean, rel=1e-3))]
         assert found["rollout/engine_ratio_max"] == [(0, pytest.approx(2.0, rel=1e-3))]
 

@@ -7,7 +7,10 @@ own for every batch of prompts and every rank.
 Source: https://huggingface.co/docs/transformers/continuous_batching
 """
 
+import gc
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -57,28 +60,49 @@ class ContinuousBatching:
             num_return_sequences=how.num_responses,
         )
         devices = [model.device] if on_cuda else []
-        with eval_mode(model), torch.random.fork_rng(devices):  # its seed becomes torch's own
-            manager: Any = model.init_continuous_batching(generation, config)  # type: ignore[operator]
-            # All requests are there before it starts: what it batches depends on no clock.
-            ids = manager.add_requests(inputs, max_new_tokens=how.max_new_tokens)
-            manager.start()
-            try:
-                found: dict[str, Any] = {}
-                while len(found) < rows:
-                    output = manager.get_result(timeout=1)
-                    if output is not None:
-                        found[output.request_id] = output
-                    elif not manager.is_running():
-                        break
-            finally:
-                manager.stop(block=True)
-                manager.destroy()
-        children = [f"__child#{j}" for j in range(how.num_responses - 1)]
-        names = [name + suffix for name in ids for suffix in ("", *children)]
-        failed = next((name for name in names if name not in found or found[name].error), None)
-        if failed is not None:
-            reason = found[failed].error if failed in found else "no result"
-            raise RuntimeError(f"continuous batching failed at {failed}: {reason}")
-        outputs = [found[name] for name in names]
+        # Seeding it seeds torch.
+        with eval_mode(model), torch.random.fork_rng(devices), _fast_collection():
+            outputs = _run(model, generation, config, inputs)
         tokens = [output.generated_tokens for output in outputs]
         return rollout_of(prompts, how, tokens, [output.logprobs for output in outputs])
+
+
+def _run(
+    model: PreTrainedModel,
+    generation: GenerationConfig,
+    config: ContinuousBatchingConfig,
+    inputs: list[list[int]],
+) -> list[Any]:
+    """The outputs of all responses, those of one prompt side by side."""
+    manager: Any = model.init_continuous_batching(generation, config)  # type: ignore[operator]
+    # All requests are there before it starts: what it batches depends on no clock.
+    names = manager.add_requests(inputs, max_new_tokens=generation.max_new_tokens)
+    children = [f"__child#{j}" for j in range(generation.num_return_sequences - 1)]
+    names = [name + suffix for name in names for suffix in ("", *children)]
+    found: dict[str, Any] = {}
+    manager.start()
+    try:
+        while len(found) < len(names):
+            output = manager.get_result(timeout=1)
+            if output is not None:
+                found[output.request_id] = output
+            elif not manager.is_running():
+                break
+    finally:
+        manager.stop(block=True)
+        manager.destroy()
+    for name in names:
+        if name not in found or found[name].error:
+            reason = found[name].error if name in found else "no result"
+            raise RuntimeError(f"continuous batching failed at {name}: {reason}")
+    return [found[name] for name in names]
+
+
+@contextmanager
+def _fast_collection() -> Iterator[None]:
+    """A manager that stops collects garbage, twice: not among all that was there before."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
