@@ -1,4 +1,4 @@
-"""Tokens a second of this package's sampler beside transformers' plain ``generate``, in one run.
+"""Tokens a second of the rollout engines beside transformers' plain ``generate``, in one run.
 
     python benchmarks/rollout.py --out runs/rollout             # about a minute on 2 CPU cores
     python benchmarks/rollout.py --out runs/rollout --quick     # small, some seconds
@@ -9,8 +9,9 @@ number of new tokens and end-of-sequence tokens: a share of the vocabulary, so t
 responses vary a lot. Only tokens up to the end of each response are counted.
 
 * greedy: one response a prompt; the benchmark fails unless all samplers give the same tokens.
-* sampling: several responses a prompt, at temperature 1. In float32 about one row in a hundred
-  differs between ours and ours in parts: rounding depends on the size of a batch.
+* sampling: several responses a prompt, at temperature 1. Continuous batching draws other numbers.
+  In float32 about one row in a hundred differs between ours and ours in parts: rounding depends on
+  the size of a batch.
 """
 
 import argparse
@@ -30,8 +31,9 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from tre_lightning.rollout import PromptBatch, generate
-from tre_lightning.seeding import generator, uniforms
+from tre_lightning.engines import ContinuousBatching, InProcess, RolloutEngine, Sampling
+from tre_lightning.rollout import PromptBatch
+from tre_lightning.seeding import generator
 
 PAD = 0
 GREEDY = 1e-8  # temperature at which sampling takes the most probable token
@@ -89,19 +91,18 @@ def samplers(model: Any, setting: Setting) -> tuple[dict[str, Sampler], Tensor]:
     ends = torch.randperm(setting.vocabulary - 1, generator=generator("ends"))[:count] + 1
     eos = ends.tolist()
 
-    def ours(size: int | None) -> Sampler:
+    def of(engine: RolloutEngine, size: int | None = None) -> Sampler:
         def sample(prompts: PromptBatch, num_responses: int, temperature: float) -> Tensor:
-            numbers = uniforms(len(prompts) * num_responses, setting.max_new_tokens, "responses")
-            return generate(
-                model,
-                prompts,
+            how = Sampling(
                 num_responses=num_responses,
-                uniforms=numbers,
+                max_new_tokens=setting.max_new_tokens,
                 eos_token_ids=eos,
                 pad_token_id=PAD,
+                seed=0,
                 temperature=temperature,
                 sample_batch_size=size,
-            ).response_ids
+            )
+            return engine.sample(model, prompts, how).response_ids
 
         return sample
 
@@ -122,8 +123,12 @@ def samplers(model: Any, setting: Setting) -> tuple[dict[str, Sampler], Tensor]:
 
     named = {
         "transformers generate": plain,
-        "ours": ours(None),
-        f"ours, {setting.rows // 4} at a time": ours(setting.rows // 4),
+        "ours": of(InProcess()),
+        f"ours, {setting.rows // 4} at a time": of(InProcess(), setting.rows // 4),
+        "continuous batching": of(ContinuousBatching()),
+        f"continuous batching, {setting.rows // 4} at a time": of(
+            ContinuousBatching(), setting.rows // 4
+        ),
     }
     return named, ends
 
