@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -21,6 +22,7 @@ from tre_lightning.engines import (
     InProcess,
     RolloutEngine,
     Sampling,
+    check_engine,
     corrected,
     importance_weights,
     make_engine,
@@ -326,6 +328,17 @@ def test_vllm_without_a_gpu_is_refused(
         runs.run(tmp_path / "run", "--model.rollout.engine=vllm")
     error = capsys.readouterr().err
     assert error.startswith("error: model.rollout.engine=vllm needs a CUDA GPU, not cpu")
+
+
+def test_continuous_batching_that_cannot_work_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = RolloutArgs(engine="continuous_batching")
+    check_engine(args, "cpu")
+    with pytest.raises(ValueError, match="needs whole models, not shards; use in_process"):
+        check_engine(args, "cuda", sharded=True)
+    check_engine(RolloutArgs(), "cuda", sharded=True)
+    monkeypatch.setattr(transformers, "__version__", "5.4.0")
+    with pytest.raises(ValueError, match=r"needs transformers 5.17, not 5.4.0; pip install"):
+        check_engine(args, "cpu")
 
 
 @pytest.mark.parametrize(

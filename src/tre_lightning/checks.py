@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 
 from tre_lightning.data.prompts import PromptDataModule
@@ -47,7 +48,9 @@ def check_run(
     """
     find_methods(trainer.callbacks)  # type: ignore[attr-defined]
     check_batches(module, data, trainer.world_size)
-    check_engine(module.rollout_args, trainer.strategy.root_device.type)
+    strategy = trainer.strategy
+    sharded = isinstance(strategy, FSDPStrategy | ModelParallelStrategy)
+    check_engine(module.rollout_args, strategy.root_device.type, sharded=sharded)
     if trainer.precision in ("16-mixed", "16-true"):
         raise ValueError(
             f"trainer.precision={trainer.precision} needs a loss scale, which overflows that are "

@@ -2,7 +2,10 @@
 
 from tre_lightning.args import RolloutArgs
 from tre_lightning.engines.base import RolloutEngine, Sampling
-from tre_lightning.engines.continuous_batching import ContinuousBatching
+from tre_lightning.engines.continuous_batching import (
+    ContinuousBatching,
+    check_continuous_batching,
+)
 from tre_lightning.engines.in_process import InProcess
 from tre_lightning.engines.mismatch import corrected, importance_weights
 from tre_lightning.engines.vllm import VLLM, check_vllm
@@ -27,12 +30,19 @@ def make_engine(args: RolloutArgs) -> RolloutEngine:
     return ContinuousBatching() if args.engine == "continuous_batching" else InProcess()
 
 
-def check_engine(args: RolloutArgs, device: str) -> None:
-    """Refuse an engine that cannot work on ``device`` (cpu, cuda), without starting it.
+def check_engine(args: RolloutArgs, device: str, *, sharded: bool = False) -> None:
+    """Refuse an engine that cannot work, without starting it.
+
+    Args:
+        args: which engine.
+        device: what it would run on: cpu, cuda.
+        sharded: whether a device holds a part of the model only.
 
     Raises:
         ValueError: naming the field, its value and the fix.
     """
+    if args.engine == "continuous_batching":
+        check_continuous_batching(sharded)
     if args.engine == "vllm":
         check_vllm()
         if device != "cuda":

@@ -11,17 +11,37 @@ import gc
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+import transformers
+from packaging.version import Version
+from transformers import GenerationConfig, PreTrainedModel
 
 from tre_lightning.engines.base import Sampling, prompt_tokens, rollout_of
 from tre_lightning.rollout import PromptBatch, Rollout, eval_mode
 from tre_lightning.seeding import derived_seed
 
+if TYPE_CHECKING:
+    from transformers import ContinuousBatchingConfig
+
 _PREFILL = 512  # least tokens of one forward pass; without flash attention it has a dense mask
+_SINCE = "5.17"  # of transformers; has page_size
 _HALF = (torch.bfloat16, torch.float16)
+
+
+def check_continuous_batching(sharded: bool) -> None:
+    """Raise ValueError for an old transformers, or where the devices share one model."""
+    if Version(transformers.__version__) < Version(_SINCE):
+        raise ValueError(
+            f"model.rollout.engine=continuous_batching needs transformers {_SINCE}, not "
+            f"{transformers.__version__}; pip install 'transformers>={_SINCE}'"
+        )
+    if sharded:  # a shard waits for the others at every forward pass
+        raise ValueError(
+            "model.rollout.engine=continuous_batching needs whole models, not shards; use "
+            "in_process, or trainer.strategy ddp"
+        )
 
 
 class ContinuousBatching:
@@ -33,6 +53,8 @@ class ContinuousBatching:
         Raises:
             RuntimeError: if a request fails.
         """
+        from transformers import ContinuousBatchingConfig  # early 5.x releases lack it
+
         inputs = prompt_tokens(prompts)
         rows = len(inputs) * how.num_responses
         at_a_time = min(how.sample_batch_size or rows, rows)
@@ -70,7 +92,7 @@ class ContinuousBatching:
 def _run(
     model: PreTrainedModel,
     generation: GenerationConfig,
-    config: ContinuousBatchingConfig,
+    config: "ContinuousBatchingConfig",
     inputs: list[list[int]],
 ) -> list[Any]:
     """The outputs of all responses, those of one prompt side by side."""
