@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 
+from tre_lightning.kv_cache import growing_cache
 from tre_lightning.losses import label_logprobs
 
-# Finished rows leave the batch when at most this share of it is running. Leaving copies the cache,
-# as every step does, so it may be often.
+# Finished rows leave the batch when at most this share of it is running. Leaving copies the cache.
 MOST_RUNNING = 7 / 8
 
 
@@ -200,7 +200,7 @@ class _Decoding:
         """Read prompts, ``[R, P]``, padded on the left."""
         used = prompt_mask.any(0)  # these prompts may be shorter than others of their batch
         ids, mask = prompt_ids[:, used], prompt_mask[:, used]
-        cache = DynamicCache(config=model.config)
+        cache = growing_cache(model.config)
         logits = _next_logits(model, cache, ids, mask, positions(mask))
         return cls(cache, mask, mask.sum(-1, keepdim=True), logits)
 
