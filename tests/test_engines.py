@@ -86,6 +86,24 @@ def test_logprobs_are_those_of_the_tempered_distribution(
     assert all(len(set(row)) > 1 for row in first.tolist())  # responses of their own
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_logprobs_are_float32_whatever_the_weights_are(
+    dtype: torch.dtype, policy: PreTrainedModel, make_prompts: MakePrompts
+) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # as Lightning does for 64-true and bf16-true
+    try:
+        for engine in ENGINES.values():
+            rollout = engine().sample(policy.to(dtype), make_prompts([3, 5]), HOW)
+            found = rollout.behaviour_logprobs
+            assert found is not None and found.dtype == torch.float32
+            expected = by_forward(policy.to(torch.float64), rollout, HOW.temperature)
+            atol = 0.1 if dtype == torch.bfloat16 else 1e-5
+            torch.testing.assert_close(found, expected.float(), rtol=0, atol=atol)
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_greedy_tokens_are_the_same(any_policy: PreTrainedModel, make_prompts: MakePrompts) -> None:
     prompts = make_prompts([3, 7, 5, 1, 2, 9])
     for size in (None, 4):
@@ -165,7 +183,9 @@ class FakeInner:
         self.weights: dict[str, Tensor] = {}
 
     def load_weights(self, weights: Any) -> set[str]:
-        self.weights = {name: weight.clone() for name, weight in weights}
+        self.weights = dict(weights)
+        assert not any(weight.requires_grad for weight in self.weights.values())
+        self.weights = {name: weight.clone() for name, weight in self.weights.items()}
         return set(self.weights)
 
 

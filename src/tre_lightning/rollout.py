@@ -249,7 +249,7 @@ def _respond(
     device = uniforms.device
     response = torch.full((count, max_new_tokens), pad_token_id, device=device)
     response_mask = torch.zeros(count, max_new_tokens, dtype=torch.bool, device=device)
-    logprobs = torch.zeros(count, max_new_tokens, device=device)
+    logprobs = torch.zeros(count, max_new_tokens, dtype=torch.float32, device=device)
     finished = torch.zeros(count, dtype=torch.bool, device=device)
     rows = torch.arange(count, device=device)  # that are still in the batch
     for t in range(max_new_tokens):

@@ -128,10 +128,10 @@ def _start(model: PreTrainedModel, args: VLLMArgs, how: Sampling) -> Any:
         )
 
 
-@torch.no_grad()
 def _weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Whole weights by their names in a plain model; adapters are merged."""
     named = merged_state_dict(model).items() if has_adapters(model) else model.named_parameters()
     for name, weight in named:
         # A sharded one is put together, by all ranks at once.
+        weight = weight.detach()
         yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
