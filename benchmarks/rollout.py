@@ -1,4 +1,4 @@
-"""Tokens a second of this package's sampler beside transformers' plain ``generate``, in one run.
+"""Tokens a second of the rollout engines beside transformers' plain ``generate``, in one run.
 
     python benchmarks/rollout.py --out runs/rollout             # about a minute on 2 CPU cores
     python benchmarks/rollout.py --out runs/rollout --quick     # small, some seconds
@@ -9,8 +9,11 @@ number of new tokens and end-of-sequence tokens: a share of the vocabulary, so t
 responses vary a lot. Only tokens up to the end of each response are counted.
 
 * greedy: one response a prompt; the benchmark fails unless all samplers give the same tokens.
-* sampling: several responses a prompt, at temperature 1. In float32 about one row in a hundred
-  differs between ours and ours in parts: rounding depends on the size of a batch.
+* sampling: several responses a prompt, at temperature 1. Continuous batching draws other numbers.
+  In float32 about one row in a hundred differs between ours and ours in parts: rounding depends on
+  the size of a batch.
+* one step: CPU time of decoding one token of 16 rows behind so many others, with transformers'
+  cache, which copies all keys and values at every token, and with ours.
 """
 
 import argparse
@@ -28,10 +31,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from tre_lightning.rollout import PromptBatch, generate
-from tre_lightning.seeding import generator, uniforms
+from tre_lightning.engines import ContinuousBatching, InProcess, RolloutEngine, Sampling
+from tre_lightning.kv_cache import growing_cache
+from tre_lightning.rollout import PromptBatch
+from tre_lightning.seeding import generator
 
 PAD = 0
 GREEDY = 1e-8  # temperature at which sampling takes the most probable token
@@ -89,19 +94,18 @@ def samplers(model: Any, setting: Setting) -> tuple[dict[str, Sampler], Tensor]:
     ends = torch.randperm(setting.vocabulary - 1, generator=generator("ends"))[:count] + 1
     eos = ends.tolist()
 
-    def ours(size: int | None) -> Sampler:
+    def of(engine: RolloutEngine, size: int | None = None) -> Sampler:
         def sample(prompts: PromptBatch, num_responses: int, temperature: float) -> Tensor:
-            numbers = uniforms(len(prompts) * num_responses, setting.max_new_tokens, "responses")
-            return generate(
-                model,
-                prompts,
+            how = Sampling(
                 num_responses=num_responses,
-                uniforms=numbers,
+                max_new_tokens=setting.max_new_tokens,
                 eos_token_ids=eos,
                 pad_token_id=PAD,
+                seed=0,
                 temperature=temperature,
                 sample_batch_size=size,
-            ).response_ids
+            )
+            return engine.sample(model, prompts, how).response_ids
 
         return sample
 
@@ -122,8 +126,12 @@ def samplers(model: Any, setting: Setting) -> tuple[dict[str, Sampler], Tensor]:
 
     named = {
         "transformers generate": plain,
-        "ours": ours(None),
-        f"ours, {setting.rows // 4} at a time": ours(setting.rows // 4),
+        "ours": of(InProcess()),
+        f"ours, {setting.rows // 4} at a time": of(InProcess(), setting.rows // 4),
+        "continuous batching": of(ContinuousBatching()),
+        f"continuous batching, {setting.rows // 4} at a time": of(
+            ContinuousBatching(), setting.rows // 4
+        ),
     }
     return named, ends
 
@@ -179,16 +187,41 @@ def measure(
     return rows
 
 
+@torch.no_grad()
+def one_step(model: Any, setting: Setting, length: int, repetitions: int = 12) -> Fields:
+    """Median CPU time in ms of a decoding step behind ``length`` tokens, with each cache."""
+    rows = 16
+    prompt = torch.randint(1, setting.vocabulary, (1, length), generator=generator("step"))
+    token = torch.arange(1, rows + 1).unsqueeze(1)
+    fields: Fields = {"rows": rows, "length": length}
+    caches = {"copying": DynamicCache(config=model.config), "ours": growing_cache(model.config)}
+    for name, cache in caches.items():
+        model(input_ids=prompt, past_key_values=cache, logits_to_keep=1)
+        cache.reorder_cache(torch.zeros(rows, dtype=torch.int64))  # type: ignore[arg-type]
+        spent = []
+        for _ in range(repetitions):
+            started = time.process_time()
+            model(input_ids=token, past_key_values=cache)
+            spent.append(1e3 * (time.process_time() - started))
+        fields[f"{name}, ms"] = statistics.median(spent)
+    return fields
+
+
 def report(results: Fields, console: Console) -> None:
     """The table."""
     head = results["machine"]
     console.print(f"{head['cpu']}, {head['threads']} threads, torch {head['torch']}")
-    table = Table(title=f"{results['setting']}, median of {results['repetitions']}")
-    for column in results["rows"][0]:
-        table.add_column(column, justify="right")
-    for row in results["rows"]:
-        table.add_row(*(cell(value) for value in row.values()))
-    console.print(table)
+    titles = {
+        "rows": f"{results['setting']}, median of {results['repetitions']}",
+        "steps": "one step, CPU time",
+    }
+    for key, title in titles.items():
+        table = Table(title=title)
+        for column in results[key][0]:
+            table.add_column(column, justify="right")
+        for row in results[key]:
+            table.add_row(*(cell(value) for value in row.values()))
+        console.print(table)
 
 
 def cell(value: Any) -> str:
@@ -219,16 +252,19 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few responses only")
     options = parser.parse_args()
     setting = Setting(rows=32, max_new_tokens=16) if options.quick else Setting()
-    named, ends = samplers(make_model(setting), setting)
+    model = make_model(setting)
+    named, ends = samplers(model, setting)
     rows = []
     for num_responses, temperature in ((1, GREEDY), (setting.num_responses, 1.0)):
         prompts = make_prompts(setting, setting.rows // num_responses)
         rows += measure(named, ends, prompts, num_responses, temperature, options.repetitions)
+    lengths_of_steps = (64, 512) if options.quick else (64, 512, 2048)
     results = {
         "machine": machine(),
         "setting": vars(setting),
         "repetitions": options.repetitions,
         "rows": rows,
+        "steps": [one_step(model, setting, length) for length in lengths_of_steps],
     }
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "rollout.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import runs
-from tre_lightning import ppo
 from tre_lightning.args import RolloutArgs
+from tre_lightning.engines import in_process
 from tre_lightning.policy import PolicyArgs, load_language_model
 from tre_lightning.rollout import (
     PromptBatch,
@@ -355,9 +355,10 @@ def test_rows_that_all_finish_at_once_or_never(
     [
         (None, [(3, 9), (6, 1)]),
         (6, [(3, 9), (6, 1)]),
-        (5, [(2, 9), (4, 1), (1, 4), (2, 1)]),  # whole groups; columns that none needs are left out
-        (2, [(1, 2), (2, 1), (1, 9), (2, 1), (1, 4), (2, 1)]),
-        (1, [(1, 2), (1, 1), (1, 1), (1, 9), (1, 1), (1, 1), (1, 4), (1, 1), (1, 1)]),
+        # Whole groups, the shortest prompts first; columns that none needs are left out.
+        (5, [(2, 4), (4, 1), (1, 9), (2, 1)]),
+        (2, [(1, 2), (2, 1), (1, 4), (2, 1), (1, 9), (2, 1)]),
+        (1, [(1, 2), (1, 1), (1, 1), (1, 4), (1, 1), (1, 1), (1, 9), (1, 1), (1, 1)]),
     ],
 )
 def test_a_prompt_is_read_once_and_no_more_rows_are_sampled_than_allowed(
@@ -428,7 +429,7 @@ def test_a_run_in_small_sample_batches_trains_the_same(
         used.add((prompts.split, how["sample_batch_size"]))
         return generate(model, prompts, **how)
 
-    monkeypatch.setattr(ppo, "generate", noting)
+    monkeypatch.setattr(in_process, "generate", noting)
     flags = ["--trainer.precision=64-true"]
     runs.run(tmp_path / "whole", *flags)
     assert used == {("train", None), ("val", None)}

@@ -3,10 +3,35 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, get_args
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 from tre_lightning.advantages import Estimator
 from tre_lightning.entropy import check_region
+
+EngineName: TypeAlias = Literal["in_process", "continuous_batching", "vllm"]
+
+
+@dataclass(frozen=True)
+class VLLMArgs:
+    """The engine ``vllm``; docs/rollout.md says what it was tried on.
+
+    Args:
+        gpu_memory_utilization: share of the GPU's memory that vLLM holds while it samples, in
+            (0, 1]; the training's weights and optimizer state lie beside it.
+        max_model_len: longest prompt and response together, tokens; none = the model's context.
+    """
+
+    gpu_memory_utilization: float = 0.3
+    max_model_len: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ValueError(
+                f"rollout.vllm.gpu_memory_utilization={self.gpu_memory_utilization} must lie in "
+                "(0, 1]"
+            )
+        if self.max_model_len is not None:
+            at_least("rollout.vllm.max_model_len", self.max_model_len, 1)
 
 
 @dataclass(frozen=True)
@@ -20,12 +45,21 @@ class RolloutArgs:
         sample_batch_size: responses sampled at a time on one device, in training and evaluation;
             bounds the memory of the key-value cache and, rounding aside, changes no response; none
             = all at once.
+        engine: what samples: ``in_process`` = this package's own sampler, ``continuous_batching`` =
+            that of transformers, ``vllm`` = vLLM on the training's GPU.
+        vllm: options of that engine.
+        max_importance_weight: each token's policy loss is multiplied by min(p / q, this), >= 1,
+            with p the probability by the policy that is trained, before the update, and q the one
+            by the engine that sampled; none = no such correction.
     """
 
     num_responses: int = 8
     max_new_tokens: int = 1024
     temperature: float = 1.0
     sample_batch_size: int | None = None
+    engine: EngineName = "in_process"
+    vllm: VLLMArgs = VLLMArgs()
+    max_importance_weight: float | None = None
 
     def __post_init__(self) -> None:
         at_least("rollout.num_responses", self.num_responses, 1)
@@ -33,6 +67,11 @@ class RolloutArgs:
         positive("rollout.temperature", self.temperature)
         if self.sample_batch_size is not None:
             at_least("rollout.sample_batch_size", self.sample_batch_size, 1)
+        one_of("rollout.engine", self.engine, get_args(EngineName))
+        # A mapping in a saved configuration.
+        object.__setattr__(self, "vllm", options(VLLMArgs, self.vllm))
+        if self.max_importance_weight is not None:
+            at_least("rollout.max_importance_weight", self.max_importance_weight, 1)
 
 
 @dataclass(frozen=True)
@@ -206,7 +245,7 @@ def options(kind: type[Options], value: Options | Mapping[str, Any]) -> Options:
     return kind(**value) if isinstance(value, Mapping) else value
 
 
-def at_least(name: str, value: int, least: int) -> None:
+def at_least(name: str, value: float, least: float) -> None:
     """Raise ValueError for a value below the least."""
     if value < least:
         raise ValueError(f"{name}={value} must be at least {least}")

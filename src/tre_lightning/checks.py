@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 
 from tre_lightning.data.prompts import PromptDataModule
+from tre_lightning.engines import check_engine
 from tre_lightning.errors import read
 from tre_lightning.methods import find_methods
 from tre_lightning.policy import (
@@ -46,6 +48,9 @@ def check_run(
     """
     find_methods(trainer.callbacks)  # type: ignore[attr-defined]
     check_batches(module, data, trainer.world_size)
+    strategy = trainer.strategy
+    sharded = isinstance(strategy, FSDPStrategy | ModelParallelStrategy)
+    check_engine(module.rollout_args, strategy.root_device.type, sharded=sharded)
     if trainer.precision in ("16-mixed", "16-true"):
         raise ValueError(
             f"trainer.precision={trainer.precision} needs a loss scale, which overflows that are "

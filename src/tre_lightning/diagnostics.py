@@ -5,7 +5,7 @@ from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric, SumMetric
+from torchmetrics import MaxMetric, MeanMetric, Metric, SumMetric
 
 from tre_lightning.entropy import EntropyStats
 from tre_lightning.experience import Experience, TrainingBatch
@@ -64,6 +64,8 @@ class RolloutMetrics(_Collection):
                 "rollout/unscorable_share": MaskedMean(),
                 "rollout/scorer_timeouts": SumMetric(),
                 "rollout/ref_kl": MaskedMean(),
+                "rollout/engine_kl": MaskedMean(),
+                "rollout/engine_ratio_max": MaxMetric(nan_strategy="ignore"),
                 **{f"entropy/{name}": MaskedMean() for name in tokens},
                 "entropy/tail_mass": MaskedMean(),
                 "entropy/cumulative_tail_risk": MaskedMean(),
@@ -83,6 +85,12 @@ class RolloutMetrics(_Collection):
         if experience.ref_logprobs is not None:
             kl = approx_kl(experience.ref_logprobs, experience.old_logprobs)
             self["rollout/ref_kl"].update(kl, experience.response_mask)
+        behaviour = experience.behaviour_logprobs
+        if behaviour is not None:
+            kl = approx_kl(experience.old_logprobs, behaviour)
+            self["rollout/engine_kl"].update(kl, experience.response_mask)
+            ratio = policy_ratio(experience.old_logprobs, behaviour)
+            self["rollout/engine_ratio_max"].update(ratio[experience.response_mask])
 
     def update_timeouts(self, count: int | None) -> None:
         """Count the answers that the scorer gave up; None = this task's scorer gives up none."""

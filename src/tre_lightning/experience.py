@@ -91,6 +91,7 @@ def build_experience(
         ref_logprobs=ref_logprobs,
         values=values,
         observed=observed or {},
+        behaviour_logprobs=rollout.behaviour_logprobs,
     )
 
 

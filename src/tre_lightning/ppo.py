@@ -31,6 +31,7 @@ from tre_lightning.args import (
 )
 from tre_lightning.diagnostics import Evaluations, RolloutMetrics, UpdateMetrics
 from tre_lightning.distributed import agreed, world
+from tre_lightning.engines import Sampling, corrected, make_engine
 from tre_lightning.entropy import EntropyStats
 from tre_lightning.errors import ScoreError
 from tre_lightning.experience import (
@@ -69,8 +70,7 @@ from tre_lightning.policy import (
     sequence_inputs,
     unused_tokens,
 )
-from tre_lightning.rollout import PromptBatch, Rollout, generate
-from tre_lightning.seeding import uniforms
+from tre_lightning.rollout import PromptBatch, Rollout
 from tre_lightning.task import Task
 
 T = TypeVar("T")
@@ -121,6 +121,7 @@ class PPOModule(LightningModule):
         self.iteration = 0  # finished PPO iterations
         self.skipped_in_a_row = 0  # updates that were not finite
         self._reference: list[PreTrainedModel] = []  # a list, so that no checkpoint holds it
+        self._engine = make_engine(self.rollout_args)
         self._base: str | None = None  # hash of the frozen weights beneath adapters
         self._rollout_metrics = RolloutMetrics(self.rollout_args.num_responses)
         self._update_metrics = UpdateMetrics()
@@ -229,7 +230,7 @@ class PPOModule(LightningModule):
         )
         for method in methods:
             method.adapt(batch)
-        batch = shaped(batch, methods)
+        batch = corrected(shaped(batch, methods), self.rollout_args.max_importance_weight)
         self._update_metrics.update_targets(batch)
         for epoch in range(self.ppo_args.num_epochs):
             key = ("minibatches", self.seed, self.iteration, epoch)
@@ -256,24 +257,18 @@ class PPOModule(LightningModule):
         return {"entropies": entropies, "response_mask": rollout.response_mask}
 
     def _sample(self, prompts: PromptBatch, how: RolloutArgs | EvaluationArgs) -> Rollout:
-        policy, n = self.actor_critic.policy, how.num_responses
-        numbers = uniforms(
-            prompts.total_rows * n,
-            self.rollout_args.max_new_tokens,
-            *("responses", self.seed, prompts.split, prompts.index),
-        )
-        first = prompts.first_row * n
-        return generate(
-            policy,
-            prompts,
-            num_responses=n,
-            uniforms=numbers[first : first + len(prompts) * n],
+        policy = self.actor_critic.policy
+        sampling = Sampling(
+            num_responses=how.num_responses,
+            max_new_tokens=self.rollout_args.max_new_tokens,
             eos_token_ids=end_tokens(policy, self.tokenizer),
             pad_token_id=int(self.tokenizer.pad_token_id),
+            seed=self.seed,
             temperature=how.temperature,
             top_p=how.top_p if isinstance(how, EvaluationArgs) else 1.0,
             sample_batch_size=self.rollout_args.sample_batch_size,
         )
+        return self._engine.sample(policy, prompts, sampling)
 
     def _texts(self, rollout: Rollout) -> list[str]:
         rows = zip(

@@ -7,7 +7,7 @@ on how rows are laid out over batches and devices.
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 import torch
@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 
-# Finished rows leave the batch when at most this share of it is running. Leaving copies the cache,
-# as every step does, so it may be often.
+from tre_lightning.kv_cache import growing_cache
+from tre_lightning.losses import label_logprobs
+
+# Finished rows leave the batch when at most this share of it is running. Leaving copies the cache.
 MOST_RUNNING = 7 / 8
 
 
@@ -57,6 +59,8 @@ class Rollout:
     response_ids: Tensor  # [B, T] int64, padded on the right
     response_mask: Tensor  # [B, T] bool, True = sampled, the end-of-sequence token included
     finished: Tensor  # [B] bool, True = ended by itself, not cut at max_new_tokens
+    # [B, T] float32, of the sampled tokens by what sampled them, at its temperature
+    behaviour_logprobs: Tensor | None = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.response_ids)
@@ -123,7 +127,8 @@ def generate(
         temperature: divides the logits, > 0.
         top_p: nucleus to sample from; 1.0 samples from the whole distribution.
         sample_batch_size: responses sampled at a time; None = all. Bounds the memory of the cache
-            and, rounding aside, changes no response.
+            and, rounding aside, changes no response. Prompts of about one length are then sampled
+            together.
 
     Raises:
         ValueError: for a wrong number of ``uniforms``.
@@ -135,23 +140,33 @@ def generate(
     eos = torch.tensor(list(eos_token_ids), device=device)
     size = rows if sample_batch_size is None else sample_batch_size
     num_prompts = max(size // n, 1)  # whose responses fit
+    # In parts, the shortest prompts first: a part is padded to its longest.
+    order = torch.arange(len(prompts), device=device)
+    if num_prompts < len(prompts):
+        order = prompts.prompt_mask.sum(1).argsort(stable=True)
+    by_prompt = uniforms.view(len(prompts), n, -1)
     parts = []
-    with _eval_mode(model):
-        for first in range(0, len(prompts), num_prompts):
-            ids = prompts.prompt_ids[first : first + num_prompts]
-            mask = prompts.prompt_mask[first : first + num_prompts]
+    with eval_mode(model):
+        for chosen in order.split(num_prompts):
+            ids, mask = prompts.prompt_ids[chosen], prompts.prompt_mask[chosen]
             # One pass over each prompt serves all its responses.
             read = _Decoding.start(model, ids, mask)
             pieces = torch.arange(len(ids), device=device).repeat_interleave(n).split(size)
-            numbers = uniforms[first * n :][: len(ids) * n].split(size)
+            numbers = by_prompt[chosen.to(uniforms.device)].flatten(0, 1).split(size)
             for piece, uniform in zip(pieces, numbers, strict=True):
                 decoding = copy.deepcopy(read) if len(pieces) > 1 else read
                 decoding.take(piece)
-                response, response_mask, finished = _respond(
+                response, response_mask, finished, logprobs = _respond(
                     model, decoding, uniform.to(device), eos, pad_token_id, temperature, top_p
                 )
-                parts.append(Rollout(ids[piece], mask[piece], response, response_mask, finished))
-    return concatenate(parts, pad_token_id)
+                part = Rollout(
+                    *(ids[piece], mask[piece], response, response_mask, finished),
+                    behaviour_logprobs=logprobs,
+                )
+                parts.append(part)
+    back = order.argsort()
+    in_order = (back.unsqueeze(1) * n + torch.arange(n, device=device)).flatten()
+    return concatenate(parts, pad_token_id)[in_order]
 
 
 def concatenate(parts: Sequence[Rollout], pad_token_id: int) -> Rollout:
@@ -160,7 +175,7 @@ def concatenate(parts: Sequence[Rollout], pad_token_id: int) -> Rollout:
     The prompts of all parts are equally wide.
     """
     width = max(part.response_ids.shape[1] for part in parts)
-    fill = {"response_ids": pad_token_id, "response_mask": False}
+    fill = {"response_ids": pad_token_id, "response_mask": False, "behaviour_logprobs": 0.0}
 
     def joined(name: str, _: Tensor) -> Tensor:
         tensors = [getattr(part, name) for part in parts]
@@ -185,7 +200,7 @@ class _Decoding:
         """Read prompts, ``[R, P]``, padded on the left."""
         used = prompt_mask.any(0)  # these prompts may be shorter than others of their batch
         ids, mask = prompt_ids[:, used], prompt_mask[:, used]
-        cache = DynamicCache(config=model.config)
+        cache = growing_cache(model.config)
         logits = _next_logits(model, cache, ids, mask, positions(mask))
         return cls(cache, mask, mask.sum(-1, keepdim=True), logits)
 
@@ -228,20 +243,23 @@ def _respond(
     pad_token_id: int,
     temperature: float,
     top_p: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One response to each row: response, response mask and finished, as in a rollout."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One response to each row: response, its mask, finished and log-probabilities."""
     count, max_new_tokens = uniforms.shape
     device = uniforms.device
     response = torch.full((count, max_new_tokens), pad_token_id, device=device)
     response_mask = torch.zeros(count, max_new_tokens, dtype=torch.bool, device=device)
+    logprobs = torch.zeros(count, max_new_tokens, dtype=torch.float32, device=device)
     finished = torch.zeros(count, dtype=torch.bool, device=device)
     rows = torch.arange(count, device=device)  # that are still in the batch
     for t in range(max_new_tokens):
-        token = pick_tokens(decoding.logits / temperature, uniforms[rows, t], top_p)
+        logits = decoding.logits / temperature
+        token = pick_tokens(logits, uniforms[rows, t], top_p)
         running = ~finished[rows]
         token = token.where(running, pad_token_id)
         response[rows, t] = token
         response_mask[rows, t] = running
+        logprobs[rows, t] = label_logprobs(logits, token).float().where(running, 0.0)
         finished[rows] = ~running | torch.isin(token, eos)
         left = count - int(finished.sum())
         if t + 1 == max_new_tokens or left == 0:
@@ -252,11 +270,11 @@ def _respond(
             rows, token, running = rows[kept], token[kept], running[kept]
         decoding.read(model, token, running)
     longest = int(response_mask.any(0).sum())
-    return response[:, :longest], response_mask[:, :longest], finished
+    return response[:, :longest], response_mask[:, :longest], finished, logprobs[:, :longest]
 
 
 @contextmanager
-def _eval_mode(model: PreTrainedModel) -> Iterator[None]:
+def eval_mode(model: PreTrainedModel) -> Iterator[None]:
     """In training mode, layers that checkpoint their gradients drop the cache."""
     training = model.training
     model.eval()

@@ -248,8 +248,11 @@ def shaped(batch: TrainingBatch, methods: Sequence[Method]) -> TrainingBatch:
 def weighed(
     minibatch: TrainingBatch, methods: Sequence[Method], key: tuple[int | str, ...]
 ) -> TrainingBatch:
-    """The minibatch with the weights of the policy loss and of each term."""
-    weights: dict[str, Tensor] = {}
+    """The minibatch with the weights of the policy loss and of each term.
+
+    Those of the policy loss multiply the weights that it comes with.
+    """
+    weights = dict(minibatch.weights)
     for method in methods:
         of_policy = method.policy_weights(minibatch, (*key, method.name))
         if of_policy is not None:
