@@ -19,6 +19,7 @@ from tre_lightning.policy import (
     refuse_other_model,
 )
 from tre_lightning.ppo import PPOModule
+from tre_lightning.sharding import check_sharding
 from tre_lightning.tokenizer import word_tokenizer
 
 
@@ -46,6 +47,7 @@ def check_run(
     """
     find_methods(trainer.callbacks)  # type: ignore[attr-defined]
     check_batches(module, data, trainer.world_size)
+    check_sharding(trainer, adapters=module.policy_args.lora is not None)
     if trainer.precision in ("16-mixed", "16-true"):
         raise ValueError(
             f"trainer.precision={trainer.precision} needs a loss scale, which overflows that are "

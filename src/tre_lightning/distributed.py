@@ -12,6 +12,15 @@ def world() -> tuple[int, int]:
     return 0, 1
 
 
+def most(count: int) -> int:
+    """The largest count of all ranks."""
+    _, ranks = world()
+    counts = [count] * ranks
+    if ranks > 1:
+        dist.all_gather_object(counts, count)
+    return max(counts)
+
+
 def gather_rows(tensor: Tensor, padding: float) -> Tensor:
     """Rows of all ranks in rank order, ``[B, ...] -> [sum of B, ...]``.
 

@@ -44,10 +44,12 @@ class RunSummary(Callback):
         """Stop the clock and export the policy."""
         self.seconds += time.perf_counter() - self._started
         log_dir = trainer.log_dir  # all ranks must ask
-        if self.export and trainer.is_global_zero:
-            module = cast(PPOModule, pl_module)
-            directory = self.model_dir(trainer)
-            module.actor_critic.save_pretrained(directory, module.tokenizer)
+        if not self.export:
+            return
+        module = cast(PPOModule, pl_module)
+        directory = self.model_dir(trainer)
+        module.actor_critic.save_pretrained(directory, module.tokenizer)
+        if trainer.is_global_zero:
             (directory / "README.md").write_text(
                 self._card(trainer, module, log_dir), encoding="utf-8"
             )
