@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 
 from tre_lightning.data.prompts import PromptDataModule
@@ -85,6 +86,31 @@ def check_run(
         shapes = expected_shapes(replace(policy, lora=lora), config)
         if saved_shapes is not None:
             refuse_other_model(shapes, saved_shapes)
+
+
+def check_devices(accelerator: str, devices: object) -> None:
+    """Refuse GPUs that this machine does not have.
+
+    Args:
+        accelerator: of the trainer.
+        devices: of the trainer; only a number is looked at.
+
+    Raises:
+        ValueError: naming the field, its value and the fix.
+    """
+    if accelerator not in ("gpu", "cuda") or MPSAccelerator.is_available():
+        return
+    there = CUDAAccelerator.auto_device_count()
+    if there == 0:
+        raise ValueError(
+            f"trainer.accelerator={accelerator}, and this machine has no GPU that torch can use; "
+            "give --trainer.accelerator cpu behind the files of configs/scale, or leave them out"
+        )
+    if isinstance(devices, int) and devices > there:
+        raise ValueError(
+            f"trainer.devices={devices}, and this machine has {there} GPU(s); give "
+            f"--trainer.devices {there}"
+        )
 
 
 def check_batches(module: PPOModule, data: PromptDataModule, devices: int) -> None:

@@ -34,7 +34,7 @@ from tre_lightning.callbacks.checkpoint import (
 )
 from tre_lightning.callbacks.progress import RunProgress
 from tre_lightning.callbacks.summary import PredictionWriter, RunSummary
-from tre_lightning.checks import check_run
+from tre_lightning.checks import check_devices, check_run
 from tre_lightning.data.demonstrations import Demonstrations
 from tre_lightning.data.preferences import PreferencePairs
 from tre_lightning.data.prompts import PromptDataModule
@@ -196,6 +196,7 @@ class _CLI(LightningCLI):
             given.ckpt_path = None
         self.save_config_kwargs = {"given": given}
         with one_line_errors():
+            check_devices(self.options.trainer.accelerator, self.options.trainer.devices)
             self.fill_in_paths()
 
     def fill_in_paths(self) -> None:

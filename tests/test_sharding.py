@@ -1,0 +1,224 @@
+"""Weights sharded over two processes, or over two nodes: the numbers are those of one process."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed
+from safetensors.torch import load_file
+
+import runs
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="needs torch.distributed"
+)
+
+TIMEOUT = 240.0  # seconds; a deadlock must fail, not hang
+
+SHARDED = {
+    "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
+    "init_args": {"save_distributed_checkpoint": False},
+}
+PPO = {"num_epochs": 2, "num_minibatches": 3, "micro_batch_size": 3}
+# 2 prompts on one process and 3 on the other: 8 and 12 responses, 3 and 4 micro-batches of them.
+CHANGES: dict[str, Any] = {
+    "data.init_args.batch_size": 5,
+    "data.init_args.eval_batch_size": 8,  # one batch, however many processes
+    "model.ppo": {**PPO, "kl_coef": 0.1},
+    "checkpoint": {"keep_all": True},
+    # Lightning refuses trainer.precision 64-true with this strategy; the plugin is the same.
+    "trainer.plugins": [{"class_path": "lightning.pytorch.plugins.DoublePrecision"}],
+}
+# No critic; the head's weight is the embedding's, so two modules share one of the sharded weights.
+GRPO = {
+    **CHANGES,
+    "model.ppo": {**PPO, "estimator": "grpo"},
+    "model.policy.critic": "none",
+    "model.policy.gradient_checkpointing": True,
+    "model.policy.architecture": {
+        **runs.ARCHITECTURE,
+        "num_hidden_layers": 2,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def run_sharded(
+    run_dir: Path, *flags: str, changes: Mapping[str, Any] = CHANGES, command: str = "fit"
+) -> str:
+    """Run a command on two processes; what it prints."""
+    changes = {**changes, "trainer.strategy": SHARDED}
+    words = runs.words(run_dir, "--trainer.devices=2", *flags, command=command, changes=changes)
+    with runs.process(words) as process:
+        printed, _ = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0, printed[-3000:]
+    return printed
+
+
+def assert_same(left: Path, right: Path) -> None:
+    """Weights after every iteration, curves and exported models of two runs are equal."""
+    for i in range(1, runs.ITERATIONS + 1):
+        weights = runs.weights(left, f"iteration={i}")
+        assert runs.distance(weights, runs.weights(right, f"iteration={i}")) < 1e-9
+    curves, others = runs.scalars(left), runs.scalars(right)
+    assert curves.keys() == others.keys()
+    for tag, events in curves.items():
+        close = [(step, pytest.approx(value, rel=1e-5, abs=1e-6)) for step, value in events]
+        assert others[tag] == close, tag
+    exported = [load_file(run / "model" / "model.safetensors") for run in (left, right)]
+    assert runs.distance(*exported) < 1e-9
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process; tests only read it."""
+    run_dir = tmp_path_factory.mktemp("alone") / "run"
+    runs.run(run_dir, changes=CHANGES)
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def together(alone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of two; tests only read it. The warm start is there already."""
+    run_dir = tmp_path_factory.mktemp("together") / "run"
+    printed = run_sharded(run_dir)
+    assert printed.count("held-out prompts") == 1  # one table, by the first process
+    return run_dir
+
+
+def test_separate_critic_and_reference(alone: Path, together: Path) -> None:
+    assert runs.scalars(alone)["rollout/ref_kl"][-1][1] > 1e-6  # the reference is another model
+    assert_same(alone, together)
+    weights = runs.weights(alone)
+    assert any(name.startswith("actor_critic.critic.") for name in weights)
+
+
+def test_no_critic_and_tied_embeddings(tmp_path: Path) -> None:
+    runs.run(tmp_path / "one", changes=GRPO)
+    run_sharded(tmp_path / "two", changes=GRPO)
+    assert_same(tmp_path / "one", tmp_path / "two")
+
+
+@contextmanager
+def cut_short(run: Path, run_dir: Path) -> Iterator[str]:
+    """A copy of a run as it was after iteration 2, and the flag that goes on with it."""
+    shutil.copytree(run, run_dir)
+    shutil.rmtree(run_dir / "model")
+    yield f"--ckpt_path={run_dir}/checkpoints/iteration=2.ckpt"
+    assert runs.saved_iteration(run_dir) == runs.ITERATIONS
+
+
+def assert_same_end(left: Path, right: Path) -> None:
+    """Weights and AdamW's moments at the end of two runs are equal."""
+    assert runs.distance(runs.weights(left), runs.weights(right)) < 1e-9
+    moments = [runs.checkpoint(run)["optimizer_states"][0]["state"] for run in (left, right)]
+    assert moments[0].keys() == moments[1].keys()
+    for number, moment in moments[0].items():
+        assert runs.distance(moment, moments[1][number]) < 1e-9
+
+
+def test_saved_on_two_loaded_on_one(alone: Path, together: Path, tmp_path: Path) -> None:
+    with cut_short(together, tmp_path / "run") as flag:
+        runs.run(tmp_path / "run", flag, changes=CHANGES)
+    assert_same_end(tmp_path / "run", alone)
+
+
+def test_saved_on_one_loaded_on_two(alone: Path, tmp_path: Path) -> None:
+    with cut_short(alone, tmp_path / "run") as flag:
+        run_sharded(tmp_path / "run", flag)
+    assert_same_end(tmp_path / "run", alone)
+
+
+def test_predictions(alone: Path, together: Path, tmp_path: Path) -> None:
+    flag = f"--ckpt_path={together}/checkpoints/last.ckpt"
+    runs.run(tmp_path / "one", flag, command="predict", changes=CHANGES)
+    run_sharded(tmp_path / "two", flag, command="predict")
+
+    def records(file: Path) -> list[Any]:
+        return [json.loads(line) for line in file.read_text().splitlines()]
+
+    parts = [records(tmp_path / "two" / f"predictions-{rank}.jsonl") for rank in (0, 1)]
+    expected = records(tmp_path / "one" / "predictions.jsonl")
+    assert len(expected) == 5 and all(parts)
+    assert sorted(map(str, parts[0] + parts[1])) == sorted(map(str, expected))
+
+
+# ----- two nodes
+
+
+@contextmanager
+def torchrun(words: list[str], node: int, port: int) -> Iterator["subprocess.Popen[str]"]:
+    """One node of two, with one process, as torchrun starts it."""
+    launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    where = [f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}"]
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    with subprocess.Popen(
+        [sys.executable, *launcher, *where, "-m", "tre_lightning", *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as node_process:
+        try:
+            yield node_process
+        finally:
+            if node_process.poll() is None:
+                node_process.terminate()  # torchrun ends its process with itself
+
+
+@pytest.mark.parametrize("strategy", ["ddp", SHARDED], ids=["ddp", "sharded"])
+def test_two_nodes(alone: Path, tmp_path: Path, strategy: Any) -> None:
+    """``alone`` trained the warm start, and has the weights that two devices give."""
+    run_dir = tmp_path / "run"
+    changes = {**CHANGES, "trainer.strategy": strategy, "trainer.num_nodes": 2}
+    words = runs.words(run_dir, changes=changes)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with ExitStack() as stack:
+        nodes = [stack.enter_context(torchrun(words, node, port)) for node in (0, 1)]
+        printed = [node.communicate(timeout=TIMEOUT)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], printed[0][-3000:] + printed[1][-3000:]
+    assert_same(alone, run_dir)
+
+
+# ----- what does not work is said before any work
+
+
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        ({}, "trainer.strategy.init_args.save_distributed_checkpoint=true"),
+        (
+            {"save_distributed_checkpoint": False, "tensor_parallel_size": 2},
+            "trainer.strategy.init_args.tensor_parallel_size=2",
+        ),
+    ],
+)
+def test_options_of_the_strategy_that_are_refused(
+    strategy: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    changes = {"trainer.strategy": {**SHARDED, "init_args": strategy}}
+    with pytest.raises(SystemExit) as error:
+        runs.run(tmp_path / "run", changes=changes)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_adapters_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = {"trainer.strategy": SHARDED, "model.policy.lora": {"rank": 2}}
+    with pytest.raises(SystemExit) as error:
+        runs.run(tmp_path / "run", changes=changes)
+    assert error.value.code == 2
+    assert "model.policy.lora" in capsys.readouterr().err.splitlines()[-1]
