@@ -12,10 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed
+import yaml
 from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 import runs
+from tre_lightning.cli import main
+from tre_lightning.head import HeadInput
+from tre_lightning.policy import ActorCritic
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="needs torch.distributed"
@@ -23,10 +31,8 @@ pytestmark = pytest.mark.skipif(
 
 TIMEOUT = 240.0  # seconds; a deadlock must fail, not hang
 
-SHARDED = {
-    "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
-    "init_args": {"save_distributed_checkpoint": False},
-}
+CONFIGS = Path(__file__).parents[1] / "configs"
+SHARDED = yaml.safe_load((CONFIGS / "scale" / "8gpu.yaml").read_text())["trainer"]["strategy"]
 PPO = {"num_epochs": 2, "num_minibatches": 3, "micro_batch_size": 3}
 # 2 prompts on one process and 3 on the other: 8 and 12 responses, 3 and 4 micro-batches of them.
 CHANGES: dict[str, Any] = {
@@ -222,3 +228,47 @@ def test_adapters_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         runs.run(tmp_path / "run", changes=changes)
     assert error.value.code == 2
     assert "model.policy.lora" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_supervised_training_is_not_sharded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--config", str(CONFIGS / "reward" / "hh_tiny.yaml")]
+    strategy = tmp_path / "strategy.json"
+    strategy.write_text(json.dumps({"trainer": {"strategy": SHARDED}}))
+    words += ["--config", str(strategy), f"--model.output_dir={tmp_path}/model"]
+    with pytest.raises(SystemExit) as error:
+        main(["reward", "fit", *words])
+    assert error.value.code == 2
+    assert "trainer.strategy=ModelParallelStrategy shards" in capsys.readouterr().err
+
+
+# ----- what only shows on a GPU, where Lightning validates in inference mode
+
+
+def test_sampling_in_inference_mode_spoils_no_later_update(any_policy: PreTrainedModel) -> None:
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        model = ActorCritic(any_policy, None)
+        model.shard("cpu", "32-true")
+        ids = torch.tensor([[2, 3, 4, 5]])
+        with torch.inference_mode():
+            logits = model.sample(lambda policy: policy(input_ids=ids).logits)
+        assert logits.shape[:2] == (1, 4)
+        assert all(isinstance(p, DTensor) for p in model.parameters())  # sharded again
+        mask, counted = torch.ones(1, 4, dtype=torch.bool), torch.ones(1, 2, dtype=torch.bool)
+        used, values = model(ids, mask, counted, weighed_sum)
+        assert values is not None
+        (used + values.sum()).backward()
+        assert all(p.grad is not None for p in model.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def weighed_sum(source: HeadInput) -> Tensor:
+    if source.logits is not None:
+        return source.logits.sum()
+    assert source.hidden is not None and source.head is not None
+    return source.head(source.hidden).sum()

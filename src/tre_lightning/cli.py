@@ -46,6 +46,7 @@ from tre_lightning.ppo import PPOModule
 from tre_lightning.reward_model import RewardModelModule
 from tre_lightning.rewards.remote import RewardServerError
 from tre_lightning.sft import SFTModule
+from tre_lightning.sharding import check_whole
 from tre_lightning.warm_start import WarmStart, wait_for
 
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
@@ -232,6 +233,12 @@ class _TrainingCLI(_CLI):
         """Only ``fit``."""
         return {"fit": LightningCLI.subcommands()["fit"]}
 
+    def instantiate_classes(self) -> None:
+        """Refuse strategies that would train each device's model by itself."""
+        super().instantiate_classes()
+        with one_line_errors():
+            check_whole(self.trainer)
+
     def fill_in_paths(self) -> None:
         """Protect an earlier model."""
         super().fill_in_paths()
@@ -374,7 +381,7 @@ class PPOCLI(_CLI):
             )
         if self.warm_start is None or (self.warm_start_dir / "model").exists():
             return
-        if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) > 0:
+        if self.trainer.global_rank > 0:
             wait_for(self.warm_start_dir / "model")
             return
         started = time.perf_counter()

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
@@ -25,7 +26,13 @@ from tre_lightning.errors import read
 from tre_lightning.head import HeadInput, plain_head
 from tre_lightning.lora import LoraArgs, add_adapters, has_adapters, merged_state_dict
 from tre_lightning.rollout import Rollout, positions
-from tre_lightning.sharding import gathered_layers, is_sharded, shard, whole_state_dict
+from tre_lightning.sharding import (
+    gathered_layers,
+    is_sharded,
+    no_inference_mode,
+    shard,
+    whole_state_dict,
+)
 
 T = TypeVar("T")
 
@@ -202,13 +209,17 @@ class ActorCritic(nn.Module):
 
     def sample(self, use: Callable[[PreTrainedModel], T]) -> T:
         """What ``use`` makes of the policy, whose weights are whole meanwhile; no gradients."""
+        with no_inference_mode() if is_sharded(self) else nullcontext():
+            return self._with_policy(use)
+
+    def _with_policy(self, use: Callable[[PreTrainedModel], T]) -> T:
         with gathered_layers(self.policy):
             return use(self.policy)
 
     def shard(self, device_type: str, precision: str) -> None:
         """Shard the weights over all ranks, as :func:`tre_lightning.sharding.shard` says."""
         _ = self.head  # found by a trial, which needs whole weights
-        shard(self, device_type, precision, "sample")
+        shard(self, device_type, precision, "_with_policy")
 
     def save_pretrained(self, directory: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write the policy, without the critic, as a plain Hugging Face model directory.

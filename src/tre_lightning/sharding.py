@@ -66,6 +66,20 @@ def check_sharding(trainer: Trainer, *, adapters: bool) -> None:
         )
 
 
+def check_whole(trainer: Trainer) -> None:
+    """Refuse sharding strategies for what is not written for them.
+
+    Raises:
+        ValueError: naming the field and the fix.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
+        raise ValueError(
+            f"trainer.strategy={type(strategy).__name__} shards the model, which only "
+            "reinforcement learning can do here; give trainer.strategy ddp, or one device"
+        )
+
+
 def shard(model: nn.Module, device_type: str, precision: str, *methods: str) -> None:
     """Shard a model in place over all ranks.
 
@@ -98,26 +112,31 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 @contextmanager
+def no_inference_mode() -> Iterator[None]:
+    """No gradients, but no inference mode, in which Lightning validates.
+
+    The tensors that are made for gathered weights are used again, and by the update.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+@contextmanager
 def gathered_layers(model: nn.Module) -> Iterator[None]:
     """Every layer's weights whole on this rank, so that it may run as often as it likes.
 
     Without gradients. All ranks must enter together; a model that is not sharded stays as it is.
     """
     layers = [part for part in model.modules() if isinstance(part, FSDPModule)]
-    if not layers:
+    try:
+        for layer in layers:
+            layer.set_reshard_after_forward(False, recurse=False)
+            layer.unshard()
         yield
-        return
-    # Not in inference mode, where Lightning validates: gathered weights serve the update later.
-    with torch.inference_mode(False), torch.no_grad():
-        try:
-            for layer in layers:
-                layer.set_reshard_after_forward(False, recurse=False)
-                layer.unshard()
-            yield
-        finally:
-            for layer in layers:
-                layer.set_reshard_after_forward(True, recurse=False)
-                layer.reshard()
+    finally:
+        for layer in layers:
+            layer.set_reshard_after_forward(True, recurse=False)
+            layer.reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:
