@@ -107,6 +107,9 @@ def _be_quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    # The metrics that are logged have been synchronised.
+    warnings.filterwarnings("ignore", message=".*in distributed setting to accumulate the metric")
 
 
 def _data_class(words: Sequence[str]) -> str | None:
