@@ -57,15 +57,24 @@ GRPO = {
 }
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
 def run_sharded(
-    run_dir: Path, *flags: str, changes: Mapping[str, Any] = CHANGES, command: str = "fit"
+    run_dir: Path,
+    *flags: str,
+    changes: Mapping[str, Any] = CHANGES,
+    command: str = "fit",
+    code: int = 0,
 ) -> str:
-    """Run a command on two processes; what it prints."""
+    """Run a command on two processes; what it prints before it exits with ``code``."""
     changes = {**changes, "trainer.strategy": SHARDED}
-    words = runs.words(run_dir, "--trainer.devices=2", *flags, command=command, changes=changes)
+    words = runs.words(run_dir, *flags, "--trainer.devices=2", command=command, changes=changes)
     with runs.process(words) as process:
         printed, _ = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 0, printed[-3000:]
+    assert process.returncode == code, printed[-3000:]
     return printed
 
 
@@ -93,7 +102,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def together(alone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same of two; tests only read it. The warm start is there already."""
+    """The same of two; tests only read it. The warm start is there."""
     run_dir = tmp_path_factory.mktemp("together") / "run"
     printed = run_sharded(run_dir)
     assert printed.count("held-out prompts") == 1  # one table, by the first process
@@ -157,6 +166,31 @@ def test_predictions(alone: Path, together: Path, tmp_path: Path) -> None:
     assert sorted(map(str, parts[0] + parts[1])) == sorted(map(str, expected))
 
 
+def test_the_layer_of_devices_keeps_float32_weights(alone: Path, tmp_path: Path) -> None:
+    """Gathered in bfloat16; so small steps are not lost."""
+    layer = ["--config", str(CONFIGS / "scale" / "8gpu.yaml")]
+    flags = [*layer, "--trainer.accelerator=cpu"]
+    changes = {"data.init_args.batch_size": 5, "model.ppo": PPO, "trainer.max_epochs": 1}
+    run_sharded(tmp_path / "run", *flags, changes=changes)
+    weights = runs.weights(tmp_path / "run").values()
+    assert all(weight.dtype == torch.float32 for weight in weights)
+    assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in weights)
+
+
+def test_all_ranks_skip_what_one_of_them_sees(alone: Path, tmp_path: Path) -> None:
+    """A loss that is infinite on the second rank alone, and has no gradient."""
+    poison = {"kind": "constant", "first": 1, "last": 100}
+    changes = {
+        **CHANGES,
+        "model.ppo": {**PPO, "max_skipped_updates": 2},
+        "trainer.callbacks": [{"class_path": "test_faults.Poison", "init_args": poison}],
+    }
+    printed = run_sharded(tmp_path / "run", changes=changes, code=1)
+    lines = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "2 updates in a row" in lines[0], lines
+    assert "not finite: loss/poison;" in lines[0]
+
+
 # ----- two nodes
 
 
@@ -180,15 +214,16 @@ def torchrun(words: list[str], node: int, port: int) -> Iterator["subprocess.Pop
                 node_process.terminate()  # torchrun ends its process with itself
 
 
-@pytest.mark.parametrize("strategy", ["ddp", SHARDED], ids=["ddp", "sharded"])
+@pytest.mark.parametrize(
+    "strategy",
+    [pytest.param("ddp", id="ddp"), pytest.param(SHARDED, id="sharded", marks=pytest.mark.slow)],
+)
 def test_two_nodes(alone: Path, tmp_path: Path, strategy: Any) -> None:
     """``alone`` trained the warm start, and has the weights that two devices give."""
     run_dir = tmp_path / "run"
     changes = {**CHANGES, "trainer.strategy": strategy, "trainer.num_nodes": 2}
     words = runs.words(run_dir, changes=changes)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with ExitStack() as stack:
         nodes = [stack.enter_context(torchrun(words, node, port)) for node in (0, 1)]
         printed = [node.communicate(timeout=TIMEOUT)[0] for node in nodes]
