@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -19,9 +20,11 @@ from transformers import (
 import runs
 from tre_lightning.args import OptimArgs
 from tre_lightning.cli import PPOCLI, main
+from tre_lightning.sharding import check_sharding, shards
 
 EXPERIMENTS = Path(__file__).parents[1] / "configs" / "experiment"
 METHOD = EXPERIMENTS.parent / "method" / "tre_p.yaml"
+SCALE = EXPERIMENTS.parent / "scale"
 
 # Published for all of them.
 SHARED: dict[str, Any] = {
@@ -106,11 +109,7 @@ def test_the_settings_are_those_published(
     found = {key: cli.options.get(key, "none") for key in {**SHARED, **PUBLISHED[name]}}
     assert found == {**SHARED, **PUBLISHED[name]}
     assert cli.options.model.policy.gradient_checkpointing is True
-    lora = cli.options.model.policy.lora
-    if name.endswith("7b"):  # all weights fit no GPU
-        assert lora is not None and lora.bfloat16_base is True
-    else:
-        assert lora is None
+    assert cli.options.model.policy.lora is None  # all weights are trained
     assert cli.run_dir == f"runs/{name}"
     assert cli.trainer.precision == "bf16-mixed"
     terms = [term for term in cli.trainer.callbacks if term.__class__.__name__.startswith("Trust")]
@@ -250,8 +249,6 @@ FILES: dict[str, dict[str, str]] = {
 def test_a_run_in_small(name: str, tmp_path: Path, small: Mapping[str, str]) -> None:
     """Everything else is the experiment's: the task, the update, the precision, the method."""
     pytest.importorskip("math_verify")
-    if name.endswith("7b"):
-        pytest.importorskip("peft")
     data = {**FILES[name.split("_")[0]], "batch_size": "2", "iterations_per_epoch": "1"}
     flags = [f"--data.init_args.{key}={value.format(**small)}" for key, value in data.items()]
     main(
@@ -271,3 +268,46 @@ def test_a_run_in_small(name: str, tmp_path: Path, small: Mapping[str, str]) -> 
     assert logged["policy/lr"] == [(0, pytest.approx(1e-6))]
     assert "loss/tre_effective_coef" in logged
     assert (tmp_path / "run" / "model" / "config.json").is_file()
+
+
+# ----- devices
+
+
+@pytest.mark.parametrize(
+    ("layer", "ranks", "sharded"), [("1gpu", 1, False), ("8gpu", 8, True), ("2x8gpu", 16, True)]
+)
+def test_the_layers_of_devices_go_on_top(
+    layer: str, ranks: int, sharded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PPOCLI, "_run_subcommand", lambda self, subcommand: None)
+    scale = ["--config", f"{SCALE / layer}.yaml"]
+    cli = main([*words("math_7b"), *scale, "--trainer.accelerator=cpu"])
+    assert cli.trainer.world_size == ranks and cli.trainer.precision == "bf16-mixed"
+    assert shards(cli.trainer) == sharded
+    check_sharding(cli.trainer, adapters=False)
+    adapters = ["--config", str(SCALE.parent / "memory" / "lora.yaml")]
+    cli = main([*words("math_7b"), *adapters, *scale, "--trainer.accelerator=cpu"])
+    assert cli.model.policy_args.lora.bfloat16_base is True
+
+
+def test_every_layer_of_devices_is_here() -> None:
+    assert {path.stem for path in SCALE.glob("*.yaml")} == {"1gpu", "8gpu", "2x8gpu"}
+
+
+@pytest.mark.parametrize(
+    ("gpus", "message"),
+    [
+        (0, "trainer.accelerator=gpu, and this machine has no GPU"),
+        (2, "trainer.devices=8, and this machine has 2 GPU(s); give --trainer.devices 2"),
+    ],
+)
+def test_gpus_that_are_not_there(
+    gpus: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(CUDAAccelerator, "auto_device_count", lambda: gpus)
+    monkeypatch.setattr(MPSAccelerator, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stopped:
+        main([*words("math_7b"), "--config", f"{SCALE}/8gpu.yaml"])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line

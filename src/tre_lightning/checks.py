@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 
 from tre_lightning.data.prompts import PromptDataModule
@@ -21,6 +21,7 @@ from tre_lightning.policy import (
     refuse_other_model,
 )
 from tre_lightning.ppo import PPOModule
+from tre_lightning.sharding import check_sharding, shards
 from tre_lightning.tokenizer import word_tokenizer
 
 
@@ -48,9 +49,8 @@ def check_run(
     """
     find_methods(trainer.callbacks)  # type: ignore[attr-defined]
     check_batches(module, data, trainer.world_size)
-    strategy = trainer.strategy
-    sharded = isinstance(strategy, FSDPStrategy | ModelParallelStrategy)
-    check_engine(module.rollout_args, strategy.root_device.type, sharded=sharded)
+    check_sharding(trainer, adapters=module.policy_args.lora is not None)
+    check_engine(module.rollout_args, trainer.strategy.root_device.type, sharded=shards(trainer))
     if trainer.precision in ("16-mixed", "16-true"):
         raise ValueError(
             f"trainer.precision={trainer.precision} needs a loss scale, which overflows that are "
@@ -88,6 +88,31 @@ def check_run(
         shapes = expected_shapes(replace(policy, lora=lora), config)
         if saved_shapes is not None:
             refuse_other_model(shapes, saved_shapes)
+
+
+def check_devices(accelerator: str, devices: object) -> None:
+    """Refuse GPUs that this machine does not have.
+
+    Args:
+        accelerator: of the trainer.
+        devices: of the trainer; only a number is looked at.
+
+    Raises:
+        ValueError: naming the field, its value and the fix.
+    """
+    if accelerator not in ("gpu", "cuda") or MPSAccelerator.is_available():
+        return
+    there = CUDAAccelerator.auto_device_count()
+    if there == 0:
+        raise ValueError(
+            f"trainer.accelerator={accelerator}, and this machine has no GPU that torch can use; "
+            "give --trainer.accelerator cpu behind the files of configs/scale, or leave them out"
+        )
+    if isinstance(devices, int) and devices > there:
+        raise ValueError(
+            f"trainer.devices={devices}, and this machine has {there} GPU(s); give "
+            f"--trainer.devices {there}"
+        )
 
 
 def check_batches(module: PPOModule, data: PromptDataModule, devices: int) -> None:

@@ -38,7 +38,7 @@ from tre_lightning.callbacks.inspection import Inspection
 from tre_lightning.callbacks.progress import RunProgress
 from tre_lightning.callbacks.stop import LAUNCHER, GracefulStop
 from tre_lightning.callbacks.summary import PredictionWriter, RunSummary
-from tre_lightning.checks import check_run
+from tre_lightning.checks import check_devices, check_run
 from tre_lightning.data.demonstrations import Demonstrations
 from tre_lightning.data.preferences import PreferencePairs
 from tre_lightning.data.prompts import PromptDataModule
@@ -50,6 +50,7 @@ from tre_lightning.ppo import PPOModule
 from tre_lightning.reward_model import RewardModelModule
 from tre_lightning.rewards.remote import RewardServerError
 from tre_lightning.sft import SFTModule
+from tre_lightning.sharding import check_whole
 from tre_lightning.warm_start import WarmStart, wait_for
 
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
@@ -122,6 +123,9 @@ def _be_quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    # The metrics that are logged have been synchronised.
+    warnings.filterwarnings("ignore", message=".*in distributed setting to accumulate the metric")
 
 
 def _data_class(words: Sequence[str]) -> str | None:
@@ -231,6 +235,7 @@ class _CLI(LightningCLI):
             given.ckpt_path = None
         self.save_config_kwargs = {"given": given}
         with one_line_errors():
+            check_devices(self.options.trainer.accelerator, self.options.trainer.devices)
             self.fill_in_paths()
 
     def fill_in_paths(self) -> None:
@@ -325,6 +330,12 @@ class _TrainingCLI(_CLI):
     def subcommands() -> dict[str, set[str]]:
         """Only ``fit``."""
         return {"fit": LightningCLI.subcommands()["fit"]}
+
+    def instantiate_classes(self) -> None:
+        """Refuse strategies that would train each device's model by itself."""
+        super().instantiate_classes()
+        with one_line_errors():
+            check_whole(self.trainer)
 
     def fill_in_paths(self) -> None:
         """Protect an earlier model."""
@@ -469,7 +480,7 @@ class PPOCLI(_CLI):
             )
         if self.warm_start is None or (self.warm_start_dir / "model").exists():
             return
-        if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) > 0:
+        if self.trainer.global_rank > 0:
             wait_for(self.warm_start_dir / "model")
             return
         started = time.perf_counter()

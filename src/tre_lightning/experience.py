@@ -5,7 +5,7 @@ global batch (so whitening is global), draws the same minibatches, and trains on
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -54,6 +54,10 @@ class TrainingBatch(Experience):
         """Consecutive slices of at most ``size`` rows, without columns that all of them pad."""
         for start in range(0, len(self), size):
             yield self[start : start + size].trimmed()
+
+    def uncounted(self) -> "TrainingBatch":
+        """The same rows, of which no token counts."""
+        return replace(self, response_mask=torch.zeros_like(self.response_mask))
 
     def trimmed(self) -> "TrainingBatch":
         """Without the columns that are padding in every row."""

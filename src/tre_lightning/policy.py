@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
@@ -20,10 +21,18 @@ from transformers import (
 )
 
 from tre_lightning.args import one_of, options
+from tre_lightning.distributed import world
 from tre_lightning.errors import read
 from tre_lightning.head import HeadInput, plain_head
 from tre_lightning.lora import LoraArgs, add_adapters, has_adapters, merged_state_dict
 from tre_lightning.rollout import Rollout, positions
+from tre_lightning.sharding import (
+    gathered_layers,
+    is_sharded,
+    no_inference_mode,
+    shard,
+    whole_state_dict,
+)
 
 T = TypeVar("T")
 
@@ -198,12 +207,31 @@ class ActorCritic(nn.Module):
         values = self.value_head(kept).squeeze(-1)
         return use(source), values.float()
 
+    def sample(self, use: Callable[[PreTrainedModel], T]) -> T:
+        """What ``use`` makes of the policy, whose weights are whole meanwhile; no gradients."""
+        with no_inference_mode() if is_sharded(self) else nullcontext():
+            return self._with_policy(use)
+
+    def _with_policy(self, use: Callable[[PreTrainedModel], T]) -> T:
+        with gathered_layers(self.policy):
+            return use(self.policy)
+
+    def shard(self, device_type: str, precision: str) -> None:
+        """Shard the weights over all ranks, as :func:`tre_lightning.sharding.shard` says."""
+        _ = self.head  # found by a trial, which needs whole weights
+        shard(self, device_type, precision, "_with_policy")
+
     def save_pretrained(self, directory: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write the policy, without the critic, as a plain Hugging Face model directory.
 
-        Adapters are merged into the weights that they change.
+        Adapters are merged into the weights that they change. All ranks must call it; the first
+        one writes.
         """
-        weights = merged_state_dict(self.policy) if has_adapters(self.policy) else None
+        weights = whole_state_dict(self.policy) if is_sharded(self) else None
+        if world()[0] > 0:
+            return
+        if has_adapters(self.policy):
+            weights = merged_state_dict(self.policy)
         self.policy.save_pretrained(directory, state_dict=weights)
         tokenizer.save_pretrained(directory)
 

@@ -18,7 +18,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from tre_lightning.advantages import check_estimator
 from tre_lightning.args import (
@@ -30,7 +30,7 @@ from tre_lightning.args import (
     options,
 )
 from tre_lightning.diagnostics import Evaluations, RolloutMetrics, UpdateMetrics
-from tre_lightning.distributed import agreed, world
+from tre_lightning.distributed import agreed, highest, world
 from tre_lightning.engines import Sampling, corrected, make_engine
 from tre_lightning.entropy import EntropyStats
 from tre_lightning.errors import ScoreError
@@ -63,7 +63,6 @@ from tre_lightning.policy import (
     ActorCritic,
     PolicyArgs,
     end_tokens,
-    head_input,
     load_tokenizer,
     parameter_shapes,
     refuse_other_model,
@@ -71,6 +70,7 @@ from tre_lightning.policy import (
     unused_tokens,
 )
 from tre_lightning.rollout import PromptBatch, Rollout
+from tre_lightning.sharding import shards, whole
 from tre_lightning.task import Task
 
 T = TypeVar("T")
@@ -120,7 +120,7 @@ class PPOModule(LightningModule):
         self.seed = seed
         self.iteration = 0  # finished PPO iterations
         self.skipped_in_a_row = 0  # updates that were not finite
-        self._reference: list[PreTrainedModel] = []  # a list, so that no checkpoint holds it
+        self._reference: list[ActorCritic] = []  # a list, so that no checkpoint holds it
         self._engine = make_engine(self.rollout_args)
         self._base: str | None = None  # hash of the frozen weights beneath adapters
         self._rollout_metrics = RolloutMetrics(self.rollout_args.num_responses)
@@ -148,13 +148,14 @@ class PPOModule(LightningModule):
             self._base = fingerprint(self.actor_critic)
         trainer = self._trainer  # a module that is looked at has none
         methods = [] if trainer is None else find_methods(trainer.callbacks)  # type: ignore[attr-defined]
-        if self.ppo_args.kl_coef == 0.0 and not any(m.needs_reference for m in methods):
-            return
-        if self.policy_args.lora is not None:
-            self._reference = [self.actor_critic.policy]  # without its adapters
-        else:
-            reference = copy.deepcopy(self.actor_critic.policy).requires_grad_(False)
-            self._reference = [reference]
+        if self.ppo_args.kl_coef != 0.0 or any(m.needs_reference for m in methods):
+            reference = self.actor_critic.policy  # without its adapters
+            if self.policy_args.lora is None:
+                reference = copy.deepcopy(reference).requires_grad_(False)
+            self._reference = [ActorCritic(reference, None, has_values=False)]
+        if self.device_mesh is not None:  # of a strategy that shards
+            for model in (self.actor_critic, *self._reference):
+                model.shard(self.device_mesh.device_type, str(self.trainer.precision))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """One optimiser, so that ``global_step`` counts every step once."""
@@ -257,18 +258,19 @@ class PPOModule(LightningModule):
         return {"entropies": entropies, "response_mask": rollout.response_mask}
 
     def _sample(self, prompts: PromptBatch, how: RolloutArgs | EvaluationArgs) -> Rollout:
-        policy = self.actor_critic.policy
         sampling = Sampling(
             num_responses=how.num_responses,
             max_new_tokens=self.rollout_args.max_new_tokens,
-            eos_token_ids=end_tokens(policy, self.tokenizer),
+            eos_token_ids=end_tokens(self.actor_critic.policy, self.tokenizer),
             pad_token_id=int(self.tokenizer.pad_token_id),
             seed=self.seed,
             temperature=how.temperature,
             top_p=how.top_p if isinstance(how, EvaluationArgs) else 1.0,
             sample_batch_size=self.rollout_args.sample_batch_size,
         )
-        return self._engine.sample(policy, prompts, sampling)
+        return self.actor_critic.sample(
+            lambda policy: self._engine.sample(policy, prompts, sampling)
+        )
 
     def _texts(self, rollout: Rollout) -> list[str]:
         rows = zip(
@@ -283,6 +285,10 @@ class PPOModule(LightningModule):
         unused = torch.tensor(unused_tokens(self.tokenizer), device=ids.device)
         invalid = (ids >= len(self.tokenizer)) | torch.isin(ids, unused)
         return (invalid & rollout.response_mask).any(1)
+
+    @property
+    def _sharded(self) -> bool:
+        return shards(self.trainer)
 
     @property
     def _task(self) -> Task:
@@ -319,16 +325,19 @@ class PPOModule(LightningModule):
         # Of the reference, only what is asked for: mostly log-probabilities alone.
         seen = self._head([method for method in methods if method.needs_reference])
         size = self.ppo_args.micro_batch_size
-        for start in range(0, len(rollout), size):
-            micro = rollout[start : start + size]
+        micros = [rollout[start : start + size] for start in range(0, len(rollout), size)]
+        idle = highest(len(micros), self.device) - len(micros) if self._sharded else 0
+        for number, micro in enumerate([*micros, *[rollout[:1]] * idle]):
             mask = micro.response_mask
             labels = micro.response_ids[mask]
             outputs, values = self._forward(micro, partial(head.outputs, labels=labels), head)
+            reference = self._reference_outputs(micro, labels, seen) if self._reference else None
+            if number >= len(micros):
+                continue  # other ranks have more rows, and this one has a part of their weights
             stats = torch.stack(list(outputs.entropy(shown)), dim=-1)  # sizes as floats
             piece = {"old_logprobs": outputs.logprobs, "entropies": stats}
             if values is not None:
                 piece["values"] = values
-            reference = self._reference_outputs(micro, labels, seen) if self._reference else None
             if reference is not None:
                 piece["ref_logprobs"] = reference.logprobs
             for method in methods:
@@ -408,16 +417,15 @@ class PPOModule(LightningModule):
     def _reference_outputs(self, batch: Rollout, labels: Tensor, head: Head) -> PolicyOutputs:
         """The initial policy's view of the counted tokens."""
         ids, mask = sequence_inputs(batch)
-        reference, counted = self._reference[0], batch.response_mask
-        if reference.device != self.device:
-            reference.to(self.device)  # type: ignore[arg-type]
-        linear = self.actor_critic.head and reference.get_output_embeddings()
-        adapted = self.policy_args.lora is not None
-        with without_adapters(reference) if adapted else nullcontext():
-            source, _ = head_input(
-                reference, linear if head.takes_hidden else None, ids, mask, counted
+        reference = self._reference[0]
+        if next(reference.parameters()).device != self.device:
+            reference.to(self.device)
+        use = partial(head.outputs, labels=labels)
+        with without_adapters(reference) if self.policy_args.lora is not None else nullcontext():
+            made: tuple[PolicyOutputs, None] = reference(
+                ids, mask, batch.response_mask, use, takes_hidden=head.takes_hidden
             )
-        return head.outputs(source, labels)
+        return made[0]
 
     def _update(self, minibatch: TrainingBatch, methods: Sequence[Method], share: float) -> None:
         """One optimiser step on this rank's share of a global minibatch.
@@ -429,6 +437,10 @@ class PPOModule(LightningModule):
         count = minibatch.response_mask.sum().clamp(min=1)
         local = minibatch[slice(rank, None, ranks)]
         micros = list(local.micro_batches(ppo.micro_batch_size))
+        if self._sharded:  # ranks need each other's weights equally often; the first has most rows
+            most_rows = math.ceil(len(minibatch) / ranks)
+            idle = math.ceil(most_rows / ppo.micro_batch_size) - len(micros)
+            micros += [minibatch[:1].uncounted().trimmed()] * idle
         optimizer = self.optimizers(use_pl_optimizer=True)
         assert isinstance(optimizer, LightningOptimizer)
         optimizer.zero_grad()
@@ -438,7 +450,9 @@ class PPOModule(LightningModule):
                 # Data-parallel strategies average over ranks; the token count is global already.
                 self.manual_backward(with_telling_gradient(loss) * ranks)
         groups = self._parameter_groups()
-        norms = [nn.utils.clip_grad_norm_(params, optim.max_grad_norm) for params, _ in groups]
+        norms = [
+            whole(nn.utils.clip_grad_norm_(params, optim.max_grad_norm)) for params, _ in groups
+        ]
         if not all_finite(norms):
             optimizer.zero_grad()
             self.skipped_in_a_row += 1

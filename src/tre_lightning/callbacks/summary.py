@@ -48,10 +48,12 @@ class RunSummary(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock and export the policy."""
         self.seconds += time.perf_counter() - self._started
-        if self.export and trainer.is_global_zero:
-            module = cast(PPOModule, pl_module)
-            directory = self.model_dir(trainer)
-            module.actor_critic.save_pretrained(directory, module.tokenizer)
+        if not self.export:
+            return
+        module = cast(PPOModule, pl_module)
+        directory = self.model_dir(trainer)
+        module.actor_critic.save_pretrained(directory, module.tokenizer)
+        if trainer.is_global_zero:
             (directory / "README.md").write_text(self._card(trainer, module), encoding="utf-8")
 
     def _card(self, trainer: Trainer, module: PPOModule) -> str:

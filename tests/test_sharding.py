@@ -1,0 +1,309 @@
+"""Weights sharded over two processes, or over two nodes: the numbers are those of one process."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+import runs
+from tre_lightning.cli import main
+from tre_lightning.head import HeadInput
+from tre_lightning.policy import ActorCritic
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="needs torch.distributed"
+)
+
+TIMEOUT = 240.0  # seconds; a deadlock must fail, not hang
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+SHARDED = yaml.safe_load((CONFIGS / "scale" / "8gpu.yaml").read_text())["trainer"]["strategy"]
+PPO = {"num_epochs": 2, "num_minibatches": 3, "micro_batch_size": 3}
+# 2 prompts on one process and 3 on the other: 8 and 12 responses, 3 and 4 micro-batches of them.
+CHANGES: dict[str, Any] = {
+    "data.init_args.batch_size": 5,
+    "data.init_args.eval_batch_size": 8,  # one batch, however many processes
+    "model.ppo": {**PPO, "kl_coef": 0.1},
+    "checkpoint": {"keep_all": True},
+    # Lightning refuses trainer.precision 64-true with this strategy; the plugin is the same.
+    "trainer.plugins": [{"class_path": "lightning.pytorch.plugins.DoublePrecision"}],
+}
+# No critic; the head's weight is the embedding's, so two modules share one of the sharded weights.
+GRPO = {
+    **CHANGES,
+    "model.ppo": {**PPO, "estimator": "grpo"},
+    "model.policy.critic": "none",
+    "model.policy.gradient_checkpointing": True,
+    "model.policy.architecture": {
+        **runs.ARCHITECTURE,
+        "num_hidden_layers": 2,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def run_sharded(
+    run_dir: Path,
+    *flags: str,
+    changes: Mapping[str, Any] = CHANGES,
+    command: str = "fit",
+    code: int = 0,
+) -> str:
+    """Run a command on two processes; what it prints before it exits with ``code``."""
+    changes = {**changes, "trainer.strategy": SHARDED}
+    words = runs.words(run_dir, *flags, "--trainer.devices=2", command=command, changes=changes)
+    with runs.process(words) as process:
+        printed, _ = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == code, printed[-3000:]
+    return printed
+
+
+def assert_same(left: Path, right: Path) -> None:
+    """Weights after every iteration, curves and exported models of two runs are equal."""
+    for i in range(1, runs.ITERATIONS + 1):
+        weights = runs.weights(left, f"iteration={i}")
+        assert runs.distance(weights, runs.weights(right, f"iteration={i}")) < 1e-9
+    curves, others = runs.scalars(left), runs.scalars(right)
+    assert curves.keys() == others.keys()
+    for tag, events in curves.items():
+        close = [(step, pytest.approx(value, rel=1e-5, abs=1e-6)) for step, value in events]
+        assert others[tag] == close, tag
+    exported = [load_file(run / "model" / "model.safetensors") for run in (left, right)]
+    assert runs.distance(*exported) < 1e-9
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process; tests only read it."""
+    run_dir = tmp_path_factory.mktemp("alone") / "run"
+    runs.run(run_dir, changes=CHANGES)
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def together(alone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of two; tests only read it. The warm start is there."""
+    run_dir = tmp_path_factory.mktemp("together") / "run"
+    printed = run_sharded(run_dir)
+    assert printed.count("held-out prompts") == 1  # one table, by the first process
+    return run_dir
+
+
+def test_separate_critic_and_reference(alone: Path, together: Path) -> None:
+    assert runs.scalars(alone)["rollout/ref_kl"][-1][1] > 1e-6  # the reference is another model
+    assert_same(alone, together)
+    weights = runs.weights(alone)
+    assert any(name.startswith("actor_critic.critic.") for name in weights)
+
+
+def test_no_critic_and_tied_embeddings(tmp_path: Path) -> None:
+    runs.run(tmp_path / "one", changes=GRPO)
+    run_sharded(tmp_path / "two", changes=GRPO)
+    assert_same(tmp_path / "one", tmp_path / "two")
+
+
+@contextmanager
+def cut_short(run: Path, run_dir: Path) -> Iterator[str]:
+    """A copy of a run as it was after iteration 2, and the flag that goes on with it."""
+    shutil.copytree(run, run_dir)
+    shutil.rmtree(run_dir / "model")
+    yield f"--ckpt_path={run_dir}/checkpoints/iteration=2.ckpt"
+    assert runs.saved_iteration(run_dir) == runs.ITERATIONS
+
+
+def assert_same_end(left: Path, right: Path) -> None:
+    """Weights and AdamW's moments at the end of two runs are equal."""
+    assert runs.distance(runs.weights(left), runs.weights(right)) < 1e-9
+    moments = [runs.checkpoint(run)["optimizer_states"][0]["state"] for run in (left, right)]
+    assert moments[0].keys() == moments[1].keys()
+    for number, moment in moments[0].items():
+        assert runs.distance(moment, moments[1][number]) < 1e-9
+
+
+def test_saved_on_two_loaded_on_one(alone: Path, together: Path, tmp_path: Path) -> None:
+    with cut_short(together, tmp_path / "run") as flag:
+        runs.run(tmp_path / "run", flag, changes=CHANGES)
+    assert_same_end(tmp_path / "run", alone)
+
+
+def test_saved_on_one_loaded_on_two(alone: Path, tmp_path: Path) -> None:
+    with cut_short(alone, tmp_path / "run") as flag:
+        run_sharded(tmp_path / "run", flag)
+    assert_same_end(tmp_path / "run", alone)
+
+
+def test_predictions(alone: Path, together: Path, tmp_path: Path) -> None:
+    flag = f"--ckpt_path={together}/checkpoints/last.ckpt"
+    runs.run(tmp_path / "one", flag, command="predict", changes=CHANGES)
+    run_sharded(tmp_path / "two", flag, command="predict")
+
+    def records(file: Path) -> list[Any]:
+        return [json.loads(line) for line in file.read_text().splitlines()]
+
+    parts = [records(tmp_path / "two" / f"predictions-{rank}.jsonl") for rank in (0, 1)]
+    expected = records(tmp_path / "one" / "predictions.jsonl")
+    assert len(expected) == 5 and all(parts)
+    assert sorted(map(str, parts[0] + parts[1])) == sorted(map(str, expected))
+
+
+def test_the_layer_of_devices_keeps_float32_weights(alone: Path, tmp_path: Path) -> None:
+    """Gathered in bfloat16; so small steps are not lost."""
+    layer = ["--config", str(CONFIGS / "scale" / "8gpu.yaml")]
+    flags = [*layer, "--trainer.accelerator=cpu"]
+    changes = {"data.init_args.batch_size": 5, "model.ppo": PPO, "trainer.max_epochs": 1}
+    run_sharded(tmp_path / "run", *flags, changes=changes)
+    weights = runs.weights(tmp_path / "run").values()
+    assert all(weight.dtype == torch.float32 for weight in weights)
+    assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in weights)
+
+
+def test_all_ranks_skip_what_one_of_them_sees(alone: Path, tmp_path: Path) -> None:
+    """A loss that is infinite on the second rank alone, and has no gradient."""
+    poison = {"kind": "constant", "first": 1, "last": 100}
+    changes = {
+        **CHANGES,
+        "model.ppo": {**PPO, "max_skipped_updates": 2},
+        "trainer.callbacks": [{"class_path": "test_faults.Poison", "init_args": poison}],
+    }
+    printed = run_sharded(tmp_path / "run", changes=changes, code=1)
+    lines = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "2 updates in a row" in lines[0], lines
+    assert "not finite: loss/poison;" in lines[0]
+
+
+# ----- two nodes
+
+
+@contextmanager
+def torchrun(words: list[str], node: int, port: int) -> Iterator["subprocess.Popen[str]"]:
+    """One node of two, with one process, as torchrun starts it."""
+    launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    where = [f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}"]
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    with subprocess.Popen(
+        [sys.executable, *launcher, *where, "-m", "tre_lightning", *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as node_process:
+        try:
+            yield node_process
+        finally:
+            if node_process.poll() is None:
+                node_process.terminate()  # torchrun ends its process with itself
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [pytest.param("ddp", id="ddp"), pytest.param(SHARDED, id="sharded", marks=pytest.mark.slow)],
+)
+def test_two_nodes(alone: Path, tmp_path: Path, strategy: Any) -> None:
+    """``alone`` trained the warm start, and has the weights that two devices give."""
+    run_dir = tmp_path / "run"
+    changes = {**CHANGES, "trainer.strategy": strategy, "trainer.num_nodes": 2}
+    words = runs.words(run_dir, changes=changes)
+    port = free_port()
+    with ExitStack() as stack:
+        nodes = [stack.enter_context(torchrun(words, node, port)) for node in (0, 1)]
+        printed = [node.communicate(timeout=TIMEOUT)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], printed[0][-3000:] + printed[1][-3000:]
+    assert_same(alone, run_dir)
+
+
+# ----- what does not work is said before any work
+
+
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        ({}, "trainer.strategy.init_args.save_distributed_checkpoint=true"),
+        (
+            {"save_distributed_checkpoint": False, "tensor_parallel_size": 2},
+            "trainer.strategy.init_args.tensor_parallel_size=2",
+        ),
+    ],
+)
+def test_options_of_the_strategy_that_are_refused(
+    strategy: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    changes = {"trainer.strategy": {**SHARDED, "init_args": strategy}}
+    with pytest.raises(SystemExit) as error:
+        runs.run(tmp_path / "run", changes=changes)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_adapters_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = {"trainer.strategy": SHARDED, "model.policy.lora": {"rank": 2}}
+    with pytest.raises(SystemExit) as error:
+        runs.run(tmp_path / "run", changes=changes)
+    assert error.value.code == 2
+    assert "model.policy.lora" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_supervised_training_is_not_sharded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--config", str(CONFIGS / "reward" / "hh_tiny.yaml")]
+    strategy = tmp_path / "strategy.json"
+    strategy.write_text(json.dumps({"trainer": {"strategy": SHARDED}}))
+    words += ["--config", str(strategy), f"--model.output_dir={tmp_path}/model"]
+    with pytest.raises(SystemExit) as error:
+        main(["reward", "fit", *words])
+    assert error.value.code == 2
+    assert "trainer.strategy=ModelParallelStrategy shards" in capsys.readouterr().err
+
+
+# ----- what only shows on a GPU, where Lightning validates in inference mode
+
+
+def test_sampling_in_inference_mode_spoils_no_later_update(any_policy: PreTrainedModel) -> None:
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        model = ActorCritic(any_policy, None)
+        model.shard("cpu", "32-true")
+        ids = torch.tensor([[2, 3, 4, 5]])
+        with torch.inference_mode():
+            logits = model.sample(lambda policy: policy(input_ids=ids).logits)
+        assert logits.shape[:2] == (1, 4)
+        assert all(isinstance(p, DTensor) for p in model.parameters())  # sharded again
+        mask, counted = torch.ones(1, 4, dtype=torch.bool), torch.ones(1, 2, dtype=torch.bool)
+        used, values = model(ids, mask, counted, weighed_sum)
+        assert values is not None
+        (used + values.sum()).backward()
+        assert all(p.grad is not None for p in model.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def weighed_sum(source: HeadInput) -> Tensor:
+    if source.logits is not None:
+        return source.logits.sum()
+    assert source.hidden is not None and source.head is not None
+    return source.head(source.hidden).sum()
