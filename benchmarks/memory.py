@@ -98,12 +98,17 @@ class Run:
     checkpointing: bool = False
     lora_rank: int = 0  # 0 = all weights are trained
     mixed: bool = False  # products in bfloat16 over float32 weights (bf16-mixed)
-    devices: int = 1  # over which weights and optimiser are sharded (FSDP2)
+    devices: int = 1  # over which weights and optimiser are sharded (FSDP2); not with adapters
 
     @property
     def tokens(self) -> int:
         """Of a prompt and its response."""
         return self.prompt_tokens + self.new_tokens
+
+    @property
+    def sharded(self) -> bool:
+        """With adapters, every device holds all weights (DDP)."""
+        return self.devices > 1 and not self.lora_rank
 
 
 # ----- memory, bytes
@@ -131,7 +136,7 @@ def state_bytes(run: Run) -> dict[str, float]:
     (``lora.bfloat16_base``).
     """
     trained, frozen = trained_and_frozen(run)
-    share = 1 / run.devices
+    share = 1 / run.devices if run.sharded else 1.0
     return {
         "weights": share * (4 * trained + (2 if run.mixed else 4) * frozen),
         "gradients": share * 4 * trained,
@@ -177,11 +182,12 @@ def sampling_bytes(run: Run) -> dict[str, float]:
     """Key-value cache, with a layer's copy while it grows, and the next token's distribution.
 
     That takes 24 bytes a token of the vocabulary: logits twice, probabilities in float32, their
-    cumulative sums in float64, and one temporary.
+    cumulative sums in float64, and one temporary. A sharded policy is gathered whole.
     """
     model, width = run.model, 2 if run.mixed else 4
     cache = width * run.rows * run.tokens * 2 * model.keys
     return {
+        "gathered policy": float(width * model.policy if run.sharded else 0),
         "cache": float(cache * (model.layers + 1)),
         "choice": 24.0 * run.rows * model.vocabulary,
     }
@@ -191,19 +197,19 @@ def peak_bytes(run: Run) -> dict[str, float]:
     """Peak of one device and its parts.
 
     States are held throughout: gradients are there during sampling too, and beside the activations
-    from the second micro-batch of a step on. On top comes the larger of sampling and update. With
-    sharded weights one layer's gathered weights are added, in the type of the products, three times
+    from the second micro-batch of a step on. On top comes the larger of sampling and update. In the
+    update of sharded weights one layer is gathered, in the type of the products, three times
     (forward, prefetched, gradient).
     """
     states, sampling = state_bytes(run), sampling_bytes(run)
-    update = {"activations": activation_bytes(run), "logits": logits_bytes(run)}
-    gathered = 0.0
-    if run.devices > 1:
-        layer = max(run.model.layer_weights, run.model.table)
-        gathered = 3.0 * (2 if run.mixed else 4) * layer
-    found = {**states, "gathered": gathered, **sampling, **update}
+    layer = max(run.model.layer_weights, run.model.table)
+    update = {
+        "activations": activation_bytes(run),
+        "logits": logits_bytes(run),
+        "gathered layers": 3.0 * (2 if run.mixed else 4) * layer if run.sharded else 0.0,
+    }
     extra = max(sum(sampling.values()), sum(update.values()))
-    return {**found, "peak": sum(states.values()) + gathered + extra}
+    return {**states, **sampling, **update, "peak": sum(states.values()) + extra}
 
 
 # ----- time, floating-point operations
@@ -475,7 +481,8 @@ def predictions() -> Iterator[tuple[Fields, Fields]]:
             memory = {
                 **case,
                 "states, GiB": states / GIB,
-                "gathered": peak["gathered"] / GIB,
+                "gathered policy": peak["gathered policy"] / GIB,
+                "gathered layers": peak["gathered layers"] / GIB,
                 "activations": peak["activations"] / GIB,
                 "logits": peak["logits"] / GIB,
                 "cache": peak["cache"] / GIB,
