@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import runs
 from tre_lightning.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -25,9 +26,9 @@ SHORT = (
 FIRST_WORDS = {"make", "python", "docker"}  # docker: test_docker.py
 
 
-def commands() -> Iterator[list[str]]:
-    """Every command of a block of shell, as words."""
-    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL):
+def commands(page: str = README) -> Iterator[list[str]]:
+    """Every command of a page's blocks of shell, as words."""
+    for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             if words:
@@ -59,6 +60,22 @@ def test_commands_run_one_after_another(
     assert (tmp_path / "runs" / "countdown_tiny" / "model" / "model.safetensors").exists()
     assert (tmp_path / "runs" / "countdown_tiny" / "predictions.jsonl").exists()
     assert "test/pass@1" in capsys.readouterr().out
+
+
+def test_a_method_is_added_as_its_page_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (ROOT / "docs" / "add_a_method.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (layer,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    (words,) = commands(page)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "my_methods.py").write_text(code)
+    (tmp_path / "confidence.yaml").write_text(layer)
+    cli = main([*words[3:], *SHORT, "--trainer.log_every_n_steps=1"])
+    assert "loss/confidence" in runs.scalars(Path(cli.trainer.default_root_dir))
 
 
 def test_targets_of_make_exist() -> None:

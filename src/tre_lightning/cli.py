@@ -113,7 +113,7 @@ class RunConfig(SaveConfigCallback):
         path = Path(trainer.default_root_dir) / self.config_filename
         path.parent.mkdir(parents=True, exist_ok=True)
         self.parser.save(
-            self.config, str(path), skip_none=False, overwrite=True, multifile=self.multifile
+            self.config, str(path), skip_unset=False, overwrite=True, multifile=self.multifile
         )
 
 
