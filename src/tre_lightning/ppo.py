@@ -33,7 +33,6 @@ from tre_lightning.diagnostics import Evaluations, RolloutMetrics, UpdateMetrics
 from tre_lightning.distributed import agreed, highest, world
 from tre_lightning.engines import Sampling, corrected, make_engine
 from tre_lightning.entropy import EntropyStats
-from tre_lightning.errors import ScoreError
 from tre_lightning.experience import (
     Experience,
     TrainingBatch,
@@ -44,13 +43,11 @@ from tre_lightning.experience import (
 from tre_lightning.head import Head, HeadInput
 from tre_lightning.horizon import total_batches
 from tre_lightning.lora import fingerprint, frozen_names, without_adapters
-from tre_lightning.losses import masked_sum, policy_loss, value_loss
+from tre_lightning.losses import masked_sum, value_loss
 from tre_lightning.methods.hooks import (
-    POLICY,
     LossTerm,
     Method,
     PolicyOutputs,
-    Tokens,
     find_methods,
     loss_terms,
     shaped,
@@ -58,6 +55,7 @@ from tre_lightning.methods.hooks import (
 )
 from tre_lightning.metrics import MaskedMean
 from tre_lightning.nonfinite import all_finite, end_of_run, with_telling_gradient
+from tre_lightning.objective import PolicyObjective
 from tre_lightning.ops import Region
 from tre_lightning.policy import (
     ActorCritic,
@@ -71,7 +69,7 @@ from tre_lightning.policy import (
 )
 from tre_lightning.rollout import PromptBatch, Rollout
 from tre_lightning.sharding import shards, whole
-from tre_lightning.task import Task
+from tre_lightning.task import Task, scores_of
 
 T = TypeVar("T")
 
@@ -297,19 +295,7 @@ class PPOModule(LightningModule):
 
     def _score(self, responses: Sequence[str], prompts: PromptBatch) -> Tensor:
         with agreed():
-            scores = self._task.score(responses, prompts)
-            if scores.shape != (len(responses),):
-                raise ValueError(
-                    f"the scorer gave {list(scores.shape)} scores for {len(responses)} responses"
-                )
-            scores = scores.to(torch.float32)
-            if scores.isinf().any():
-                row = int(scores.isinf().nonzero()[0])
-                raise ScoreError(
-                    f"the scorer gave {float(scores[row])} to the response "
-                    f"{responses[row][:80]!r}; give a finite score, or NaN for a response that "
-                    "cannot be scored"
-                )
+            scores = scores_of(self._task, responses, prompts)
         return scores.to(self.device)
 
     @torch.no_grad()
@@ -474,36 +460,11 @@ class PPOModule(LightningModule):
         terms = loss_terms(methods)
         coefs = {term: coef for term in terms if (coef := term.coef_at(self.iteration)) != 0.0}
         head = self._head(list(coefs))
-        tokens = Tokens.of(micro)
-        weights = {name: weight[mask] for name, weight in micro.weights.items()}
-
-        def losses(rows: slice, outputs: PolicyOutputs) -> Tensor:
-            some = tokens[rows]
-            parts = {
-                POLICY: policy_loss(
-                    outputs.logprobs,
-                    some.old_logprobs,
-                    some.advantages,
-                    clip_eps_low=ppo.clip_eps_low,
-                    clip_eps_high=ppo.clip_eps_high,
-                    dual_clip=ppo.dual_clip,
-                )
-            }
-            for term, coef in coefs.items():
-                parts[term.name] = coef * term.per_token(outputs, some)
-            return torch.stack(
-                [
-                    part * weights[name][rows] if name in weights else part
-                    for name, part in parts.items()
-                ]
-            )
-
-        labels = micro.response_ids[mask]
-        use = partial(head.loss, labels=labels, losses=losses)
+        objective = PolicyObjective.of(micro, ppo, coefs)
+        use = partial(head.loss, labels=micro.response_ids[mask], losses=objective)
         policy, values = self._forward(micro, use, head)
         total = policy.total
-        names = [POLICY, *(term.name for term in coefs)]
-        parts = dict(zip(names, policy.losses.sum(1) / count, strict=True))
+        parts = dict(zip(objective.names, policy.losses.sum(1) / count, strict=True))
         if values is not None and micro.values is not None and micro.returns is not None:
             eps = ppo.value_clip_eps
             errors = value_loss(values, micro.values, micro.returns, value_clip_eps=eps)

@@ -3,8 +3,10 @@
 from collections.abc import Hashable, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from tre_lightning.errors import ScoreError
 from tre_lightning.rollout import PromptBatch
 
 
@@ -24,3 +26,25 @@ class Task(Protocol):
 
     def scorer_timeouts(self) -> int | None:
         """Answers given up since this was last asked, on this rank; None = no such count."""
+
+
+def scores_of(task: Task, responses: Sequence[str], prompts: PromptBatch) -> Tensor:
+    """The task's scores, float32 ``[len(responses)]``; NaN = could not be scored.
+
+    Raises:
+        ValueError: for another number of scores.
+        ScoreError: for an infinite one.
+    """
+    scores = task.score(responses, prompts)
+    if scores.shape != (len(responses),):
+        raise ValueError(
+            f"the scorer gave {list(scores.shape)} scores for {len(responses)} responses"
+        )
+    scores = scores.to(torch.float32)
+    if scores.isinf().any():
+        row = int(scores.isinf().nonzero()[0])
+        raise ScoreError(
+            f"the scorer gave {float(scores[row])} to the response {responses[row][:80]!r}; "
+            "give a finite score, or NaN for a response that cannot be scored"
+        )
+    return scores

@@ -1,0 +1,58 @@
+"""What an update minimises in the policy: the clipped surrogate and the terms of the methods."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from tre_lightning.args import PPOArgs
+from tre_lightning.experience import TrainingBatch
+from tre_lightning.losses import policy_loss
+from tre_lightning.methods.hooks import POLICY, LossTerm, PolicyOutputs, Tokens
+
+
+@dataclass(frozen=True)
+class PolicyObjective:
+    """The parts of the policy's loss on the n counted tokens of a micro-batch."""
+
+    ppo: PPOArgs
+    coefs: Mapping[LossTerm, float]  # of the terms that are on
+    tokens: Tokens
+    weights: Mapping[str, Tensor]  # [n] each, by the name of the part; 1 where there is none
+
+    @classmethod
+    def of(cls, micro: TrainingBatch, ppo: PPOArgs, coefs: Mapping[LossTerm, float]) -> Self:
+        """That of a micro-batch."""
+        weights = {name: weight[micro.response_mask] for name, weight in micro.weights.items()}
+        return cls(ppo, coefs, Tokens.of(micro), weights)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the parts, in their order."""
+        return [POLICY, *(term.name for term in self.coefs)]
+
+    def __call__(self, rows: slice, outputs: PolicyOutputs) -> Tensor:
+        """Each part's loss ``[parts, m]`` of m tokens, coefficients and weights included.
+
+        Args:
+            rows: which of the n tokens.
+            outputs: what the policy says of them.
+        """
+        tokens = self.tokens[rows]
+        surrogate = policy_loss(
+            outputs.logprobs,
+            tokens.old_logprobs,
+            tokens.advantages,
+            clip_eps_low=self.ppo.clip_eps_low,
+            clip_eps_high=self.ppo.clip_eps_high,
+            dual_clip=self.ppo.dual_clip,
+        )
+        terms = [coef * term.per_token(outputs, tokens) for term, coef in self.coefs.items()]
+        return torch.stack(
+            [
+                part * self.weights[name][rows] if name in self.weights else part
+                for name, part in zip(self.names, [surrogate, *terms], strict=True)
+            ]
+        )
