@@ -290,6 +290,17 @@ def test_the_layers_of_devices_go_on_top(
     assert cli.model.policy_args.lora.bfloat16_base is True
 
 
+def test_offload_goes_behind_the_layer_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PPOCLI, "_run_subcommand", lambda self, subcommand: None)
+    files = (SCALE / "8gpu.yaml", SCALE.parent / "memory" / "cpu_offload.yaml")
+    layers = [word for file in files for word in ("--config", str(file))]
+    cli = main([*words("math_7b"), *layers, "--trainer.accelerator=cpu"])
+    assert cli.model.policy_args.cpu_offload is True and shards(cli.trainer)
+    assert cli.trainer.world_size == 8 and cli.trainer.precision == "bf16-mixed"
+    assert cli.trainer.strategy.process_group_backend == "cpu:gloo,cuda:nccl"
+    check_sharding(cli.trainer, adapters=False, cpu_offload=True)  # one file a checkpoint
+
+
 def test_every_layer_of_devices_is_here() -> None:
     assert {path.stem for path in SCALE.glob("*.yaml")} == {"1gpu", "8gpu", "2x8gpu"}
 

@@ -174,6 +174,7 @@ def test_a_layer_goes_on_top_of_a_whole_configuration(
     given = yaml.safe_load((CONFIGS / "memory" / layer).read_text())
     found, policy = cli.model.policy_args, given.get("model", {}).get("policy", {})
     assert found.gradient_checkpointing == policy.get("gradient_checkpointing", False)
+    assert found.cpu_offload == policy.get("cpu_offload", False)
     assert (None if found.lora is None else vars(found.lora)) == policy.get("lora")
     precision = given.get("trainer", {}).get("precision", "32-true")
     assert cli.trainer.precision == precision

@@ -9,21 +9,28 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.distributed
 import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 import runs
+from tre_lightning import sharding
 from tre_lightning.cli import main
 from tre_lightning.head import HeadInput
-from tre_lightning.policy import ActorCritic
+from tre_lightning.policy import ActorCritic, PolicyArgs, trains_all
+from tre_lightning.sharding import check_sharding
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="needs torch.distributed"
@@ -146,9 +153,11 @@ def test_saved_on_two_loaded_on_one(alone: Path, together: Path, tmp_path: Path)
     assert_same_end(tmp_path / "run", alone)
 
 
-def test_saved_on_one_loaded_on_two(alone: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("cpu_offload", [False, True])
+def test_saved_on_one_loaded_on_two(cpu_offload: bool, alone: Path, tmp_path: Path) -> None:
+    changes = {**CHANGES, "model.policy.cpu_offload": cpu_offload}
     with cut_short(alone, tmp_path / "run") as flag:
-        run_sharded(tmp_path / "run", flag)
+        run_sharded(tmp_path / "run", flag, changes=changes)
     assert_same_end(tmp_path / "run", alone)
 
 
@@ -265,6 +274,36 @@ def test_adapters_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "model.policy.lora" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_offload_needs_a_strategy_that_shards(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        runs.run(tmp_path / "run", changes={"model.policy.cpu_offload": True})
+    assert error.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "model.policy.cpu_offload=true" in line and "configs/memory/cpu_offload.yaml" in line
+
+
+@pytest.mark.parametrize("backend", [None, "nccl"])
+def test_offload_needs_collectives_of_host_memory(backend: str | None) -> None:
+    strategy = ModelParallelStrategy(
+        save_distributed_checkpoint=False, process_group_backend=backend
+    )
+    strategy.parallel_devices = [torch.device("cuda", 0)]
+    strategy.cluster_environment = LightningEnvironment()
+    trainer = cast(Trainer, SimpleNamespace(strategy=strategy))
+    with pytest.raises(ValueError, match=f"process_group_backend={backend} .*cpu:gloo,cuda:nccl"):
+        check_sharding(trainer, adapters=False, cpu_offload=True)
+    check_sharding(trainer, adapters=False, cpu_offload=False)
+    strategy._process_group_backend = "cpu:gloo,cuda:nccl"
+    check_sharding(trainer, adapters=False, cpu_offload=True)
+
+
+def test_supervised_training_offloads_nothing() -> None:
+    with pytest.raises(ValueError, match=r"model\.policy\.cpu_offload=true is for reinforcement"):
+        trains_all(PolicyArgs(cpu_offload=True))
+
+
 def test_supervised_training_is_not_sharded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -281,11 +320,41 @@ def test_supervised_training_is_not_sharded(
 # ----- what only shows on a GPU, where Lightning validates in inference mode
 
 
-def test_sampling_in_inference_mode_spoils_no_later_update(any_policy: PreTrainedModel) -> None:
+@contextmanager
+def one_process() -> Iterator[None]:
     torch.distributed.init_process_group(
         "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
     )
     try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_offloaded_shards_stay_where_they_are(
+    any_policy: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning moves the module to its device, here one that keeps no numbers."""
+    places: list[object] = []
+
+    def recorded(part: nn.Module, *, offload_policy: object, **options: Any) -> None:
+        places.append(offload_policy)
+        fully_shard(part, offload_policy=offload_policy, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sharding, "fully_shard", recorded)
+    with one_process():
+        model = ActorCritic(any_policy, None)
+        model.shard("cpu", "32-true", cpu_offload=True)
+        assert places and all(place == CPUOffloadPolicy(pin_memory=False) for place in places)
+        held = [p.detach().full_tensor().clone() for p in model.parameters()]
+        nn.ModuleList([model]).to("meta").to(torch.float64)
+        for before, now in zip(held, model.parameters(), strict=True):
+            assert now.device.type == "cpu" and now.dtype == torch.float64  # types still change
+            assert torch.equal(now.detach().full_tensor(), before.double())
+
+
+def test_sampling_in_inference_mode_spoils_no_later_update(any_policy: PreTrainedModel) -> None:
+    with one_process():
         model = ActorCritic(any_policy, None)
         model.shard("cpu", "32-true")
         ids = torch.tensor([[2, 3, 4, 5]])
@@ -298,8 +367,6 @@ def test_sampling_in_inference_mode_spoils_no_later_update(any_policy: PreTraine
         assert values is not None
         (used + values.sum()).backward()
         assert all(p.grad is not None for p in model.parameters())
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def weighed_sum(source: HeadInput) -> Tensor:

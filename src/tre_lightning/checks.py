@@ -49,7 +49,8 @@ def check_run(
     """
     find_methods(trainer.callbacks)  # type: ignore[attr-defined]
     check_batches(module, data, trainer.world_size)
-    check_sharding(trainer, adapters=module.policy_args.lora is not None)
+    given = module.policy_args
+    check_sharding(trainer, adapters=given.lora is not None, cpu_offload=given.cpu_offload)
     check_engine(module.rollout_args, trainer.strategy.root_device.type, sharded=shards(trainer))
     if trainer.precision in ("16-mixed", "16-true"):
         raise ValueError(

@@ -55,6 +55,10 @@ class PolicyArgs:
         gradient_checkpointing: compute activations again in the backward pass instead of keeping
             them; changes memory and speed, not the result.
         lora: train low-rank adapters in policy and critic instead of all their weights; none = all.
+        cpu_offload: with a strategy that shards, keep the shards of weights, gradients and AdamW's
+            moments in host memory: 16 bytes a trained float32 parameter less, shared by all
+            devices; every pass copies weights to them, every micro-batch gradients back, and AdamW
+            runs on the CPU.
     """
 
     model: str | None = None
@@ -64,6 +68,7 @@ class PolicyArgs:
     critic_model: str | None = None
     gradient_checkpointing: bool = False
     lora: LoraArgs | None = None
+    cpu_offload: bool = False
 
     def __post_init__(self) -> None:
         one_of("policy.critic", self.critic, get_args(Critic))
@@ -89,11 +94,16 @@ def trains_all(args: PolicyArgs) -> PolicyArgs:
     """The same, for supervised training.
 
     Raises:
-        ValueError: if they ask for adapters.
+        ValueError: if they ask for adapters, or for shards in host memory.
     """
     if args.lora is not None:
         raise ValueError(
             "model.policy.lora is for reinforcement learning; leave it out of supervised training"
+        )
+    if args.cpu_offload:
+        raise ValueError(
+            "model.policy.cpu_offload=true is for reinforcement learning; leave it out of "
+            "supervised training"
         )
     return args
 
@@ -109,6 +119,7 @@ class ActorCritic(nn.Module):
         self.policy = policy
         self.critic = critic
         self._head: list[nn.Linear | None] = []  # a list, so that it is no second parameter
+        self._offloaded = False
         hidden = (critic or policy).config.get_text_config().hidden_size
         self.value_head = nn.Linear(hidden, 1) if has_values else None
         if self.value_head is not None:
@@ -216,10 +227,19 @@ class ActorCritic(nn.Module):
         with gathered_layers(self.policy):
             return use(self.policy)
 
-    def shard(self, device_type: str, precision: str) -> None:
+    def shard(self, device_type: str, precision: str, *, cpu_offload: bool = False) -> None:
         """Shard the weights over all ranks, as :func:`tre_lightning.sharding.shard` says."""
         _ = self.head  # found by a trial, which needs whole weights
-        shard(self, device_type, precision, "_with_policy")
+        shard(self, device_type, precision, "_with_policy", cpu_offload=cpu_offload)
+        self._offloaded = cpu_offload
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        """Lightning moves the whole module to its device; offloaded shards must not go along.
+
+        Buffers are on the device since they were sharded.
+        """
+        own = (lambda tensor: tensor.to(fn(tensor).dtype)) if self._offloaded else fn
+        return super()._apply(own, recurse)  # type: ignore[no-untyped-call]
 
     def save_pretrained(self, directory: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write the policy, without the critic, as a plain Hugging Face model directory.

@@ -153,7 +153,11 @@ class PPOModule(LightningModule):
             self._reference = [ActorCritic(reference, None, has_values=False)]
         if self.device_mesh is not None:  # of a strategy that shards
             for model in (self.actor_critic, *self._reference):
-                model.shard(self.device_mesh.device_type, str(self.trainer.precision))
+                model.shard(
+                    self.device_mesh.device_type,
+                    str(self.trainer.precision),
+                    cpu_offload=self.policy_args.cpu_offload,
+                )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """One optimiser, so that ``global_step`` counts every step once."""
@@ -404,7 +408,7 @@ class PPOModule(LightningModule):
         """The initial policy's view of the counted tokens."""
         ids, mask = sequence_inputs(batch)
         reference = self._reference[0]
-        if next(reference.parameters()).device != self.device:
+        if not self._sharded and next(reference.parameters()).device != self.device:
             reference.to(self.device)
         use = partial(head.outputs, labels=labels)
         with without_adapters(reference) if self.policy_args.lora is not None else nullcontext():
@@ -437,7 +441,8 @@ class PPOModule(LightningModule):
                 self.manual_backward(with_telling_gradient(loss) * ranks)
         groups = self._parameter_groups()
         norms = [
-            whole(nn.utils.clip_grad_norm_(params, optim.max_grad_norm)) for params, _ in groups
+            whole(nn.utils.clip_grad_norm_(params, optim.max_grad_norm)).to(self.device)
+            for params, _ in groups
         ]
         if not all_finite(norms):
             optimizer.zero_grad()

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
     FSDPModule,
     MixedPrecisionPolicy,
+    OffloadPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
@@ -31,12 +33,13 @@ def shards(trainer: Trainer) -> bool:
     return isinstance(trainer.strategy, ModelParallelStrategy)
 
 
-def check_sharding(trainer: Trainer, *, adapters: bool) -> None:
+def check_sharding(trainer: Trainer, *, adapters: bool, cpu_offload: bool = False) -> None:
     """Refuse a sharding strategy, or options of it, that would not work.
 
     Args:
         trainer: the configured trainer.
         adapters: the run trains adapters.
+        cpu_offload: shards are to stay in host memory.
 
     Raises:
         ValueError: naming the field and the fix.
@@ -48,7 +51,19 @@ def check_sharding(trainer: Trainer, *, adapters: bool) -> None:
             "sharded weights give --config configs/scale/8gpu.yaml (ModelParallelStrategy)"
         )
     if not isinstance(strategy, ModelParallelStrategy):
+        if cpu_offload:
+            raise ValueError(
+                "model.policy.cpu_offload=true needs a strategy that shards, not "
+                f"{type(strategy).__name__}; put --config configs/memory/cpu_offload.yaml behind "
+                "all others, or leave it out"
+            )
         return
+    backend = strategy.process_group_backend
+    if cpu_offload and strategy.root_device.type == "cuda" and "cpu:gloo" not in (backend or ""):
+        raise ValueError(
+            f"trainer.strategy.init_args.process_group_backend={backend} cannot add up gradient "
+            "norms in host memory (model.policy.cpu_offload=true); set it to cpu:gloo,cuda:nccl"
+        )
     if strategy._save_distributed_checkpoint:
         raise ValueError(
             "trainer.strategy.init_args.save_distributed_checkpoint=true would write a directory "
@@ -80,7 +95,13 @@ def check_whole(trainer: Trainer) -> None:
         )
 
 
-def shard(model: nn.Module, device_type: str, precision: str, *methods: str) -> None:
+def shard(
+    model: nn.Module,
+    device_type: str,
+    precision: str,
+    *methods: str,
+    cpu_offload: bool = False,
+) -> None:
     """Shard a model in place over all ranks.
 
     Args:
@@ -90,6 +111,7 @@ def shard(model: nn.Module, device_type: str, precision: str, *methods: str) -> 
             memory and traffic; the shards, and so the optimiser's, stay float32, and so does the
             sum of the gradients over the ranks.
         methods: names of methods that need the model's weights as ``forward`` does.
+        cpu_offload: the shards stay in host memory, and so do gradients and the optimiser's states.
     """
     mesh = init_device_mesh(device_type, (torch.distributed.get_world_size(),))
     policy = MixedPrecisionPolicy()
@@ -97,11 +119,18 @@ def shard(model: nn.Module, device_type: str, precision: str, *methods: str) -> 
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     elif precision == "bf16-true":
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    place = CPUOffloadPolicy(pin_memory=device_type == "cuda") if cpu_offload else OffloadPolicy()
     layers = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
     for part in (*layers, model):
         # The last group too, which by default stays gathered until a backward pass: what looks at
         # the parameters between two passes (optimiser, checkpoint) must find the shards.
-        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        fully_shard(
+            part,
+            mesh=mesh,
+            mp_policy=policy,
+            offload_policy=place,
+            reshard_after_forward=True,
+        )
     for method in methods:
         register_fsdp_forward_method(model, method)
 

@@ -69,7 +69,8 @@ class WarmStart:
             "seed_everything": seed,
             "model": {
                 "output_dir": str(directory / "model"),
-                "policy": {**policy, "lora": None},  # adapters come after it
+                # Adapters come after it, and one device has nothing to shard.
+                "policy": {**policy, "lora": None, "cpu_offload": False},
                 "lr": self.lr,
                 "final_lr_share": self.final_lr_share,
             },
