@@ -1,17 +1,16 @@
 import random
-from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tre_lightning.data.walks import WalkDataModule, WalkSpec, all_ends, random_walk, reachable
+from tre_lightning.data.walks import Walk, WalkDataModule, WalkSpec, random_steps, walk_split
 from tre_lightning.rewards.walks import score_walk
 from tre_lightning.rollout import PromptBatch
 
-RIGHT = "#2 5 + 9 = 14 #1 14 + 3 = 17"
-SMALL = WalkSpec(steps=2, largest_number=4, largest_step=2, largest_distance=4)
+RIGHT = "#2 5 + 7 = 12 #1 12 - 3 = 9"
+SMALL = WalkSpec(steps=2, largest_number=4, largest_size=2, sizes=1)
 
 
 # ----- the scorer
@@ -21,162 +20,156 @@ SMALL = WalkSpec(steps=2, largest_number=4, largest_step=2, largest_distance=4)
     ("response", "why"),
     [
         ("", "empty"),
-        ("#2 5 + 9 = 14", "a step is missing"),
-        (RIGHT + " #0 17 + 1 = 18", "a step too many"),
+        ("#2 5 + 7 = 12", "a step is missing"),
+        (RIGHT + " #0 9 + 3 = 12", "a step too many"),
         (RIGHT + " .", "a word too many"),
-        ("#1 5 + 9 = 14 #2 14 + 3 = 17", "labels in a wrong order"),
-        ("#2 5 + 9 = 15 #1 15 + 2 = 17", "5 + 9 is 14, though it ends at 17"),
-        ("#2 6 + 8 = 14 #1 14 + 3 = 17", "starts elsewhere"),
-        ("#2 5 + 8 = 13 #1 14 + 3 = 17", "goes on elsewhere"),
-        ("#2 5 + 9 = 14 #1 14 + 4 = 18", "ends elsewhere"),
-        ("#2 5 + 2 = 7 #1 7 + 10 = 17", "too large a step"),
-        ("#2 5 + 12 = 17 #1 17 + 0 = 17", "a step of 0"),
-        ("#2 5 + 9 = 14 #1 14 - -3 = 17", "a signed size"),
-        ("#2 5 + 9 = 14 #1 14 + 03 = 17", "another spelling"),
-        ("#2 5 + 9 = 14 #1 14 + \u0663 = 17", "a digit of another script"),
+        ("#1 5 + 7 = 12 #2 12 - 3 = 9", "labels in a wrong order"),
+        ("#2 5 + 7 = 13 #1 13 - 3 = 10", "5 + 7 is 12, though it goes on soundly"),
+        ("#2 6 + 7 = 13 #1 13 - 3 = 10", "starts elsewhere"),
+        ("#2 5 + 7 = 12 #1 13 - 3 = 10", "goes on elsewhere"),
+        ("#2 5 + 7 = 12 #1 12 - 3 = 8", "a last result off by one"),
+        ("#2 5 + 7 = 12 #1 12 - 4 = 8", "a size that was not given"),
+        ("#2 5 + 7 = 12 #1 12 * 3 = 36", "another sign"),
+        ("#2 5 + 7 = 12 #1 12 - 3 == 9", "another word for ="),
+        ("#2 5 + 7 = 12 #1 12 - 03 = 9", "another spelling"),
+        ("#2 5 + 7 = 12 #1 12 - \u0663 = 9", "a digit of another script"),
+        ("#2 5 - -7 = 12 #1 12 - 3 = 9", "a signed size"),
     ],
 )
 def test_only_right_walks_score(response: str, why: str) -> None:
-    assert score_walk(RIGHT, 5, 17, 2) == 1.0
-    assert score_walk(response, 5, 17, 2) == 0.0, why
+    assert score_walk(RIGHT, 5, (2, 3, 7), 2) == 1.0
+    assert score_walk(response, 5, (2, 3, 7), 2) == 0.0, why
 
 
-def test_a_walk_may_go_down_and_spaces_do_not_matter() -> None:
-    assert score_walk("#1 7 - 3 = 4", 7, 4, 1) == 1.0
-    assert score_walk(" #1  7\n- 3 =\t4 ", 7, 4, 1) == 1.0
-    assert score_walk("#1 3 - 7 = -4", 3, -4, 1) == 1.0
-    assert score_walk("#1 7 - 3 = 4", 7, 4, 1, largest_step=2) == 0.0
+def test_any_given_size_and_any_spaces_will_do() -> None:
+    assert score_walk("#1 7 - 3 = 4", 7, [3], 1) == 1.0
+    assert score_walk(" #1  7\n+ 2 =\t9 ", 7, [2, 3], 1) == 1.0
+    assert score_walk("#1 3 - 7 = -4", 3, [7], 1) == 1.0
 
 
 @given(st.text(), st.integers(1, 3))
 def test_any_text_has_a_score(text: str, steps: int) -> None:
-    assert score_walk(text, 5, 17, steps) in (0.0, 1.0)
+    assert score_walk(text, 5, (2, 3, 7), steps) in (0.0, 1.0)
 
 
 # ----- the walks
 
 
-def test_reachable_numbers_by_hand() -> None:
-    # numbers 0 to 4, steps of 1 or 2
-    assert [*map(sorted, reachable(SMALL, 0))] == [[0], [1, 2], [0, 1, 2, 3, 4]]
+def test_every_walk_and_no_other_is_drawn() -> None:
+    def drawn(start: int, stray: int | None = None) -> set[str]:
+        rngs = map(random.Random, range(60))
+        return {random_steps(SMALL, Walk(start, (2,)), rng, stray) for rng in rngs}
+
+    # within 0 to 4, by 2
+    assert drawn(1) == {"#2 1 + 2 = 3 #1 3 - 2 = 1"}
+    assert drawn(0) == {"#2 0 + 2 = 2 #1 2 + 2 = 4", "#2 0 + 2 = 2 #1 2 - 2 = 0"}
+    # one of the two by 1, the only other size
+    assert drawn(0, stray=0) == {"#2 0 + 1 = 1 #1 1 + 2 = 3"}
+    assert drawn(0, stray=1) == {"#2 0 + 2 = 2 #1 2 + 1 = 3", "#2 0 + 2 = 2 #1 2 - 1 = 1"}
 
 
-def test_every_walk_is_drawn() -> None:
-    drawn = {random_walk(SMALL, 0, 2, random.Random(seed)) for seed in range(50)}
-    # 0 -> 1 -> 2 only: 0 -> 2 would have to stay
-    assert drawn == {"#2 0 + 1 = 1 #1 1 + 1 = 2"}
-    drawn = {random_walk(SMALL, 1, 2, random.Random(seed)) for seed in range(50)}
-    assert drawn == {"#2 1 - 1 = 0 #1 0 + 2 = 2", "#2 1 + 2 = 3 #1 3 - 1 = 2"}
-
-
-def test_no_walk_is_an_error() -> None:
-    with pytest.raises(ValueError, match="leads from 0 to 4"):
-        random_walk(replace(SMALL, steps=1), 0, 4, random.Random(0))
-
-
-specs = st.builds(
-    WalkSpec,
-    steps=st.integers(2, 12),
-    largest_number=st.just(20),
-    largest_step=st.integers(2, 9),
-    largest_distance=st.integers(6, 20),
+specs = st.integers(2, 9).flatmap(
+    lambda largest: st.builds(
+        WalkSpec,
+        steps=st.integers(1, 12),
+        largest_number=st.integers(18, 40),
+        largest_size=st.just(largest),
+        sizes=st.integers(1, largest - 1),
+    )
 )
 
 
 @given(specs, st.integers(0, 10**6), st.integers(0, 10**6))
 def test_demonstrations_are_right_unless_misleading(spec: WalkSpec, seed: int, index: int) -> None:
-    data = WalkDataModule(spec, seed=seed, val_size=1, test_size=1)
-    ends = data.train_prompt(index).extra["ends"]
+    data = WalkDataModule(spec, seed=seed)
+    walk = data.train_prompt(index).extra["walk"]
+    assert len({*walk.sizes}) == spec.sizes and walk_split(walk) == "train"
     words = {*data.vocabulary()}
     for misleading in (False, True):
         prompt, response = data.demonstration(index, misleading)
-        assert prompt == f"{ends[0]} to {ends[1]} in #{spec.steps} :"
-        assert score_walk(response, *ends, spec.steps, spec.largest_step) == (not misleading)
+        assert prompt == data.train_prompt(index).text
+        assert score_walk(response, *walk, spec.steps) == (not misleading)
         assert len(response.split()) == 6 * spec.steps
         assert {*prompt.split(), *response.split()} <= words
         # a misleading walk is sound all the same
-        end = int(response.split()[-1])
-        assert score_walk(response, ends[0], end, spec.steps, spec.largest_step) == 1.0
+        assert score_walk(response, walk.start, range(1, spec.largest_size + 1), spec.steps) == 1.0
+        strays = [size for size in response.split()[3::6] if int(size) not in walk.sizes]
+        assert len(strays) == misleading
 
 
 @given(specs, st.integers(0, 10**6), st.data())
 def test_one_wrong_word_anywhere_spoils_a_walk(
     spec: WalkSpec, index: int, draw: st.DataObject
 ) -> None:
-    data = WalkDataModule(spec, val_size=1, test_size=1)
-    ends = data.train_prompt(index).extra["ends"]
+    data = WalkDataModule(spec)
+    walk = data.train_prompt(index).extra["walk"]
     words = data.demonstration(index, False)[1].split()
     place = draw.draw(st.integers(0, len(words) - 1))
     others = [word for word in [*data.vocabulary(), "<unused7>"] if word != words[place]]
     words[place] = draw.draw(st.sampled_from(others))
-    assert score_walk(" ".join(words), *ends, spec.steps, spec.largest_step) == 0.0
+    assert score_walk(" ".join(words), *walk, spec.steps) == 0.0
 
 
 # ----- the data module
 
 
-def test_splits_are_disjoint_and_alike_at_every_length() -> None:
-    for steps in (2, 8, 21):
-        ends = all_ends(WalkSpec(steps=steps))
-        assert ends == all_ends(WalkSpec())
-        assert {split: len(pairs) for split, pairs in ends.items()} == {
-            "train": 470,
-            "val": 174,
-            "test": 161,
-        }
-        assert len(set().union(*ends.values())) == 470 + 174 + 161
-        assert all(abs(start - target) <= 18 for pairs in ends.values() for start, target in pairs)
-
-
-def test_prompts_are_a_function_of_seed_and_index() -> None:
+def test_prompts_are_a_function_of_seed_and_index_alike_at_every_length() -> None:
     one, same, other = (WalkDataModule(seed=seed) for seed in (1, 1, 2))
     texts = [[data.train_prompt(i).text for i in range(20)] for data in (one, same, other)]
     assert texts[0] == texts[1] != texts[2]
     assert one.demonstration(3, True) == same.demonstration(3, True) != one.demonstration(4, True)
-    trained = {data.train_prompt(i).text for data in (one, other) for i in range(500)}
-    for stage, size in (("val", 128), ("test", 128)):
-        held_out = {prompt.text for prompt in one.heldout_prompts(stage)[stage]}
-        assert len(held_out) == size and not held_out & trained
-        assert one.heldout_prompts(stage) == other.heldout_prompts(stage)
+    long = WalkDataModule(WalkSpec(steps=21), seed=1)
+    assert long.train_prompt(3).text == one.train_prompt(3).text.replace("#2", "#21")
+    assert long.train_prompt(3).extra == one.train_prompt(3).extra
+
+
+def test_held_out_prompts_differ_and_are_not_trained_on() -> None:
+    sets = {}
+    for seed in (1, 2):
+        data = WalkDataModule(seed=seed, val_size=64, test_size=100)
+        for stage, size in (("val", 64), ("test", 100)):
+            walks = {prompt.extra["walk"] for prompt in data.heldout_prompts(stage)[stage]}
+            assert len(walks) == size
+            sets.setdefault(stage, set()).update(walks)
+        sets.setdefault("train", set()).update(
+            data.train_prompt(index).extra["walk"] for index in range(500)
+        )
+    assert all(walk_split(walk) == split for split, walks in sets.items() for walk in walks)
 
 
 def test_scores_follow_the_prompt_of_each_response() -> None:
     batch = PromptBatch(
         prompt_ids=torch.zeros(2, 1, dtype=torch.long),
         prompt_mask=torch.ones(2, 1, dtype=torch.bool),
-        texts=("5 to 17 in #2 :", "1 to 2 in #2 :"),
-        extras=({"ends": (5, 17)}, {"ends": (1, 2)}),
+        texts=("5 with 2 3 7 in #2 :", "1 with 1 2 4 in #2 :"),
+        extras=({"walk": Walk(5, (2, 3, 7))}, {"walk": Walk(1, (1, 2, 4))}),
         split="val",
         index=0,
         first_row=0,
         total_rows=2,
     )
-    down = "#2 1 + 2 = 3 #1 3 - 1 = 2"
-    scores = WalkDataModule().score([RIGHT, down, RIGHT, down], batch)
+    other = "#2 1 + 2 = 3 #1 3 - 1 = 2"
+    scores = WalkDataModule().score([RIGHT, other, RIGHT, other], batch)
     assert scores.tolist() == [1.0, 0.0, 0.0, 1.0]
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "most"),
+    ("field", "value", "least", "most"),
     [
-        ("steps", 0, 999),
-        ("largest_number", 100, 99),
-        ("largest_step", 31, 30),
-        ("largest_distance", 31, 30),
+        ("steps", 0, 1, 999),
+        ("largest_number", 100, 4, 99),
+        ("largest_size", 16, 2, 15),
+        ("sizes", 9, 1, 8),
     ],
 )
-def test_spec_out_of_bounds(field: str, value: int, most: int) -> None:
-    with pytest.raises(
-        ValueError, match=f"data.walks.{field}={value}; use an int from 1 to {most}"
-    ):
+def test_spec_out_of_bounds(field: str, value: int, least: int, most: int) -> None:
+    message = f"data.walks.{field}={value}; use an int from {least} to {most}"
+    with pytest.raises(ValueError, match=message):
         WalkSpec(**{field: value})
 
 
 def test_sizes_that_the_walks_cannot_give() -> None:
-    with pytest.raises(ValueError, match=r"data\.test_size=162, but data.walks gives 161 test"):
-        WalkDataModule(test_size=162)
     with pytest.raises(ValueError, match=r"data\.val_size=0 must be at least 1"):
         WalkDataModule(val_size=0)
-    tiny = WalkSpec(steps=1, largest_number=1, largest_step=1, largest_distance=1)
-    with pytest.raises(ValueError, match="prompt"):
-        WalkDataModule(tiny)
+    with pytest.raises(ValueError, match=r"data\.test_size=9, but data.walks gives only about"):
+        WalkDataModule(SMALL, test_size=9).heldout_prompts("test")

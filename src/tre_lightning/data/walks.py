@@ -1,15 +1,14 @@
-"""Number walks: from a number to another in a given count of steps, so that the length is chosen.
+"""Number walks: worked solutions that are as long as one option says, six tokens a step.
 
-The prompt ``5 to 17 in #2 :`` is answered by ``#2 5 + 9 = 14 #1 14 + 3 = 17``, six tokens a step.
-Up to the last step nearly every sign and size leads on; every other token has one right value, and
-one wrong token spoils the response.
+The prompt ``5 with 2 3 7 in #2 :`` asks for two steps from 5, each of 2, 3 or 7, up or down; one
+answer is ``#2 5 + 7 = 12 #1 12 - 3 = 9``. Sign and size are free, every other token has one right
+value, and one wrong token spoils the response.
 """
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +19,10 @@ from tre_lightning.rewards.walks import score_walk
 from tre_lightning.rollout import PromptBatch
 from tre_lightning.seeding import derived_seed
 
-_MOST_STEPS = 999
-_LARGEST = 99
+SPLITS = ("train", "val", "test")
+
+_MAX_DRAWS = 10_000
+_DRAWS_A_PROMPT = 20  # draws for each held-out prompt before the ranges count as too narrow
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,9 @@ class WalkSpec:
 
     Attributes:
         steps: steps of a walk, 1 to 999; a response has six tokens a step, and the end token.
-        largest_number: a walk stays within 0 and this, at most 99.
-        largest_step: most that a step adds or takes away, 1 to ``largest_number``.
-        largest_distance: most between the start and the target, 1 to ``largest_number``.
+        largest_number: a walk stays within 0 and this, 4 to 99.
+        largest_size: largest size of a step, 2 to half of ``largest_number``.
+        sizes: how many different sizes a prompt gives, at least 1, fewer than there are.
 
     Raises:
         ValueError: if a field is out of bounds.
@@ -40,77 +41,75 @@ class WalkSpec:
 
     steps: int = 2
     largest_number: int = 30
-    largest_step: int = 9
-    largest_distance: int = 18
+    largest_size: int = 9
+    sizes: int = 3
 
     def __post_init__(self) -> None:
         """Validate the fields."""
-        for name, most in (
-            ("steps", _MOST_STEPS),
-            ("largest_number", _LARGEST),
-            ("largest_step", self.largest_number),
-            ("largest_distance", self.largest_number),
+        for name, least, most in (
+            ("steps", 1, 999),
+            ("largest_number", 4, 99),
+            ("largest_size", 2, self.largest_number // 2),  # then there is always a step
+            ("sizes", 1, self.largest_size - 1),
         ):
-            if not 1 <= (value := getattr(self, name)) <= most:
-                raise ValueError(f"data.walks.{name}={value}; use an int from 1 to {most}")
+            if not least <= (value := getattr(self, name)) <= most:
+                raise ValueError(f"data.walks.{name}={value}; use an int from {least} to {most}")
 
 
-Ends = tuple[int, int]  # start and target
+class Walk(NamedTuple):
+    """What a prompt asks for."""
+
+    start: int
+    sizes: tuple[int, ...]  # rising
 
 
-@cache
-def reachable(spec: WalkSpec, target: int) -> tuple[frozenset[int], ...]:
-    """The numbers from which ``target`` can be reached in exactly 0, 1, ... ``steps`` steps."""
-    found = [frozenset([target])]
-    for _ in range(spec.steps):
-        found.append(frozenset(end for number in found[-1] for end, _, _ in _moves(spec, number)))
-    return tuple(found)  # a step can be taken back, so both directions are alike
-
-
-@cache
-def all_ends(spec: WalkSpec) -> dict[str, tuple[Ends, ...]]:
-    """Every start and target that a walk can join, by split (train 60 %, val 20 %, test 20 %).
-
-    The split is decided by a hash of the two, whatever the spec; the order is one of such hashes.
-    """
-    numbers = range(spec.largest_number + 1)
-    pairs = [
-        (start, target)
-        for start in numbers
-        for target in numbers
-        if abs(target - start) <= spec.largest_distance
-        and start in reachable(spec, target)[spec.steps]
-    ]
-    pairs.sort(key=lambda ends: derived_seed("walk", *ends))
-    return {
-        split: tuple(ends for ends in pairs if derived_seed("walk_split", *ends) % 5 in buckets)
-        for split, buckets in (("train", (0, 1, 2)), ("val", (3,)), ("test", (4,)))
-    }
-
-
-def random_walk(spec: WalkSpec, start: int, target: int, rng: random.Random) -> str:
-    """A walk from start to target; at each step every move that can still end there is as likely.
+def generate_walk(spec: WalkSpec, split: str, index: int, seed: int) -> Walk:
+    """Walk number ``index`` of a split, a pure function; never one of another split.
 
     Raises:
-        ValueError: if no walk joins them.
+        ValueError: for a spec that admits almost no walk of this split.
     """
-    sets = reachable(spec, target)
-    if start not in sets[spec.steps]:
-        raise ValueError(f"no walk of {spec} leads from {start} to {target}")
-    words, number = [], start
-    for left in range(spec.steps, 0, -1):
-        moves = [move for move in _moves(spec, number) if move[0] in sets[left - 1]]
-        end, sign, size = moves[_below(rng, len(moves))]
-        words.append(f"#{left} {number} {sign} {size} = {end}")
+    rng = random.Random(derived_seed("walk", seed, split, index))
+    for _ in range(_MAX_DRAWS):
+        pool = [*range(1, spec.largest_size + 1)]
+        sizes = sorted(pool.pop(_below(rng, len(pool))) for _ in range(spec.sizes))
+        walk = Walk(_below(rng, spec.largest_number + 1), tuple(sizes))
+        if walk_split(walk) == split:
+            return walk
+    raise ValueError(f"data.walks={spec} gave no {split} prompt; raise largest_number")
+
+
+def walk_split(walk: Walk) -> str:
+    """The split of a walk (train 80 %, val 10 %, test 10 %), whatever spec or seed."""
+    bucket = derived_seed("walk_split", walk.start, *walk.sizes) % 10
+    return "train" if bucket < 8 else SPLITS[bucket - 7]
+
+
+def random_steps(spec: WalkSpec, walk: Walk, rng: random.Random, stray: int | None = None) -> str:
+    """A worked response; every step that stays within the numbers is as likely.
+
+    Args:
+        spec: how many steps, and which numbers.
+        walk: start and sizes.
+        rng: where the choices come from.
+        stray: the step, counted from 0, whose size is none of the given ones.
+    """
+    words, number = [], walk.start
+    others = sorted({*range(1, spec.largest_size + 1)} - {*walk.sizes})
+    for step in range(spec.steps):
+        sizes = others if step == stray else walk.sizes
+        moves = [
+            ("+", size, number + size) for size in sizes if number + size <= spec.largest_number
+        ]
+        moves += [("-", size, number - size) for size in sizes if number - size >= 0]
+        sign, size, end = moves[_below(rng, len(moves))]
+        words.append(f"#{spec.steps - step} {number} {sign} {size} = {end}")
         number = end
     return " ".join(words)
 
 
 class WalkDataModule(PromptDataModule):
-    """Number walks of a chosen length, generated by seed.
-
-    Starts and targets that are validated or tested on are not trained on.
-    """
+    """Number walks of a chosen length, generated by seed; what is held out is not trained on."""
 
     def __init__(
         self,
@@ -130,69 +129,57 @@ class WalkDataModule(PromptDataModule):
         super().__init__(**kwargs)
         self.walks = walks
         self.sizes = {"val": val_size, "test": test_size}
-        ends = all_ends(walks)
-        if not ends["train"]:
-            raise ValueError(f"data.walks={walks} gives no training prompt; widen its ranges")
         for split, size in self.sizes.items():
             at_least(f"data.{split}_size", size, 1)
-            if size > len(ends[split]):
-                raise ValueError(
-                    f"data.{split}_size={size}, but data.walks gives {len(ends[split])} {split} "
-                    "prompts; lower it or raise walks.largest_number"
-                )
 
     def train_prompt(self, index: int) -> Prompt:
-        """Prompt number ``index`` of the training stream, drawn with replacement."""
-        return self._prompt(self._ends(index))
+        """Prompt number ``index`` of the training stream."""
+        return self._prompt(generate_walk(self.walks, "train", index, self.seed))
 
     def heldout_prompts(self, stage: str) -> dict[str, list[Prompt]]:
-        """The prompts held out as ``val`` or ``test``."""
-        return {stage: [*map(self._prompt, all_ends(self.walks)[stage][: self.sizes[stage]])]}
+        """The first ``val_size`` or ``test_size`` different prompts of the split."""
+        wanted = self.sizes[stage]
+        found: dict[Walk, Prompt] = {}
+        for index in range(_DRAWS_A_PROMPT * wanted):
+            walk = generate_walk(self.walks, stage, index, self.seed)
+            found.setdefault(walk, self._prompt(walk))
+            if len(found) == wanted:
+                return {stage: list(found.values())}
+        raise ValueError(
+            f"data.{stage}_size={wanted}, but data.walks gives only about {len(found)} different "
+            f"{stage} prompts; lower it or raise walks.largest_number"
+        )
 
     def score(self, responses: Sequence[str], prompts: PromptBatch) -> Tensor:
         """1 for a right walk, else 0."""
-        n, spec = len(responses) // len(prompts), self.walks
-        ends = [extra["ends"] for extra in prompts.extras for _ in range(n)]
+        n = len(responses) // len(prompts)
+        walks: list[Walk] = [extra["walk"] for extra in prompts.extras for _ in range(n)]
         return torch.tensor(
             [
-                score_walk(response, start, target, spec.steps, spec.largest_step)
-                for response, (start, target) in zip(responses, ends, strict=True)
+                score_walk(response, walk.start, walk.sizes, self.walks.steps)
+                for response, walk in zip(responses, walks, strict=True)
             ]
         )
 
     def demonstration(self, index: int, misleading: bool) -> tuple[str, str]:
         """Prompt and worked response number ``index`` for supervised training.
 
-        A misleading one is a sound walk to another number: it teaches the sums, not the aim.
+        A misleading one is sound, but one of its steps has a size that the prompt does not give.
         """
         rng = random.Random(derived_seed("walk_demonstration", self.seed, index))
-        start, target = ends = self._ends(index)
-        if misleading:
-            others = sorted(reachable(self.walks, start)[self.walks.steps] - {target})
-            target = others[_below(rng, len(others))] if others else target
-        return self.render(self._prompt(ends)), random_walk(self.walks, start, target, rng)
+        walk = generate_walk(self.walks, "train", index, self.seed)
+        stray = _below(rng, self.walks.steps) if misleading else None
+        return self.render(self._prompt(walk)), random_steps(self.walks, walk, rng, stray)
 
     def vocabulary(self) -> list[str]:
         """Every word of the prompts and walks."""
         numbers = map(str, range(self.walks.largest_number + 1))
-        return ["to", "in", ":", "+", "-", "=", *numbers] + [
-            f"#{left}" for left in range(1, self.walks.steps + 1)
-        ]
+        labels = (f"#{left}" for left in range(1, self.walks.steps + 1))
+        return ["with", "in", ":", "+", "-", "=", *numbers, *labels]
 
-    def _ends(self, index: int) -> Ends:
-        ends = all_ends(self.walks)["train"]
-        return ends[derived_seed("walk_prompt", self.seed, index) % len(ends)]
-
-    def _prompt(self, ends: Ends) -> Prompt:
-        return Prompt(f"{ends[0]} to {ends[1]} in #{self.walks.steps} :", {"ends": ends})
-
-
-def _moves(spec: WalkSpec, number: int) -> list[tuple[int, str, int]]:
-    """Result, sign and size of every step from ``number`` that stays within the numbers."""
-    sizes = range(1, spec.largest_step + 1)
-    moves = [(number + size, "+", size) for size in sizes]
-    moves += [(number - size, "-", size) for size in sizes]
-    return [move for move in moves if 0 <= move[0] <= spec.largest_number]
+    def _prompt(self, walk: Walk) -> Prompt:
+        sizes = " ".join(map(str, walk.sizes))
+        return Prompt(f"{walk.start} with {sizes} in #{self.walks.steps} :", {"walk": walk})
 
 
 def _below(rng: random.Random, n: int) -> int:
