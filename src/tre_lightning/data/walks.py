@@ -1,8 +1,8 @@
 """Number walks: worked solutions that are as long as one option says, six tokens a step.
 
-The prompt ``5 with 2 3 7 in #2 :`` asks for two steps from 5, each of 2, 3 or 7, up or down; one
-answer is ``#2 5 + 7 = 12 #1 12 - 3 = 9``. Sign and size are free, every other token has one right
-value, and one wrong token spoils the response.
+The prompt ``5 with +-2 +-3 +-7 in #2 :`` asks for two steps from 5, each of 2, 3 or 7, up or down;
+one answer is ``#2 5 + 7 = 12 #1 12 - 3 = 9``. Sign and size are free, every other token has one
+right value, and one wrong token spoils the response.
 """
 
 import random
@@ -40,7 +40,7 @@ class WalkSpec:
     """
 
     steps: int = 2
-    largest_number: int = 30
+    largest_number: int = 20
     largest_size: int = 9
     sizes: int = 3
 
@@ -174,11 +174,12 @@ class WalkDataModule(PromptDataModule):
     def vocabulary(self) -> list[str]:
         """Every word of the prompts and walks."""
         numbers = map(str, range(self.walks.largest_number + 1))
+        sizes = (f"+-{size}" for size in range(1, self.walks.largest_size + 1))
         labels = (f"#{left}" for left in range(1, self.walks.steps + 1))
-        return ["with", "in", ":", "+", "-", "=", *numbers, *labels]
+        return ["with", "in", ":", "+", "-", "=", *numbers, *sizes, *labels]
 
     def _prompt(self, walk: Walk) -> Prompt:
-        sizes = " ".join(map(str, walk.sizes))
+        sizes = " ".join(f"+-{size}" for size in walk.sizes)
         return Prompt(f"{walk.start} with {sizes} in #{self.walks.steps} :", {"walk": walk})
 
 
