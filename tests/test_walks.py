@@ -88,7 +88,7 @@ def test_demonstrations_are_right_unless_misleading(spec: WalkSpec, seed: int, i
     for misleading in (False, True):
         prompt, response = data.demonstration(index, misleading)
         assert prompt == data.train_prompt(index).text
-        assert score_walk(response, *walk, spec.steps) == (not misleading)
+        assert score_walk(response, walk.start, walk.sizes, spec.steps) == (not misleading)
         assert len(response.split()) == 6 * spec.steps
         assert {*prompt.split(), *response.split()} <= words
         # a misleading walk is sound all the same
@@ -107,7 +107,7 @@ def test_one_wrong_word_anywhere_spoils_a_walk(
     place = draw.draw(st.integers(0, len(words) - 1))
     others = [word for word in [*data.vocabulary(), "<unused7>"] if word != words[place]]
     words[place] = draw.draw(st.sampled_from(others))
-    assert score_walk(" ".join(words), *walk, spec.steps) == 0.0
+    assert score_walk(" ".join(words), walk.start, walk.sizes, spec.steps) == 0.0
 
 
 # ----- the data module
@@ -124,7 +124,7 @@ def test_prompts_are_a_function_of_seed_and_index_alike_at_every_length() -> Non
 
 
 def test_held_out_prompts_differ_and_are_not_trained_on() -> None:
-    sets = {}
+    sets: dict[str, set[Walk]] = {}
     for seed in (1, 2):
         data = WalkDataModule(seed=seed, val_size=64, test_size=100)
         for stage, size in (("val", 64), ("test", 100)):
