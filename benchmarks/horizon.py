@@ -1,10 +1,11 @@
 """One table and one figure of the comparisons at several lengths of response.
 
     python benchmarks/horizon.py --out runs/compare/horizon \
-        --config configs/compare/horizon_12.yaml configs/compare/horizon_48.yaml
+        --config configs/compare/horizon_12.yaml configs/compare/horizon_48.yaml \
+        configs/compare/horizon_126.yaml
 
-Reads what ``python -m tre_lightning.compare`` has left behind, of seeds that every method of a
-comparison has finished. Writes ``horizon.md`` and, where matplotlib is installed, ``horizon.png``.
+Reads what ``python -m tre_lightning.compare`` has left behind, finished trials only. Writes
+``horizon.md`` and, where matplotlib is installed, ``horizon.png``.
 """
 
 import argparse
@@ -15,34 +16,38 @@ from typing import Any
 from tre_lightning.compare import Plan, read_plan
 from tre_lightning.compare.report import effective_coef, metric
 from tre_lightning.compare.run import choose, result_of
-from tre_lightning.compare.statistics import Estimate, estimate, mean
+from tre_lightning.compare.statistics import Estimate, differences, estimate, mean
 from tre_lightning.compare.trial import read_curves
 
-Results = dict[str, list[dict[str, Any]]]  # of each method, seed by seed
-SHARES = ("test/pass@1", "test/pass@k", "test/invalid_share")
-COMPARED = (*SHARES, "entropy/full", "entropy/tail_mass")
+Results = dict[str, dict[int, dict[str, Any]]]  # of each method and seed
+COMPARED = (
+    "test/pass@1",
+    "test/pass@k",
+    "test/invalid_share",
+    "entropy/full",
+    "entropy/tail_mass",
+)
 NAMES = ("pass@1", "pass@8", "invalid responses", "entropy, nats", "tail mass")
 
 
 def collect(plan: Plan) -> Results:
-    """Results of the seeds that every method has finished."""
-    chosen = choose(plan)
-    found: Results = {name: [] for name in plan.methods}
-    for seed in plan.seeds:
-        trials = [trial for trial in plan.final(chosen) if trial.seed == seed]
-        results = [result_of(plan, trial) for trial in trials]
-        if len(trials) == len(plan.methods) and None not in results:
-            for trial, result in zip(trials, results, strict=True):
-                assert result is not None
-                first = read_curves(trial.directory(plan))["val/pass@1"]
-                found[trial.method].append({**result, "start": first[min(first)]})
+    """Results of the finished trials."""
+    found: Results = {name: {} for name in plan.methods}
+    for trial in plan.final(choose(plan)):
+        result = result_of(plan, trial)
+        if result is not None:
+            curve = read_curves(trial.directory(plan))["val/pass@1"]
+            found[trial.method][trial.seed] = {**result, "start": curve[min(curve)]}
     return found
 
 
 def difference(found: Results, plan: Plan, name: str, tag: str) -> Estimate:
-    """Method minus baseline by seed."""
-    pairs = zip(found[name], found[plan.baseline], strict=True)
-    return estimate([metric(own, tag) - metric(base, tag) for own, base in pairs])
+    """Method minus baseline, of the seeds that both have."""
+    own, base = (
+        {seed: metric(result, tag) for seed, result in found[method].items()}
+        for method in (name, plan.baseline)
+    )
+    return estimate(list(differences(own, base).values()))
 
 
 def written(tag: str, value: float, sign: str = "") -> str:
@@ -61,9 +66,13 @@ def spread(tag: str, value: Estimate, sign: str = "") -> str:
 def tables(lengths: dict[int, tuple[Plan, Results]]) -> str:
     """Means with intervals, then differences to the baseline."""
     head = ["tokens", "method", "coef", "effective coef", "seeds", "val pass@1 before RL", *NAMES]
-    means, paired = [head, ["---"] * len(head)], [["tokens", "method", *NAMES], ["---"] * 7]
+    means, paired = (
+        [head, ["---"] * len(head)],
+        [["tokens", "method", "seeds", *NAMES], ["---"] * 8],
+    )
     for tokens, (plan, found) in lengths.items():
-        for name, results in found.items():
+        for name, by_seed in found.items():
+            results = list(by_seed.values())
             if not results:
                 continue
             value = choose(plan)[name]
@@ -76,7 +85,14 @@ def tables(lengths: dict[int, tuple[Plan, Results]]) -> str:
             if name != plan.baseline:
                 values = [difference(found, plan, name, tag) for tag in COMPARED]
                 cells = [spread(t, v, "+") for t, v in zip(COMPARED, values, strict=True)]
-                paired.append([str(tokens), name, *cells])
+                paired.append(
+                    [
+                        str(tokens),
+                        name,
+                        str(len(found[name].keys() & found[plan.baseline].keys())),
+                        *cells,
+                    ]
+                )
     return "\n".join(
         "".join(f"| {' | '.join(row)} |\n" for row in rows) for rows in (means, paired)
     )
