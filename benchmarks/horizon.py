@@ -118,10 +118,19 @@ def draw(lengths: dict[int, tuple[Plan, Results]], file: Path) -> None:
                 for tokens, (plan, found) in lengths.items()
                 if found[name]
             ]
-            x = [tokens * 1.05 ** (number - 1) for tokens, _ in points]
+            alike = [n for n in names if first.methods[n].config == first.methods[name].config]
+            x = [tokens * 1.04 ** (number - len(names) / 2) for tokens, _ in points]
             y = [value.mean for _, value in points]
             error = [[v.mean - v.low for _, v in points], [v.high - v.mean for _, v in points]]
-            axis.errorbar(x, y, yerr=error, fmt="o-", capsize=3, label=name)
+            axis.errorbar(
+                x,
+                y,
+                yerr=error,
+                fmt="o-" if name == alike[0] else "s--",
+                color=f"C{names.index(alike[0])}",
+                capsize=3,
+                label=f"{name} {choose(first)[name]}",
+            )
         axis.axhline(0.0, color="black", linewidth=0.8)
         axis.set(title=f"{NAMES[place]}: difference to {first.baseline}", xscale="log")
         axis.set_xticks([*lengths], [*map(str, lengths)])
