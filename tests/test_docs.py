@@ -14,6 +14,7 @@ import runs
 from tre_lightning import methods
 from tre_lightning.methods import LossTerm, PolicyOutputs
 from tre_lightning.rewards.math import score_math
+from tre_lightning.rewards.walks import score_walk
 
 ROOT = Path(__file__).parents[1]
 
@@ -105,3 +106,11 @@ def test_math_scores_are_as_the_comments_say(page: str) -> None:
     assert {score for _, score in calls} == {"0.0", "1.0"}
     for call, score in calls:
         assert eval(call, {"score_math": score_math}) == float(score), call  # our own docs
+
+
+def test_walk_scores_are_as_the_comments_say() -> None:
+    text = (ROOT / "docs" / "tasks.md").read_text()
+    calls = re.findall(r"^(score_walk\(.*\))  # (\d\.\d)", text, re.MULTILINE)
+    assert [score for _, score in calls] == ["1.0", "1.0", "0.0", "0.0"]
+    for call, score in calls:
+        assert eval(call, {"score_walk": score_walk}) == float(score), call  # our own docs

@@ -6,6 +6,7 @@ from tre_lightning.data.demonstrations import Demonstrations
 from tre_lightning.data.math import MathDataModule
 from tre_lightning.data.prompts import Prompt, PromptDataModule
 from tre_lightning.data.puzzles import PuzzleSpec
+from tre_lightning.data.walks import WalkDataModule, WalkSpec
 
 __all__ = [
     "ArithmeticSpec",
@@ -15,4 +16,6 @@ __all__ = [
     "Prompt",
     "PromptDataModule",
     "PuzzleSpec",
+    "WalkDataModule",
+    "WalkSpec",
 ]
