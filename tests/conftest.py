@@ -1,6 +1,7 @@
 """Shared fixtures: a language model, a tokenizer and prompts that take milliseconds to build."""
 
 import copy
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from tre_lightning.policy import ActorCritic, PolicyArgs, load_language_model
 from tre_lightning.rollout import PromptBatch
 from tre_lightning.tokenizer import word_tokenizer
+
+# Tests send Ctrl-C to their processes, which inherit what a shell's background makes of it: nothing.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 VOCAB_SIZE = 50
 # A wide initialisation: with the usual one all logits of so small a model are nearly equal.

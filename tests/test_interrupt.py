@@ -49,14 +49,6 @@ CHANGES: dict[str, Any] = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _signals() -> Iterator[None]:
-    """Ctrl-C is heeded, also where the tests run in the background of a shell, which ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run without interruption; tests only read it."""
