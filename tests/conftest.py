@@ -14,7 +14,7 @@ from tre_lightning.policy import ActorCritic, PolicyArgs, load_language_model
 from tre_lightning.rollout import PromptBatch
 from tre_lightning.tokenizer import word_tokenizer
 
-# Tests send Ctrl-C to their processes, which inherit what a shell's background makes of it: nothing.
+# Tests send Ctrl-C to processes, which inherit what a shell's background makes of it: nothing.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 VOCAB_SIZE = 50
