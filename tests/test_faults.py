@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 import runs
+import tre_lightning.objective
 import tre_lightning.ppo
 import tre_lightning.rollout
 from tre_lightning.args import PPOArgs
@@ -446,7 +447,7 @@ def moments(draw: random.Random) -> Iterator[Callable[[], None]]:
     before = draw.random() < 0.5
     rollout, update = draw.randint(1, 40), draw.randint(1, 12)
     yield lambda: die_at(tre_lightning.rollout, "pick_tokens", rollout, before=before)
-    yield lambda: die_at(tre_lightning.ppo, "policy_loss", update, before=before)
+    yield lambda: die_at(tre_lightning.objective, "policy_loss", update, before=before)
     save, place = draw.randint(1, 4), draw.randrange(4)
     functions = [(os, "link"), (Path, "replace"), (torch, "save")]
     if place == len(functions):
@@ -620,7 +621,7 @@ def test_a_full_disk_of_the_first_rank_ends_all(
 def test_a_rank_that_dies_ends_the_others(victim: int, whole: Path, tmp_path: Path) -> None:
     def prepare(rank: int) -> None:
         if rank == victim:
-            die_at(tre_lightning.ppo, "policy_loss", 6, before=True)
+            die_at(tre_lightning.objective, "policy_loss", 6, before=True)
 
     codes = ranks(tmp_path / "run", poisoned(), prepare)
     assert codes[victim] == -signal.SIGKILL
