@@ -240,3 +240,23 @@ def texts(run_dir: Path, tag: str) -> list[tuple[int, str]]:
         (e.step, tensor_util.make_ndarray(e.tensor_proto).item().decode())
         for e in events.Tensors(f"{tag}/text_summary")
     ]
+
+
+def assert_same_run(left: Path, right: Path) -> None:
+    """The same weights, and every iteration once; a validation may have been repeated."""
+    assert distance(weights(left), weights(right)) == 0.0
+    a, b = scalars(left), scalars(right)
+    assert a.keys() == b.keys()
+    for tag, events in a.items():
+        if tag == "epoch" or tag.startswith("val/"):
+            assert sorted(set(events)) == sorted(set(b[tag])), tag
+        else:
+            assert events == b[tag], tag
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process; of an orphan that has ended nobody may collect the rest."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -94,18 +94,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-def assert_same_run(left: Path, right: Path) -> None:
-    """The same weights, and every iteration once; a validation may have been repeated."""
-    assert runs.distance(runs.weights(left), runs.weights(right)) == 0.0
-    a, b = runs.scalars(left), runs.scalars(right)
-    assert a.keys() == b.keys()
-    for tag, events in a.items():
-        if tag == "epoch" or tag.startswith("val/"):
-            assert sorted(set(events)) == sorted(set(b[tag])), tag
-        else:
-            assert events == b[tag], tag
-
-
 def error_of(capsys: pytest.CaptureFixture[str], call: Callable[[], object]) -> str:
     """The one line of a run that ends with exit code 1."""
     with pytest.raises(SystemExit) as stopped:
@@ -188,7 +176,7 @@ def test_too_many_skipped_updates_end_the_run(
     assert runs.saved_iteration(run_dir) == 1
     if kind == "loss":
         runs.resume(run_dir, changes=poisoned())
-        assert_same_run(run_dir, whole)
+        runs.assert_same_run(run_dir, whole)
 
 
 def test_skipped_updates_in_a_row_are_counted_over_a_resume(
@@ -329,7 +317,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
     runs.resume(run_dir, changes=poisoned())
     lines = [line for line in capsys.readouterr().err.splitlines() if "warning: " in line]
     assert len(lines) == 1 and "last.ckpt is damaged" in lines[0] and "iteration 2" in lines[0]
-    assert_same_run(run_dir, whole)
+    runs.assert_same_run(run_dir, whole)
 
     for name in ("last", "previous"):
         truncate(checkpoints / f"{name}.ckpt")
@@ -383,7 +371,7 @@ def test_a_run_on_a_full_disk_can_go_on(
     assert not list((run_dir / "checkpoints").glob("*.partial")) and not list(temporary.iterdir())
     assert runs.saved_iteration(run_dir) == 2
     runs.resume(run_dir, changes=poisoned())
-    assert_same_run(run_dir, whole)
+    runs.assert_same_run(run_dir, whole)
 
 
 # ----- killed processes
@@ -480,7 +468,7 @@ def test_killed_at_a_random_moment(seed: int, whole: Path, tmp_path: Path) -> No
 
     assert exit_code(forked(killed)) == -signal.SIGKILL
     go_on(run_dir)
-    assert_same_run(run_dir, whole)
+    runs.assert_same_run(run_dir, whole)
 
 
 @pytest.mark.slow
@@ -493,7 +481,7 @@ def test_killed_at_any_time(seed: int, whole: Path, tmp_path: Path) -> None:
         process.kill()
         assert exit_code(process) in (-signal.SIGKILL, 0)
     go_on(run_dir)
-    assert_same_run(run_dir, whole)
+    runs.assert_same_run(run_dir, whole)
 
 
 # ----- several processes
@@ -647,15 +635,8 @@ def test_a_rank_of_lightnings_launcher_dies(victim: str, whole: Path, tmp_path: 
         hold.unlink(missing_ok=True)
         end = time.monotonic() + PATIENCE
         for pid in pids.values():
-            while is_running(pid):
+            while runs.is_running(pid):
                 assert time.monotonic() < end, f"{pid} goes on"
                 process.poll()
                 time.sleep(0.05)
     assert runs.saved_iteration(tmp_path / "run") == 2
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 import runs
-from test_faults import assert_same_run, is_running
 from tre_lightning.cli import command_to_resume
 from tre_lightning.methods import EntropyBonus, PolicyOutputs, Tokens
 
@@ -106,7 +105,7 @@ def test_ctrl_c_finishes_the_iteration(where: str, whole: Path, tmp_path: Path) 
     with runs.process(shlex.split(command)[3:]) as process:
         printed = ended(process)
     assert process.returncode == 0, printed[-3000:]
-    assert_same_run(run_dir, whole)
+    runs.assert_same_run(run_dir, whole)
 
 
 def test_a_second_ctrl_c_ends_at_once(whole: Path, tmp_path: Path) -> None:
@@ -122,7 +121,7 @@ def test_a_second_ctrl_c_ends_at_once(whole: Path, tmp_path: Path) -> None:
     assert process.returncode == 130 and "Traceback" not in printed, printed[-3000:]
     assert runs.saved_iteration(run_dir) == 2
     runs.resume(run_dir, changes=CHANGES)
-    assert_same_run(run_dir, whole)
+    runs.assert_same_run(run_dir, whole)
 
 
 def test_ctrl_c_before_training_ends_at_once(tmp_path: Path) -> None:
@@ -152,7 +151,7 @@ def test_all_ranks_stop_after_the_same_iteration(
         printed = ended(process, hold)
     assert process.returncode == code, printed[-3000:]
     assert "Traceback" not in printed and printed.count("stopped by ") == 1
-    assert children and not any(is_running(int(pid)) for pid in children)
+    assert children and not any(runs.is_running(int(pid)) for pid in children)
     assert runs.saved_iteration(run_dir) == 3
     runs.run(run_dir, PRECISION, "--ckpt_path=last", changes=CHANGES)  # on one device
     assert runs.distance(runs.weights(run_dir), runs.weights(precise)) < 1e-6

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import tre_lightning
+from runs import is_running
 from tre_lightning.rewards.workers import WorkerPool
 
 SOURCE = str(Path(tre_lightning.__file__).parents[1])
@@ -32,14 +33,6 @@ def make_pool() -> Iterator[Callable[..., WorkerPool]]:
     yield make
     for pool in pools:
         pool.close()
-
-
-def is_running(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"  # nobody may be there to collect an orphan
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> bool:

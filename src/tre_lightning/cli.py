@@ -246,9 +246,9 @@ class _CLI(LightningCLI):
         """
         trainer, fits = self.options.trainer, self.subcommand == "fit"
         if trainer.logger in (None, True):
-            spec = {"class_path": "tre_lightning.loggers.TensorBoard", "init_args": {}}
+            init = Namespace({"save_dir": self.run_dir, "purge_step": 0})  # type: ignore[no-untyped-call]
+            spec = {"class_path": "tre_lightning.loggers.TensorBoard", "init_args": init}
             trainer.logger = Namespace(spec)  # type: ignore[no-untyped-call]
-            trainer.logger.init_args = Namespace({"save_dir": self.run_dir, "purge_step": 0})  # type: ignore[no-untyped-call]
         loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
         for logger in loggers:
             options = logger.get("init_args") if isinstance(logger, Namespace) else None

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
@@ -284,9 +284,14 @@ class PPOModule(LightningModule):
     def _invalid(self, rollout: Rollout) -> Tensor:
         """Whether a response has a token that stands for no text, ``[B]`` bool."""
         ids = rollout.response_ids
-        unused = torch.tensor(unused_tokens(self.tokenizer), device=ids.device)
+        unused = torch.tensor(self._unused, device=ids.device)
         invalid = (ids >= len(self.tokenizer)) | torch.isin(ids, unused)
         return (invalid & rollout.response_mask).any(1)
+
+    @cached_property
+    def _unused(self) -> list[int]:
+        # Reading the vocabulary takes long, and validation asks at every batch.
+        return unused_tokens(self.tokenizer)
 
     @property
     def _sharded(self) -> bool:
@@ -396,26 +401,28 @@ class PPOModule(LightningModule):
         )
 
     def _forward(
-        self, batch: Rollout, use: Callable[[HeadInput], T], head: Head
+        self,
+        batch: Rollout,
+        use: Callable[[HeadInput], T],
+        head: Head,
+        model: ActorCritic | None = None,
     ) -> tuple[T, Tensor | None]:
+        """What ``use`` makes of the counted tokens, and values; by ``model``, or by the trained."""
         ids, mask = sequence_inputs(batch)
-        made: tuple[T, Tensor | None] = self.actor_critic(
+        made: tuple[T, Tensor | None] = (model or self.actor_critic)(
             ids, mask, batch.response_mask, use, takes_hidden=head.takes_hidden
         )
         return made
 
     def _reference_outputs(self, batch: Rollout, labels: Tensor, head: Head) -> PolicyOutputs:
         """The initial policy's view of the counted tokens."""
-        ids, mask = sequence_inputs(batch)
         reference = self._reference[0]
         if not self._sharded and next(reference.parameters()).device != self.device:
             reference.to(self.device)
         use = partial(head.outputs, labels=labels)
         with without_adapters(reference) if self.policy_args.lora is not None else nullcontext():
-            made: tuple[PolicyOutputs, None] = reference(
-                ids, mask, batch.response_mask, use, takes_hidden=head.takes_hidden
-            )
-        return made[0]
+            outputs, _ = self._forward(batch, use, head, reference)
+        return outputs
 
     def _update(self, minibatch: TrainingBatch, methods: Sequence[Method], share: float) -> None:
         """One optimiser step on this rank's share of a global minibatch.

@@ -78,7 +78,10 @@ class Inspection(Callback):
             for prompt, row, score in zip(batch.texts[:shown], rows, scores, strict=True)
         ]
         # All devices: with sharded weights each must take part.
-        picture = heat_map(_samples(trainer, module, batch, outputs["rollout"][rows], scores))
+        samples = _samples(trainer, module, batch, outputs["rollout"][rows], scores)
+        if not trainer.is_global_zero:
+            return
+        picture = heat_map(samples)
         # The step at which Lightning logs this validation's scores.
         step = max(module.iteration - 1, 0)
         for writer in writers:

@@ -10,18 +10,16 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
+from tre_lightning.data.draws import MAX_DRAWS, between, pick, split_of_hash
 from tre_lightning.seeding import derived_seed
 
-SPLITS = ("train", "val", "test")
 BOX, END = "\\boxed{", "}"
 
 _MAX_NUMBERS = 5
 _LARGEST = 9999  # each number is a word
-_MAX_DRAWS = 10_000
 _RESULT = {"+": operator.add, "-": operator.sub, "*": operator.mul}
-_Option = TypeVar("_Option")
 
 
 @dataclass(frozen=True)
@@ -99,15 +97,15 @@ def generate(spec: ArithmeticSpec, split: str, index: int, seed: int) -> Problem
         ValueError: for a spec that admits almost no problem of this split.
     """
     rng = random.Random(derived_seed("arithmetic", seed, split, index))
-    for _ in range(_MAX_DRAWS):
-        size = _between(rng, spec.count)
-        numbers = tuple(_between(rng, spec.number_range) for _ in range(size))
-        operators = "".join(_pick(rng, spec.operations) for _ in range(size - 1))
+    for _ in range(MAX_DRAWS):
+        size = between(rng, spec.count)
+        numbers = tuple(between(rng, spec.number_range) for _ in range(size))
+        operators = "".join(pick(rng, spec.operations) for _ in range(size - 1))
         problem = Problem(numbers, operators)
         if worked(problem, spec) and split_of(problem) == split and _mistakes(problem, spec):
             return problem
     raise ValueError(
-        f"data.arithmetic={spec} gave no {split} problem in {_MAX_DRAWS} draws; raise max_value or "
+        f"data.arithmetic={spec} gave no {split} problem in {MAX_DRAWS} draws; raise max_value or "
         "lower number_range"
     )
 
@@ -119,8 +117,7 @@ def split_of(problem: Problem) -> str:
     one split.
     """
     key = (str(sorted(problem.numbers)), "".join(sorted(problem.operators)))
-    bucket = derived_seed("arithmetic_split", *key) % 10
-    return "train" if bucket < 8 else SPLITS[bucket - 7]
+    return split_of_hash(derived_seed("arithmetic_split", *key))
 
 
 def worked(problem: Problem, spec: ArithmeticSpec) -> Work | None:
@@ -139,7 +136,7 @@ def mistaken(problem: Problem, spec: ArithmeticSpec, rng: random.Random) -> Work
     found = _mistakes(problem, spec)
     if not found:
         raise ValueError(f"no order of steps misses the value of {problem.text!r}")
-    return _pick(rng, found)
+    return pick(rng, found)
 
 
 def _mistakes(problem: Problem, spec: ArithmeticSpec) -> list[Work]:
@@ -162,12 +159,3 @@ def _work(problem: Problem, order: Sequence[int], spec: ArithmeticSpec) -> Work 
         joined[0] = value
         parts = [joined if part is gone else part for part in parts]
     return Work(tuple(steps), parts[0][0])
-
-
-def _pick(rng: random.Random, options: Sequence[_Option]) -> _Option:
-    # random() is the one method whose sequence Python promises to keep across versions.
-    return options[int(rng.random() * len(options))]
-
-
-def _between(rng: random.Random, bounds: tuple[int, int]) -> int:
-    return bounds[0] + int(rng.random() * (bounds[1] - bounds[0] + 1))

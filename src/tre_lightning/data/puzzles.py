@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeGuard
 
+from tre_lightning.data.draws import MAX_DRAWS, SPLITS, below, between, split_of_hash
+
 MAX_NUMBERS = 6  # numbers of the television game; bounds the exhaustive search
-SPLITS = ("train", "val", "test")
 
 _LARGEST = 999_999_999  # the scorer reads at most 9 digits
-_MAX_DRAWS = 10_000
 
 
 @dataclass(frozen=True)
@@ -93,15 +93,15 @@ def generate_puzzle(spec: PuzzleSpec, split: str, index: int, seed: int) -> Puzz
         raise ValueError(f"seed={_show(seed)}; use an int")
     rng = random.Random(_stable_hash(f"{split} {index} {seed}"))
     low, high = spec.target_range
-    for _ in range(_MAX_DRAWS):
-        numbers = tuple(_between(rng, spec.number_range) for _ in range(_between(rng, spec.count)))
+    for _ in range(MAX_DRAWS):
+        numbers = tuple(between(rng, spec.number_range) for _ in range(between(rng, spec.count)))
         steps = _derive(numbers, None, spec, rng, set())
         if steps is not None and low <= steps[-1].result <= high:
             puzzle = Puzzle(numbers, steps[-1].result)
             if puzzle_split(puzzle) == split:
                 return puzzle
     raise ValueError(
-        f"spec={spec} gave no puzzle of split={split!r} in {_MAX_DRAWS} draws; "
+        f"spec={spec} gave no puzzle of split={split!r} in {MAX_DRAWS} draws; "
         "widen number_range, target_range, count or operations"
     )
 
@@ -117,8 +117,7 @@ def puzzle_split(puzzle: Puzzle) -> str:
     Decided by a hash of the sorted numbers and the target, so the order of numbers is irrelevant.
     """
     numbers, target = canonical(puzzle)
-    bucket = _stable_hash(f"{list(numbers)} {target}") % 10
-    return "train" if bucket < 8 else SPLITS[bucket - 7]
+    return split_of_hash(_stable_hash(f"{list(numbers)} {target}"))
 
 
 def random_derivation(
@@ -221,7 +220,7 @@ def _derive(
         return None
     moves = _moves(pool, spec)
     while moves:
-        pick = _below(rng, len(moves))
+        pick = below(rng, len(moves))
         moves[pick], moves[-1] = moves[-1], moves[pick]
         i, j, step = moves.pop()
         rest = (*pool[:i], *pool[i + 1 : j], *pool[j + 1 :], step.result)
@@ -260,15 +259,6 @@ def _write(steps: list[_Step]) -> str:
 
 def _stable_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-
-
-def _below(rng: random.Random, n: int) -> int:
-    # random() is the one method whose sequence Python promises to keep across versions.
-    return int(rng.random() * n)
-
-
-def _between(rng: random.Random, bounds: tuple[int, int]) -> int:
-    return bounds[0] + _below(rng, bounds[1] - bounds[0] + 1)
 
 
 def _check_range(name: str, value: object, low: int, high: int) -> None:

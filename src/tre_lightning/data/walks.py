@@ -14,14 +14,12 @@ import torch
 from torch import Tensor
 
 from tre_lightning.args import at_least
+from tre_lightning.data.draws import MAX_DRAWS, below, pick, split_of_hash
 from tre_lightning.data.prompts import Prompt, PromptDataModule
 from tre_lightning.rewards.walks import score_walk
 from tre_lightning.rollout import PromptBatch
 from tre_lightning.seeding import derived_seed
 
-SPLITS = ("train", "val", "test")
-
-_MAX_DRAWS = 10_000
 _DRAWS_A_PROMPT = 20  # draws for each held-out prompt before the ranges count as too narrow
 
 
@@ -70,10 +68,10 @@ def generate_walk(spec: WalkSpec, split: str, index: int, seed: int) -> Walk:
         ValueError: for a spec that admits almost no walk of this split.
     """
     rng = random.Random(derived_seed("walk", seed, split, index))
-    for _ in range(_MAX_DRAWS):
+    for _ in range(MAX_DRAWS):
         pool = [*range(1, spec.largest_size + 1)]
-        sizes = sorted(pool.pop(_below(rng, len(pool))) for _ in range(spec.sizes))
-        walk = Walk(_below(rng, spec.largest_number + 1), tuple(sizes))
+        sizes = sorted(pool.pop(below(rng, len(pool))) for _ in range(spec.sizes))
+        walk = Walk(below(rng, spec.largest_number + 1), tuple(sizes))
         if walk_split(walk) == split:
             return walk
     raise ValueError(f"data.walks={spec} gave no {split} prompt; raise largest_number")
@@ -81,8 +79,7 @@ def generate_walk(spec: WalkSpec, split: str, index: int, seed: int) -> Walk:
 
 def walk_split(walk: Walk) -> str:
     """The split of a walk (train 80 %, val 10 %, test 10 %), whatever spec or seed."""
-    bucket = derived_seed("walk_split", walk.start, *walk.sizes) % 10
-    return "train" if bucket < 8 else SPLITS[bucket - 7]
+    return split_of_hash(derived_seed("walk_split", walk.start, *walk.sizes))
 
 
 def random_steps(spec: WalkSpec, walk: Walk, rng: random.Random, stray: int | None = None) -> str:
@@ -102,7 +99,7 @@ def random_steps(spec: WalkSpec, walk: Walk, rng: random.Random, stray: int | No
             ("+", size, number + size) for size in sizes if number + size <= spec.largest_number
         ]
         moves += [("-", size, number - size) for size in sizes if number - size >= 0]
-        sign, size, end = moves[_below(rng, len(moves))]
+        sign, size, end = pick(rng, moves)
         words.append(f"#{spec.steps - step} {number} {sign} {size} = {end}")
         number = end
     return " ".join(words)
@@ -168,7 +165,7 @@ class WalkDataModule(PromptDataModule):
         """
         rng = random.Random(derived_seed("walk_demonstration", self.seed, index))
         walk = generate_walk(self.walks, "train", index, self.seed)
-        stray = _below(rng, self.walks.steps) if misleading else None
+        stray = below(rng, self.walks.steps) if misleading else None
         return self.render(self._prompt(walk)), random_steps(self.walks, walk, rng, stray)
 
     def vocabulary(self) -> list[str]:
@@ -181,8 +178,3 @@ class WalkDataModule(PromptDataModule):
     def _prompt(self, walk: Walk) -> Prompt:
         sizes = " ".join(f"+-{size}" for size in walk.sizes)
         return Prompt(f"{walk.start} with {sizes} in #{self.walks.steps} :", {"walk": walk})
-
-
-def _below(rng: random.Random, n: int) -> int:
-    # random() is the one method whose sequence Python promises to keep across versions.
-    return int(rng.random() * n)

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from tre_lightning.args import VLLMArgs
@@ -28,6 +27,7 @@ from tre_lightning.engines.base import Sampling, prompt_tokens, rollout_of
 from tre_lightning.lora import has_adapters, merged_state_dict
 from tre_lightning.rollout import PromptBatch, Rollout
 from tre_lightning.seeding import derived_seed
+from tre_lightning.sharding import whole
 
 _SEEDS = 2**31  # vLLM adds the number of a response to the seed of its prompt
 
@@ -132,6 +132,4 @@ def _weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Whole weights by their names in a plain model; adapters are merged."""
     named = merged_state_dict(model).items() if has_adapters(model) else model.named_parameters()
     for name, weight in named:
-        # A sharded one is put together, by all ranks at once.
-        weight = weight.detach()
-        yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
+        yield name, whole(weight.detach())  # a sharded one by all ranks at once
