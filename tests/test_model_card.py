@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 
 import runs
 from tre_lightning.cli import main
-from tre_lightning.methods import EntropyBonus, LinearSchedule, TrustRegionEntropy
+from tre_lightning.methods import ClipCov, EntropyBonus, LinearSchedule, TrustRegionEntropy
 from tre_lightning.model_card import describe, hub_name, model_card
 
 FACTS: dict[str, Any] = {
@@ -126,6 +126,14 @@ def test_terms_are_described_by_coefficient_and_region() -> None:
     schedule = LinearSchedule(0.02, 0.0, 50)
     assert describe(EntropyBonus(schedule)) == (
         "EntropyBonus (coef LinearSchedule(start=0.02, end=0.0, iterations=50), whole vocabulary)"
+    )
+
+
+def test_options_that_are_not_the_default_are_described() -> None:
+    assert describe(ClipCov()) == "ClipCov" and describe(ClipCov(0.002)) == "ClipCov (share 0.002)"
+    assert (
+        describe(TrustRegionEntropy(0.001, top_k=2, rescale=False, name="second"))
+        == "TrustRegionEntropy (coef 0.001, top_k 2, rescale False)"
     )
 
 

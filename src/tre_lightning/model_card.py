@@ -1,5 +1,6 @@
 """The README.md of an exported policy: what it is, how it was trained, how to load it."""
 
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from omegaconf import OmegaConf
 from tre_lightning.methods import LossTerm, Method
 from tre_lightning.ops import Region
 
+_SHOWN_OTHERWISE = {"coef", "top_k", "top_p", "name"}
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
 
 
@@ -102,9 +104,13 @@ def hub_name(model: str | None) -> str | None:
 
 
 def describe(method: Method) -> str:
-    """Class, coefficient and regions of a method."""
+    """Class, coefficient and regions of a method, and what else is not its default."""
     details = [f"coef {method.coef}"] if isinstance(method, LossTerm) else []
     details += [_region(region) for region in method.regions]
+    for option, parameter in inspect.signature(type(method)).parameters.items():
+        value = getattr(method, option, parameter.default)
+        if option not in _SHOWN_OTHERWISE and value != parameter.default:
+            details.append(f"{option} {value}")
     name = type(method).__name__
     return f"{name} ({', '.join(details)})" if details else name
 
