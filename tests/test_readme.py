@@ -23,7 +23,7 @@ SHORT = (
     "--data.init_args.val_size=4",
     "--data.init_args.test_size=4",
 )
-FIRST_WORDS = {"make", "python", "docker"}  # docker: test_docker.py
+FIRST_WORDS = {"make", ".", "python", "docker"}  # docker: test_docker.py
 
 
 def commands(page: str = README) -> Iterator[list[str]]:

@@ -32,7 +32,7 @@ GRID = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
 
 def picks(probabilities: list[float], uniform: Tensor = GRID, top_p: float = 1.0) -> Tensor:
     logits = torch.tensor(probabilities).log().expand(len(uniform), -1)
-    return pick_tokens(logits, uniform, top_p)
+    return pick_tokens(logits, uniform, top_p)[0]
 
 
 def test_tokens_are_picked_by_their_probability() -> None:
@@ -56,7 +56,7 @@ def test_tokens_without_probability_are_not_picked_at_the_ends() -> None:
 def test_picks_do_not_wrap_or_share_between_rows() -> None:
     logits = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0], [0.2, 0.3, 0.5]]).log()
     uniform = torch.tensor([0.6, 0.0, 0.4], dtype=torch.float64)
-    assert pick_tokens(logits, uniform).tolist() == [1, 2, 1]
+    assert pick_tokens(logits, uniform)[0].tolist() == [1, 2, 1]
 
 
 @pytest.mark.parametrize(
@@ -73,6 +73,13 @@ def test_top_p_samples_from_the_smallest_nucleus(top_p: float, kept: dict[int, f
     counts = picks([0.2, 0.4, 0.1, 0.3], top_p=top_p).bincount(minlength=4).tolist()
     assert counts == pytest.approx([1000 * kept.get(i, 0.0) for i in range(4)], abs=1)
     assert all(counts[i] == 0 for i in range(4) if i not in kept)
+
+
+def test_a_tokens_logprob_is_that_of_the_whole_distribution() -> None:
+    probabilities = torch.tensor([0.2, 0.4, 0.1, 0.3])
+    tokens, logprobs = pick_tokens(probabilities.log().expand(1000, -1), GRID, top_p=0.45)
+    assert set(tokens.tolist()) == {1, 3}  # renormalised they have 4/7 and 3/7
+    torch.testing.assert_close(logprobs, probabilities[tokens].log())
 
 
 # --- generate ---
@@ -280,7 +287,7 @@ def sample_alone(
         response: list[int] = []
         for number in uniform:
             logits = model(input_ids=torch.tensor([ids + response]), use_cache=False).logits[:, -1]
-            response.append(int(pick_tokens(logits / 3.0, number.unsqueeze(0))))
+            response.append(int(pick_tokens(logits / 3.0, number.unsqueeze(0))[0]))
             if response[-1] in ends:
                 break
         responses.append(response)

@@ -16,7 +16,6 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 
 from tre_lightning.kv_cache import growing_cache
-from tre_lightning.losses import label_logprobs
 
 # Finished rows leave the batch when at most this share of it is running. Leaving copies the cache.
 MOST_RUNNING = 7 / 8
@@ -83,23 +82,21 @@ class Rollout:
         return replace(self, **changed)
 
 
-def pick_tokens(logits: Tensor, uniform: Tensor, top_p: float = 1.0) -> Tensor:
-    """Sample by inverting the cumulative distribution, ``[B, V], [B] -> [B]``.
+def pick_tokens(logits: Tensor, uniform: Tensor, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Sample by inverting the cumulative distribution, ``[B, V], [B] -> [B] int64, [B] float32``.
 
     ``top_p`` < 1 samples from the smallest nucleus that reaches it (crossing token included).
+    The second tensor is the log-probability of the token in the whole distribution.
     """
-    probs = logits.float().softmax(-1)
+    probs = whole = logits.float().softmax(-1)
     if top_p < 1.0:
         ordered, order = probs.sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered
         probs = torch.zeros_like(probs).scatter(-1, order, ordered.where(before < top_p, 0.0))
     cumulative = probs.cumsum(-1, dtype=torch.float64)
     point = uniform.to(cumulative.device).unsqueeze(-1) * cumulative[:, -1:]
-    return (
-        torch.searchsorted(cumulative, point, right=True)
-        .squeeze(-1)
-        .clamp_(max=probs.shape[-1] - 1)
-    )
+    token = torch.searchsorted(cumulative, point, right=True).clamp_(max=probs.shape[-1] - 1)
+    return token.squeeze(-1), whole.gather(-1, token).squeeze(-1).log()
 
 
 @torch.no_grad()
@@ -253,13 +250,12 @@ def _respond(
     finished = torch.zeros(count, dtype=torch.bool, device=device)
     rows = torch.arange(count, device=device)  # that are still in the batch
     for t in range(max_new_tokens):
-        logits = decoding.logits / temperature
-        token = pick_tokens(logits, uniforms[rows, t], top_p)
+        token, logprob = pick_tokens(decoding.logits / temperature, uniforms[rows, t], top_p)
         running = ~finished[rows]
         token = token.where(running, pad_token_id)
         response[rows, t] = token
         response_mask[rows, t] = running
-        logprobs[rows, t] = label_logprobs(logits, token).float().where(running, 0.0)
+        logprobs[rows, t] = logprob.where(running, 0.0)
         finished[rows] = ~running | torch.isin(token, eos)
         left = count - int(finished.sum())
         if t + 1 == max_new_tokens or left == 0:
