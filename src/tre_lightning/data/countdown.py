@@ -30,7 +30,7 @@ from tre_lightning.data.puzzles import (
 from tre_lightning.data.sources import read_rows
 from tre_lightning.rewards.countdown import Format, final_expression, score_countdown
 from tre_lightning.rollout import PromptBatch
-from tre_lightning.seeding import derived_seed, permutation
+from tre_lightning.seeding import derived_seed
 
 _DRAWS_A_PUZZLE = 20  # draws for each held-out puzzle before the ranges count as too narrow
 _log = logging.getLogger(__name__)
@@ -108,18 +108,13 @@ class CountdownDataModule(PromptDataModule):
         }
         self.train_size = train_size
         self.sizes = {"val": val_size, "test": test_size}
-        self._order: tuple[int, list[int]] = (-1, [])
 
     def train_prompt(self, index: int) -> Prompt:
         """Puzzle number ``index`` of the training stream; a file is shuffled anew every pass."""
         prompts = self._from_files["train"]
         if not prompts:
             return self._prompt(self._generated("train", index))
-        passes, place = divmod(index, len(prompts))
-        if self._order[0] != passes:
-            order = permutation(len(prompts), "train_file", self.seed, passes)
-            self._order = (passes, order.tolist())
-        return prompts[self._order[1][place]]
+        return self.shuffled(prompts, index)
 
     def heldout_prompts(self, stage: str) -> dict[str, list[Prompt]]:
         """The puzzles held out as ``val`` or ``test``, those of ``eval_file`` as ``..._file``."""

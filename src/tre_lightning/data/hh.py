@@ -161,7 +161,6 @@ class PreferenceDataModule(PromptDataModule):
         self.sizes = {"train": train_size, "val": val_size, "test": test_size}
         self.excluded = 0  # prompts that were left out because exclude_file has them
         self._from_files: dict[str, list[Prompt]] = {}  # by train, val and test
-        self._order: tuple[int, list[int]] = (-1, [])
 
     @property
     def synthetic(self) -> bool:
@@ -193,12 +192,7 @@ class PreferenceDataModule(PromptDataModule):
         """Prompt number ``index`` of the training stream; files are shuffled anew every pass."""
         if self.synthetic:
             return _prompt(synthetic_prompt(self._synthetic(index), self.seed))
-        prompts = self._from_files["train"]
-        passes, place = divmod(index, len(prompts))
-        if self._order[0] != passes:
-            order = permutation(len(prompts), "train_file", self.seed, passes)
-            self._order = (passes, order.tolist())
-        return prompts[self._order[1][place]]
+        return self.shuffled(self._from_files["train"], index)
 
     def heldout_prompts(self, stage: str) -> dict[str, list[Prompt]]:
         """The validation prompts as ``val`` or the test prompts as ``test``."""

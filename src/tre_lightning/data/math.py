@@ -29,7 +29,7 @@ from tre_lightning.rewards.mathematics.forms import Named, Value
 from tre_lightning.rewards.mathematics.limits import MAX_CHARS
 from tre_lightning.rewards.mathematics.reader import read
 from tre_lightning.rollout import PromptBatch
-from tre_lightning.seeding import derived_seed, permutation
+from tre_lightning.seeding import derived_seed
 
 INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."
 
@@ -102,7 +102,6 @@ class MathDataModule(PromptDataModule):
         self.instruction = instruction
         self.workers = workers
         self.timeout = timeout
-        self._order: tuple[int, list[int]] = (-1, [])
 
     # ----- prompts
 
@@ -129,12 +128,7 @@ class MathDataModule(PromptDataModule):
         """Problem number ``index`` of the training stream; a file is shuffled anew every pass."""
         if self.synthetic:
             return self._generated(generate(self.arithmetic, "train", index, self.seed))
-        prompts = self._from_files["train_file"]
-        passes, place = divmod(index, len(prompts))
-        if self._order[0] != passes:
-            order = permutation(len(prompts), "train_file", self.seed, passes)
-            self._order = (passes, order.tolist())
-        return prompts[self._order[1][place]]
+        return self.shuffled(self._from_files["train_file"], index)
 
     def heldout_prompts(self, stage: str) -> dict[str, list[Prompt]]:
         """The problems of ``eval_file`` as ``val``, of ``test_file`` as ``test``."""

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from tre_lightning.args import at_least
 from tre_lightning.policy import load_tokenizer
 from tre_lightning.rollout import PromptBatch
+from tre_lightning.seeding import permutation
 
 _CHECKED_TRAIN_PROMPTS = 256  # prompts of the endless training stream whose length is checked first
 _ENCODED_AT_ONCE = 1024  # prompts
@@ -77,6 +78,7 @@ class PromptDataModule(LightningDataModule, ABC):
         self.seed = seed
         self.long_prompts = long_prompts
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._order: tuple[int, list[int]] = (-1, [])  # a pass over a file's prompts, their order
         self._train_loader = IterationLoader(self._train_batch, iterations_per_epoch)
 
     # ----- what a task defines
@@ -133,6 +135,14 @@ class PromptDataModule(LightningDataModule, ABC):
             f"{type(self).__name__} has no closed vocabulary; give model.policy.model or "
             "model.policy.tokenizer a pretrained tokenizer"
         )
+
+    def shuffled(self, prompts: Sequence[Prompt], index: int) -> Prompt:
+        """Prompt number ``index`` of an endless stream of these, shuffled anew every pass."""
+        passes, place = divmod(index, len(prompts))
+        if self._order[0] != passes:
+            order = permutation(len(prompts), "train_file", self.seed, passes)
+            self._order = (passes, order.tolist())
+        return prompts[self._order[1][place]]
 
     # ----- what Lightning asks
 
