@@ -2,7 +2,7 @@
 
     python benchmarks/horizon.py --out runs/compare/horizon \
         --config configs/compare/horizon_12.yaml configs/compare/horizon_48.yaml \
-        configs/compare/horizon_126.yaml
+        configs/compare/horizon_126.yaml configs/compare/horizon_252.yaml
 
 Reads what ``python -m tre_lightning.compare`` has left behind, finished trials only. Writes
 ``horizon.md`` and, where matplotlib is installed, ``horizon.png``.
