@@ -81,7 +81,7 @@ def made_up(plan: Plan, trial: Trial, final: float | None, **test: float | None)
 
 
 def test_comparison_resumes_after_a_kill_and_reports(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = write_plan(tmp_path)
     plan = read_plan(file)
@@ -138,6 +138,13 @@ def test_comparison_resumes_after_a_kill_and_reports(
     main(command[3:])
     assert "done  " not in capsys.readouterr().out
     assert [result.stat().st_mtime_ns for result in results] == times
+
+    # what is done is not counted as left
+    (first / RESULT).unlink()
+    monkeypatch.setenv("PYTHONPATH", path)
+    main(command[3:])
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("done  "))
+    assert line.startswith("done    clip=0.2/seed=1") and " 0 left" in line
 
 
 def test_failed_trial_is_named_and_the_others_go_on(

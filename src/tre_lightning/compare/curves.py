@@ -51,6 +51,7 @@ def _draw(file: Path, found: dict[str, dict[str, Points]]) -> bool:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, len(TAGS), figsize=(15, 4.6), layout="constrained")
+    alpha = min(0.12, 0.5 / len(found))  # many bands, one over the other, would hide the curves
     for axis, tag in zip(axes, TAGS, strict=True):
         for number, (name, curves) in enumerate(found.items()):
             points = curves[tag]
@@ -58,7 +59,7 @@ def _draw(file: Path, found: dict[str, dict[str, Points]]) -> bool:
             means = [mean(values) for values in points.values()]
             axis.plot(list(points), means, color=colour, label=name)
             lows, highs = map(min, points.values()), map(max, points.values())
-            axis.fill_between(list(points), list(lows), list(highs), color=colour, alpha=0.12)
+            axis.fill_between(list(points), list(lows), list(highs), color=colour, alpha=alpha)
         axis.set(title=tag, xlabel="PPO iteration")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=7)

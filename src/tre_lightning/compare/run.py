@@ -59,12 +59,17 @@ class Runner:
     def run(self) -> None:
         """Choose the values, then run what is reported; stops its processes on any exception."""
         try:
-            finals = len(self.plan.seeds) * len(self.plan.methods)
-            self._run_all(self.plan.sweep, later=finals)
+            self._run_all(self.plan.sweep, later=self._finals_left())
             self._run_all(self.plan.final(choose(self.plan)))
         except BaseException:
             self._stop()
             raise
+
+    def _finals_left(self) -> int:
+        """Trials to report that are to come; where one of any value is done, it counts as done."""
+        done = {(t.method, t.seed) for t in _existing(self.plan) if result_of(self.plan, t)}
+        pairs = {(name, seed) for name in self.plan.methods for seed in self.plan.seeds}
+        return len(pairs - done)
 
     def _run_all(self, trials: Sequence[Trial], later: int = 0) -> None:
         """Run these; ``later`` is how many others come after them."""
