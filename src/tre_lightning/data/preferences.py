@@ -16,7 +16,6 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -25,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tre_lightning.args import at_least
+from tre_lightning.data.batches import share, spans
 from tre_lightning.data.sources import read_rows
 from tre_lightning.rewards.preference import (
     ASSISTANT,
@@ -339,20 +339,17 @@ class PairLoader:
         self._pad_token_id = pad_token_id
         self._rank = rank
         self._ranks = ranks
-        starts = list(range(0, len(pairs), max(batch_size, ranks)))
-        if len(pairs) - starts[-1] < ranks:  # too few for a batch: they join the one before
-            del starts[-1]
-        self._bounds = list(pairwise([*starts, len(pairs)]))
+        self._spans = spans(len(pairs), batch_size, ranks)
 
     def __len__(self) -> int:
-        return len(self._bounds)
+        return len(self._spans)
 
     def __iter__(self) -> Iterator[PairBatch]:
         order = self._order()
-        for start, stop in self._bounds:
+        for start, stop in self._spans:
             total = stop - start
-            first, end = (start + total * r // self._ranks for r in (self._rank, self._rank + 1))
-            rows = [self._pairs[i] for i in order[first:end]]
+            first, end = share(total, self._rank, self._ranks)
+            rows = [self._pairs[i] for i in order[start + first : start + end]]
             texts = [pair.chosen for pair in rows] + [pair.rejected for pair in rows]
             ids, mask = pad(texts, self._pad_token_id)
             yield PairBatch(ids, mask, torch.tensor([pair.margin for pair in rows]), total)

@@ -8,7 +8,6 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
@@ -16,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tre_lightning.args import at_least
+from tre_lightning.data.batches import share, spans
 from tre_lightning.policy import load_tokenizer
 from tre_lightning.rollout import PromptBatch
 from tre_lightning.seeding import permutation
@@ -244,7 +244,7 @@ class PromptDataModule(LightningDataModule, ABC):
 
     def _train_batch(self, iteration: int) -> PromptBatch:
         rank, ranks = self._world()
-        first, end = (self.batch_size * r // ranks for r in (rank, rank + 1))
+        first, end = share(self.batch_size, rank, ranks)
         start = iteration * self.batch_size
         prompts = [self.train_prompt(start + row) for row in range(first, end)]
         return self._batch(prompts, "train", iteration, first, self.batch_size)
@@ -258,14 +258,12 @@ class PromptDataModule(LightningDataModule, ABC):
                     f"{split} holds {len(prompts)} prompts for {ranks} devices; raise "
                     f"data.{split}_size or use fewer devices"
                 )
-            starts = list(range(0, len(prompts), max(self.eval_batch_size, ranks)))
-            if len(prompts) - starts[-1] < ranks:  # every rank needs a prompt of every batch
-                del starts[-1]
             batches = []
-            for index, (start, stop) in enumerate(pairwise([*starts, len(prompts)])):
-                rows = prompts[start:stop]
-                first, end = (len(rows) * r // ranks for r in (rank, rank + 1))
-                batches.append((rows[first:end], split, index, first, len(rows)))
+            whole = spans(len(prompts), self.eval_batch_size, ranks)
+            for index, (start, stop) in enumerate(whole):
+                first, end = share(stop - start, rank, ranks)
+                rows = prompts[start + first : start + end]
+                batches.append((rows, split, index, first, stop - start))
             loaders.append(BatchList(batches, self._batch))
         return loaders
 
