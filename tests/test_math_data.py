@@ -1,5 +1,6 @@
 """The MATH task: generated arithmetic, files and datasets, scores, and a whole run."""
 
+import copy
 import importlib
 import json
 import random
@@ -353,6 +354,13 @@ def test_generated_prompts_are_not_dropped(
 ) -> None:
     with pytest.raises(ValueError, match=r"data\.long_prompts=drop needs prompts of a file"):
         task(long_prompts="drop").check(words)
+
+
+def test_a_chat_template_that_refuses_the_prompt_is_named(words: PreTrainedTokenizerBase) -> None:
+    strict = copy.deepcopy(words)
+    strict.chat_template = "{{ raise_exception('no user') }}"
+    with pytest.raises(ValueError, match=r"the policy's chat template refuses .* user .*no user"):
+        MathDataModule().check(strict)
 
 
 # ----- scores

@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from tre_lightning.chat import as_messages
 from tre_lightning.data.preferences import (
     Pair,
     PairBatch,
@@ -41,7 +42,6 @@ from tre_lightning.policy import PolicyArgs
 from tre_lightning.reward_model import PairMetrics, RewardModelModule, preference_loss
 from tre_lightning.rewards.preference import (
     RewardModelScorer,
-    as_messages,
     encode,
     pad,
     scalar_scores,

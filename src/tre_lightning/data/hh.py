@@ -20,6 +20,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tre_lightning.args import at_least
+from tre_lightning.chat import (
+    ASSISTANT,
+    ChatPrompt,
+    Messages,
+    as_messages,
+    in_template,
+    transcript,
+)
 from tre_lightning.data.preferences import (
     read_pair,
     synthetic_pair,
@@ -28,24 +36,13 @@ from tre_lightning.data.preferences import (
 )
 from tre_lightning.data.prompts import Prompt, PromptDataModule
 from tre_lightning.data.sources import read_rows
-from tre_lightning.rewards.preference import (
-    ASSISTANT,
-    ChatPrompt,
-    Dtype,
-    PreferenceScorer,
-    RewardModelScorer,
-    as_messages,
-    transcript,
-)
+from tre_lightning.rewards.preference import Dtype, PreferenceScorer, RewardModelScorer
 from tre_lightning.rewards.remote import RemoteScorer
 from tre_lightning.rollout import PromptBatch
 from tre_lightning.seeding import derived_seed, permutation
 
-Messages = list[dict[str, str]]
-
 _ANOTHER = 2**40  # from a synthetic prompt of another set to the next that takes its place
 _DRAWS_A_PROMPT = 20  # synthetic prompts looked at for each one that is held out
-_ENCODED_AT_ONCE = 1024  # prompts
 _SETS = ("train", "train", "val", "test")  # of the synthetic prompts, in equal shares
 _POOLS = ("train_file", "eval_file")
 _log = logging.getLogger(__name__)
@@ -208,19 +205,7 @@ class PreferenceDataModule(PromptDataModule):
         tokenizer = self._tokenizer
         if tokenizer is None or tokenizer.chat_template is None:
             return prompt.text
-        messages = prompt.extra["messages"]
-        try:
-            text = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # a template may raise anything
-            roles = " ".join(message["role"] for message in messages)
-            raise ValueError(
-                f"the policy's chat template refuses messages of the roles {roles} "
-                f"({type(error).__name__}: {str(error)[:100]}); change the prompts"
-            ) from error
-        assert isinstance(text, str)
-        return text
+        return in_template(tokenizer, prompt.extra["messages"], "policy", ask=True)
 
     def score(self, responses: Sequence[str], prompts: PromptBatch) -> Tensor:
         """The reward model's scores, ``[len(prompts) * n]`` float32; NaN = could not be scored.
@@ -296,12 +281,12 @@ class PreferenceDataModule(PromptDataModule):
             )
         held_out = found["eval_file"]
         unseen = {k: p for k, p in found["train_file"].items() if k not in excluded | held_out}
-        train = self._fitting("train_file", unseen)
+        train = self._in_order("train_file", unseen)
         if self.files["eval_file"][0] is None:
             source, rest = "train_file", train
         else:
             held_out = {k: p for k, p in held_out.items() if k not in excluded}
-            source, rest = "eval_file", self._fitting("eval_file", held_out)
+            source, rest = "eval_file", self._in_order("eval_file", held_out)
         sets: dict[str, list[Prompt]] = {}
         for stage in ("test", "val"):  # the test prompts do not depend on the other sizes
             sets[stage], rest = self._cut(stage, source, rest)
@@ -321,33 +306,12 @@ class PreferenceDataModule(PromptDataModule):
             raise ValueError(f"data.{name}={source} holds no prompt; give another")
         return prompts
 
-    def _fitting(self, name: str, prompts: Mapping[str, Messages]) -> list[Prompt]:
-        """The prompts in an order that depends on the seed, without those that are too long."""
+    def _in_order(self, name: str, prompts: Mapping[str, Messages]) -> list[Prompt]:
+        """The prompts in an order that depends on the seed, without long ones to be dropped."""
         keys = sorted(prompts)  # whatever their order in the file
         order = permutation(len(keys), name, self.seed).tolist()
         shuffled = [_prompt(prompts[keys[place]]) for place in order]
-        tokenizer = self._tokenizer
-        assert tokenizer is not None, "setup() comes first"
-        if self.long_prompts == "error":
-            return shuffled
-        fitting: list[Prompt] = []
-        for start in range(0, len(shuffled), _ENCODED_AT_ONCE):
-            some = shuffled[start : start + _ENCODED_AT_ONCE]
-            encoded = tokenizer(
-                [self.render(prompt) for prompt in some],
-                add_special_tokens=tokenizer.chat_template is None,
-                verbose=False,
-            )["input_ids"]
-            lengths = map(len, encoded)
-            fitting += [
-                p for p, n in zip(some, lengths, strict=True) if n <= self.max_prompt_length
-            ]
-        if len(fitting) < len(shuffled):
-            _log.warning(
-                "left out %d of %d prompts of data.%s longer than data.max_prompt_length=%d tokens",
-                *(len(shuffled) - len(fitting), len(shuffled), name, self.max_prompt_length),
-            )
-        return fitting
+        return shuffled if self.long_prompts == "error" else self.fitting(name, shuffled)
 
     def _cut(
         self, stage: str, name: str, prompts: list[Prompt]

@@ -24,16 +24,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tre_lightning.args import at_least
+from tre_lightning.chat import ASSISTANT, HUMAN, ChatPrompt, as_messages
 from tre_lightning.data.batches import share, spans
 from tre_lightning.data.sources import read_rows
-from tre_lightning.rewards.preference import (
-    ASSISTANT,
-    HUMAN,
-    ChatPrompt,
-    as_messages,
-    encode,
-    pad,
-)
+from tre_lightning.rewards.preference import encode, pad
 from tre_lightning.seeding import derived_seed, permutation
 
 _ENCODED_AT_ONCE = 1024  # pairs

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tre_lightning.args import at_least
+from tre_lightning.chat import in_template
 from tre_lightning.data.batches import share, spans
 from tre_lightning.policy import load_tokenizer
 from tre_lightning.rollout import PromptBatch
@@ -158,7 +159,13 @@ class PromptDataModule(LightningDataModule, ABC):
         self._tokenizer = tokenizer
         files = self.file_prompts()
         if self.long_prompts == "drop":
-            self._drop_long(files)
+            if not files:
+                raise ValueError(
+                    "data.long_prompts=drop needs prompts of a file; use error and raise "
+                    "data.max_prompt_length"
+                )
+            for name, listed in files.items():
+                listed[:] = self.fitting(name, listed)
         prompts = [self.train_prompt(i) for i in range(_CHECKED_TRAIN_PROMPTS)]
         for stage in ("val", "test"):
             for held_out in self.heldout_prompts(stage).values():
@@ -177,35 +184,33 @@ class PromptDataModule(LightningDataModule, ABC):
                     "widen the ranges of the task's numbers or drop the prompt"
                 )
 
-    def _drop_long(self, files: Mapping[str, list[Prompt]]) -> None:
-        """Take out of the lists what is longer than ``max_prompt_length``."""
-        if not files:
+    def fitting(self, name: str, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Those of no more than ``max_prompt_length`` tokens; says how many are left out.
+
+        Args:
+            name: the option that the prompts come from.
+            prompts: after the tokenizer is known.
+
+        Raises:
+            ValueError: if none is left.
+        """
+        kept: list[Prompt] = []
+        for start in range(0, len(prompts), _ENCODED_AT_ONCE):
+            some = prompts[start : start + _ENCODED_AT_ONCE]
+            lengths = self._tokenized(some)[2].sum(1).tolist()
+            fits = (length <= self.max_prompt_length for length in lengths)
+            kept += [prompt for prompt, fit in zip(some, fits, strict=True) if fit]
+        if prompts and not kept:
             raise ValueError(
-                "data.long_prompts=drop needs prompts of a file; use error and raise "
-                "data.max_prompt_length"
+                f"data.max_prompt_length={self.max_prompt_length} is too short for all "
+                f"{len(prompts)} prompts of data.{name}; raise it"
             )
-        for name, prompts in files.items():
-            fitting: list[Prompt] = []
-            for start in range(0, len(prompts), _ENCODED_AT_ONCE):
-                some = prompts[start : start + _ENCODED_AT_ONCE]
-                lengths = self._tokenized(some)[2].sum(1).tolist()
-                fitting += [
-                    prompt
-                    for prompt, length in zip(some, lengths, strict=True)
-                    if length <= self.max_prompt_length
-                ]
-            if not fitting:
-                raise ValueError(
-                    f"data.max_prompt_length={self.max_prompt_length} is too short for all "
-                    f"{len(prompts)} prompts of data.{name}; raise it"
-                )
-            if len(fitting) < len(prompts):
-                _log.warning(
-                    "left out %d of %d prompts of data.%s longer than data.max_prompt_length=%d "
-                    "tokens",
-                    *(len(prompts) - len(fitting), len(prompts), name, self.max_prompt_length),
-                )
-            prompts[:] = fitting
+        if len(kept) < len(prompts):
+            _log.warning(
+                "left out %d of %d prompts of data.%s longer than data.max_prompt_length=%d tokens",
+                *(len(prompts) - len(kept), len(prompts), name, self.max_prompt_length),
+            )
+        return kept
 
     def train_dataloader(self) -> "IterationLoader":
         """One batch an iteration; it knows where to go on after a resume."""
@@ -237,10 +242,8 @@ class PromptDataModule(LightningDataModule, ABC):
         """The prompt in the tokenizer's chat template, where it has one."""
         if self._tokenizer is None or self._tokenizer.chat_template is None:
             return prompt.text
-        chat = [{"role": "user", "content": prompt.text}]
-        text = self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        assert isinstance(text, str)
-        return text
+        messages = [{"role": "user", "content": prompt.text}]
+        return in_template(self._tokenizer, messages, "policy", ask=True)
 
     def _train_batch(self, iteration: int) -> PromptBatch:
         rank, ranks = self._world()
@@ -282,7 +285,7 @@ class PromptDataModule(LightningDataModule, ABC):
             total_rows=total_rows,
         )
 
-    def _encode(self, prompts: list[Prompt]) -> tuple[tuple[str, ...], Tensor, Tensor]:
+    def _encode(self, prompts: Sequence[Prompt]) -> tuple[tuple[str, ...], Tensor, Tensor]:
         texts, ids, mask = self._tokenized(prompts)
         if ids.shape[1] > self.max_prompt_length:
             row = int(mask.sum(1).argmax())
@@ -292,7 +295,7 @@ class PromptDataModule(LightningDataModule, ABC):
             )
         return texts, ids, mask
 
-    def _tokenized(self, prompts: list[Prompt]) -> tuple[tuple[str, ...], Tensor, Tensor]:
+    def _tokenized(self, prompts: Sequence[Prompt]) -> tuple[tuple[str, ...], Tensor, Tensor]:
         tokenizer = self._tokenizer
         assert tokenizer is not None, "setup() comes first"
         texts = tuple(self.render(prompt) for prompt in prompts)

@@ -6,8 +6,7 @@ HH data (Bai et al. 2022, arXiv 2204.05862) with the end token behind it.
 """
 
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Literal, Protocol, Self, cast, get_args
 
@@ -22,15 +21,11 @@ from transformers import (
 )
 
 from tre_lightning.args import at_least
+from tre_lightning.chat import ChatPrompt, as_messages, in_template, transcript
 from tre_lightning.errors import read
 from tre_lightning.policy import load_tokenizer
 
-ChatPrompt = str | Sequence[Mapping[str, str]]  # a text, or messages with role and content
 Dtype = Literal["float32", "bfloat16", "float16"]
-
-HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-_SPEAKERS = {"user": "Human", "assistant": "Assistant"}
-_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 class PreferenceScorer(Protocol):
@@ -147,43 +142,6 @@ class RewardModelScorer:
         return scores
 
 
-def as_messages(prompt: ChatPrompt, field: str = "prompt") -> list[dict[str, str]]:
-    r"""A prompt as messages with ``role`` and ``content``.
-
-    A text that starts with ``\n\nHuman:`` is a transcript and is split into its turns, a last
-    empty ``\n\nAssistant:`` left out. Any other text is one message of the user.
-
-    Args:
-        prompt: text or messages.
-        field: what an error message calls it.
-
-    Raises:
-        ValueError: if it is neither text nor a list of at least one such message.
-    """
-    if isinstance(prompt, str):
-        if not prompt.startswith(HUMAN):
-            return [{"role": "user", "content": prompt}]
-        _, *parts = re.split(r"\n\n(Human|Assistant):", prompt)
-        turns = zip(parts[::2], parts[1::2], strict=True)
-        messages = [{"role": _ROLES[who], "content": text.strip()} for who, text in turns]
-        if messages[-1] == {"role": "assistant", "content": ""}:
-            messages.pop()
-        return messages
-    given: object = prompt
-    if not (isinstance(given, Sequence) and given and all(map(_is_message, given))):
-        raise ValueError(
-            f"{field}={repr(prompt)[:80]} is neither text nor messages; give a string or a list "
-            'of at least one {"role": ..., "content": ...}, both strings'
-        )
-    return [{"role": message["role"], "content": message["content"]} for message in prompt]
-
-
-def _is_message(value: object) -> bool:
-    return isinstance(value, Mapping) and all(
-        isinstance(value.get(key), str) for key in ("role", "content")
-    )
-
-
 def encode(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[ChatPrompt], responses: Sequence[str]
 ) -> list[list[int]]:
@@ -200,7 +158,10 @@ def encode(
     texts = []
     for prompt, response in zip(prompts, responses, strict=True):
         messages = [*as_messages(prompt), {"role": "assistant", "content": response}]
-        text = _in_template(tokenizer, messages) if templated else transcript(messages)
+        if templated:
+            text = in_template(tokenizer, messages, "reward model")
+        else:
+            text = transcript(messages)
         texts.append(text.encode(errors="replace").decode())  # no lone surrogates
     if not texts:
         return []
@@ -211,25 +172,6 @@ def encode(
     if not templated and end is not None:
         rows = [row if row[-1:] == [end] else [*row, int(end)] for row in rows]
     return rows
-
-
-def _in_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
-    try:
-        return cast(str, tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception as error:  # a template may raise anything
-        roles = " ".join(message["role"] for message in messages)
-        raise ValueError(
-            f"the reward model's chat template refuses messages of the roles {roles} "
-            f"({type(error).__name__}: {str(error)[:100]}); change the prompts"
-        ) from error
-
-
-def transcript(messages: list[dict[str, str]]) -> str:
-    """Messages in the format of Anthropic's HH data, white space around them stripped."""
-    return "".join(
-        f"\n\n{_SPEAKERS.get(m['role'], m['role'].capitalize())}: {m['content'].strip()}"
-        for m in messages
-    )
 
 
 def pad(rows: Sequence[Sequence[int] | Tensor], pad_token_id: int) -> tuple[Tensor, Tensor]:

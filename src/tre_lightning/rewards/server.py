@@ -17,12 +17,12 @@ from typing import Any, get_args
 
 import torch
 
+from tre_lightning.chat import as_messages
 from tre_lightning.errors import one_line, one_line_errors
 from tre_lightning.rewards.preference import (
     Dtype,
     PreferenceScorer,
     RewardModelScorer,
-    as_messages,
     check_equal_numbers,
 )
 
