@@ -26,6 +26,7 @@ from tre_lightning.ops.scan import Scan, d_logits, scan
 
 MEMORY = 128 * 2**20  # bytes of logits that the fused forms hold at a time, unless told otherwise
 _ROWS = 64  # a chunk is a multiple of this where it can be: matrix products like it
+_PIECE = 2**22  # elements of a 16-bit weight gradient that are made at a time on a CPU
 
 
 class LogprobsAndEntropy(NamedTuple):
@@ -302,7 +303,7 @@ class _FusedLinearLoss(torch.autograd.Function):
 
 
 class _Gradients:
-    """Gradients of the head's operands, added up chunk by chunk.
+    """Gradients of the head's operands, added up chunk by chunk, from row 0 on.
 
     Where there are several chunks, 16-bit weights have theirs added up in float32.
     """
@@ -319,7 +320,7 @@ class _Gradients:
         wide = torch.float32 if several and weight.itemsize < 4 else weight.dtype
         self._operands = hidden, weight
         self.hidden = torch.empty_like(hidden) if needed[0] else None
-        self._weight = torch.zeros_like(weight, dtype=wide) if needed[1] else None
+        self._weight = torch.empty_like(weight, dtype=wide) if needed[1] else None
         needs_bias = needed[2] and bias is not None
         self._bias = weight.new_zeros(len(weight), dtype=wide) if needs_bias else None
 
@@ -328,10 +329,9 @@ class _Gradients:
         hidden, weight = self._operands
         if self.hidden is not None:
             torch.mm(d, weight, out=self.hidden[rows])
-        if self._weight is not None and self._weight.dtype == d.dtype:
-            self._weight.addmm_(d.T, hidden[rows])
-        elif self._weight is not None:
-            self._weight += d.T @ hidden[rows]
+        if self._weight is not None:
+            # Filling it with zeros first would cost about as much as the product.
+            _add_product(self._weight, d.T, hidden[rows], keep=rows.start > 0)
         if self._bias is not None:
             self._bias += d.sum(0, dtype=self._bias.dtype)
 
@@ -340,6 +340,24 @@ class _Gradients:
         dtype = self._operands[1].dtype
         parts = [None if part is None else part.to(dtype) for part in (self._weight, self._bias)]
         return self.hidden, parts[0], parts[1]
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor, *, keep: bool) -> None:
+    """``out += a @ b``, or ``out = a @ b`` unless ``keep``; out may have another dtype."""
+    if out.dtype == a.dtype:
+        out.addmm_(a, b, beta=float(keep))
+        return
+    height, width = out.shape
+    # On a CPU in pieces that stay in its cache until they are added.
+    size = height if out.is_cuda else max(1, min(height, _PIECE // width))
+    piece = b.new_empty(size, width)
+    for start in range(0, height, size):
+        part = slice(start, min(start + size, height))
+        product = torch.mm(a[part], b, out=piece[: part.stop - start])
+        if keep:
+            out[part] += product
+        else:
+            out[part] = product
 
 
 def _chunk_rows(hidden: Tensor, weight: Tensor, memory: int) -> int:

@@ -161,14 +161,15 @@ def _look(
 ) -> Tensor:
     """Fill in the regions of at most ``look`` tokens of some rows; return the rows left over."""
     vocabulary, blocks = logits.shape[1], summary.block_max.shape[1]
-    log_norm, block_mass = summary.log_norm[rows, None], summary.block_mass[rows]
+    # index_select is faster than brackets.
+    log_norm, block_mass = summary.log_norm[rows, None], summary.block_mass.index_select(0, rows)
     if 2 * (look + _SPARE) >= blocks:
         pool = as_computed(logits[rows], temperature)
         chosen = torch.arange(blocks, device=logits.device).expand(len(rows), -1)
         bound = torch.full_like(log_norm, -math.inf)
         rest = torch.zeros_like(log_norm)
     else:
-        best = summary.block_max[rows].topk(look + _SPARE)
+        best = summary.block_max.index_select(0, rows).topk(look + _SPARE)
         chosen = best.indices.sort(1).values
         pool = as_computed(_blocks_of(logits, rows, chosen), temperature)
         bound = best.values[:, -1:]  # at or under it, a logit may have a tie elsewhere

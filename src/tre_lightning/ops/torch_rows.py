@@ -18,7 +18,6 @@ from tre_lightning.ops.region import (
     Region,
     RegionRows,
     Summary,
-    as_computed,
     batches,
     compute_dtype,
 )
@@ -32,11 +31,21 @@ def summarise(logits: Tensor, temperature: float) -> Summary:
     count, vocabulary = logits.shape
     blocks = -(-vocabulary // BLOCK)
     empty = partial(logits.new_empty, dtype=compute_dtype(logits))
-    out = Summary(empty(count), empty(count), empty(count, blocks), empty(count, blocks))
-    for rows, x, buffer in _steps(logits, temperature):
-        for whole, part in zip(out, _summarise(x, buffer), strict=True):
-            whole[rows] = part
-    return out
+    block_max, block_mass = empty(count, blocks), empty(count, blocks)
+    largest, dot = empty(count), empty(count)
+    # Few rows fit the cache, so all that can wait until every row is read does.
+    for rows, x, p in _steps(logits, temperature):
+        _over_blocks(x, torch.amax, block_max[rows])
+        torch.softmax(x, 1, out=p)
+        _over_blocks(p, torch.sum, block_mass[rows])
+        torch.amax(p, 1, out=largest[rows])
+        dot[rows] = _dot(p, x)
+    # torch adds a row up token by token, in float32 to some 1e-5; these sums tell what it missed.
+    total = block_mass.sum(1)
+    # The largest probability is 1 / sum(exp(x - peak)).
+    log_norm = block_max.amax(1) + (total / largest).log()
+    entropy = (log_norm - dot / total).clamp_(min=0.0)
+    return Summary(log_norm, entropy, block_max, block_mass.div_(total.unsqueeze(1)))
 
 
 def read(
@@ -52,8 +61,14 @@ def read(
     The logits fall into bins by their distance from the largest; the bin in which the region ends
     is sorted.
     """
-    for part in batches(rows, 3 * logits.shape[1]):  # several buffers, of float64 and int64 too
-        _read_batch(logits, temperature, summary, region, part, out)
+    parts = batches(rows, 3 * logits.shape[1])  # several buffers, of float64 and int64 too
+    size = len(parts[0]), logits.shape[1]
+    # Reused: memory that is new to the process costs more than the arithmetic.
+    x, p, spare = logits.new_empty((3, *size), dtype=compute_dtype(logits))
+    weight, bins = x.new_empty(size, dtype=torch.float64), x.new_empty(size, dtype=torch.int64)
+    for part in parts:
+        buffers = [buffer[: len(part)] for buffer in (x, p, spare, weight, bins)]
+        _read_batch(logits, temperature, summary, region, part, out, *buffers)
 
 
 def gradient(
@@ -81,24 +96,25 @@ def gradient(
     """
     for rows, x, buffer in _steps(logits, temperature):
         p = out[rows] if out.dtype == x.dtype else buffer
-        full = factor[rows, None]
+        pieces = []
         for region, slope, level in wide:
             part = region.rows(rows)
             which = part.wide.nonzero().squeeze(1)
             if not len(which):
                 continue
-            every = len(which) == len(x)
-            z = x if every else x[which]
+            z = x if len(which) == len(x) else x[which]
             piece = z.clamp(min=_FLOOR).add_(level[rows][which, None])
             piece.mul_(slope[rows][which, None])
             if (part.threshold[which] > -math.inf).any():
-                piece.mul_(_mask(z, part.rows(which)))
-            if every:
-                full = piece.add_(full)
-            else:
-                full = full.repeat(1, x.shape[1] // full.shape[1])
-                full[which] += piece
-        torch.softmax(x, 1, out=p).mul_(full).scatter_add_(1, ids[rows], at_ids[rows])
+                piece.mul_(_mask(z, part.rows(which), torch.empty_like(z)))
+            pieces.append((which, piece))
+        torch.softmax(x, 1, out=p)
+        for which, piece in pieces:
+            piece.mul_(p if len(which) == len(p) else p[which])
+        p.mul_(factor[rows, None])
+        for which, piece in pieces:
+            p.index_add_(0, which, piece)
+        p.scatter_add_(1, ids[rows], at_ids[rows])
         if p is buffer:
             out[rows] = p
 
@@ -107,7 +123,8 @@ def _steps(logits: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor, 
     """Rows, their logits in the compute dtype, temperature applied, and a buffer of their shape."""
     count, vocabulary = logits.shape
     dtype = compute_dtype(logits)
-    step = max(2, STEP // vocabulary)  # torch's softmax gives each thread whole rows
+    threads = torch.get_num_threads()  # torch's softmax gives each of them whole rows
+    step = max(1, STEP // (vocabulary * threads)) * threads
     buffers = logits.new_empty((2, min(step, count), vocabulary), dtype=dtype)
     for start in range(0, count, step):
         x = logits[start : start + step]
@@ -118,28 +135,13 @@ def _steps(logits: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor, 
         yield slice(start, start + len(x)), x, buffers[1, : len(x)]
 
 
-def _summarise(x: Tensor, p: Tensor) -> Summary:
-    block_max = _over_blocks(x, torch.amax)
-    peak, block = block_max.max(1)
-    torch.softmax(x, 1, out=p)
-    # torch adds a row up token by token, in float32 to some 1e-5; these sums tell what it missed.
-    block_mass = _over_blocks(p, torch.sum)
-    total = block_mass.sum(1)
-    # The largest probability is 1 / sum(exp(x - peak)); it stands in the block of the peak.
-    near = block.unsqueeze(1) * BLOCK + torch.arange(BLOCK, device=x.device)
-    largest = p.gather(1, near.clamp_(max=x.shape[1] - 1)).amax(1)
-    log_norm = peak + (total / largest).log()
-    entropy = (log_norm - _dot(p, x) / total).clamp(min=0.0)
-    return Summary(log_norm, entropy, block_max, block_mass / total.unsqueeze(1))
-
-
-def _over_blocks(x: Tensor, reduce: Any) -> Tensor:
+def _over_blocks(x: Tensor, reduce: Any, out: Tensor) -> None:
     """Reduce every BLOCK neighbours, ``[N, V] -> [N, ceil(V / BLOCK)]``."""
     whole = x.shape[1] - x.shape[1] % BLOCK
-    parts = [reduce(x[:, :whole].unflatten(1, (-1, BLOCK)), 2)] if whole else []
+    if whole:
+        reduce(x[:, :whole].unflatten(1, (-1, BLOCK)), 2, out=out[:, : whole // BLOCK])
     if whole < x.shape[1]:
-        parts.append(reduce(x[:, whole:], 1, keepdim=True))
-    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+        reduce(x[:, whole:], 1, out=out[:, -1])
 
 
 def _read_batch(
@@ -149,12 +151,24 @@ def _read_batch(
     region: Region,
     rows: Tensor,
     out: RegionRows,
+    x: Tensor,
+    p: Tensor,
+    spare: Tensor,
+    weight: Tensor,
+    bins: Tensor,
 ) -> None:
-    x = as_computed(logits[rows], temperature)
-    p = torch.softmax(x, 1)
-    weight = p.double() if region.top_p else (x > -math.inf).double()
-    peak = summary.block_max[rows].amax(1, keepdim=True)
-    bins = (peak - x).mul_(_BINS_A_NAT).clamp_(max=_BINS - 1).long()
+    """Fill in the regions of some rows; the last five arguments are overwritten, ``[n, V]``."""
+    if x.dtype == logits.dtype:
+        torch.index_select(logits, 0, rows, out=x)
+    else:
+        x.copy_(logits.index_select(0, rows))
+    if temperature != 1.0:
+        x.div_(temperature)
+    torch.softmax(x, 1, out=p)
+    weight.copy_(p if region.top_p else x > -math.inf)
+    peak = summary.block_max.index_select(0, rows).amax(1, keepdim=True)
+    torch.sub(peak, x, out=spare)
+    bins.copy_(spare.mul_(_BINS_A_NAT).clamp_(max=_BINS - 1))
     held = weight.new_zeros(len(x), _BINS).scatter_add_(1, bins, weight)
     reached = held.cumsum(1)
     # The region ends with the last token at the latest, also where rounding makes top_p 1.
@@ -179,7 +193,7 @@ def _read_batch(
     more_tie = (place + 1 < count) & (values[(end + 1).clamp(max=len(values) - 1)] == threshold)
     out.threshold[rows] = threshold
     out.last[rows] = torch.where(more_tie, ids[end], x.shape[1] - 1)
-    inside = _mask(x, out.rows(rows))
+    inside = _mask(x, out.rows(rows), spare)
     out.size[rows] = inside.sum(1).long()
     inside.mul_(p)
     held_inside, held_outside = inside.sum(1), p.sub_(inside).sum(1)
@@ -190,10 +204,10 @@ def _read_batch(
     out.entropy[rows] = (log_mass - _dot(inside, x) / held_inside).clamp_(min=0.0)
 
 
-def _mask(x: Tensor, region: RegionRows) -> Tensor:
-    """1 inside the region and 0 outside, ``[N, V]`` in the dtype of x."""
-    # Comparing in place keeps the dtype: torch's masks and selections by bool are far slower.
-    mask = x.clone().ge_(region.threshold.unsqueeze(1))
+def _mask(x: Tensor, region: RegionRows, mask: Tensor) -> Tensor:
+    """1 inside the region and 0 outside, ``[N, V]`` in the dtype of x, written to ``mask``."""
+    # torch's masks and selections by bool are far slower.
+    torch.ge(x, region.threshold.unsqueeze(1), out=mask)
     last = region.last.tolist()
     for row in (region.last < x.shape[1] - 1).nonzero().squeeze(1).tolist():
         late = slice(last[row] + 1, None)  # here, tokens at the threshold are outside
@@ -202,10 +216,11 @@ def _mask(x: Tensor, region: RegionRows) -> Tensor:
 
 
 def _dot(p: Tensor, x: Tensor) -> Tensor:
-    """Sum of p * x over each row; a token of probability 0 adds nothing, whatever its logit."""
-    dots = torch.mul(p, x).sum(1)
-    odd = dots.isnan()
-    if odd.any():
-        odd &= ~p[:, 0].isnan()  # a row with NaN stays NaN
-        dots[odd] = torch.mul(p[odd], x[odd].clamp(min=_FLOOR)).sum(1)
+    """Sum of p * x over each row, ``[N]``; overwrites p.
+
+    A token of probability 0 adds nothing, whatever its logit.
+    """
+    dots = p.mul_(x).sum(1)
+    if dots.isnan().any():  # 0 * -inf
+        dots = p.nan_to_num_(nan=0.0).sum(1)
     return dots
