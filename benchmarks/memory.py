@@ -181,15 +181,15 @@ def logits_bytes(run: Run) -> float:
 def sampling_bytes(run: Run) -> dict[str, float]:
     """Key-value cache, with a layer's copy while it grows, and the next token's distribution.
 
-    That takes 24 bytes a token of the vocabulary: logits twice, probabilities in float32, their
-    cumulative sums in float64, and one temporary. A sharded policy is gathered whole.
+    That takes 12 bytes a token of the vocabulary: logits twice and probabilities, in float32. A
+    sharded policy is gathered whole.
     """
     model, width = run.model, 2 if run.mixed else 4
     cache = width * run.rows * run.tokens * 2 * model.keys
     return {
         "gathered policy": float(width * model.policy if run.sharded else 0),
         "cache": float(cache * (model.layers + 1)),
-        "choice": 24.0 * run.rows * model.vocabulary,
+        "choice": 12.0 * run.rows * model.vocabulary,
     }
 
 

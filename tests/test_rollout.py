@@ -53,6 +53,30 @@ def test_tokens_without_probability_are_not_picked_at_the_ends() -> None:
     assert picks(third, uniform).tolist() == [1, 3]
 
 
+@pytest.mark.parametrize("vocabulary", [64, 65, 127, 500])
+def test_any_size_of_vocabulary_is_picked_from_by_its_running_sum(vocabulary: int) -> None:
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = 3 * torch.randn(200, vocabulary, generator=generator)
+    logits[:, ::7] = -torch.inf
+    uniform = torch.rand(200, generator=generator, dtype=torch.float64)
+    reached = logits.double().softmax(-1).cumsum(-1)
+    expected = (reached <= uniform.unsqueeze(-1)).sum(-1)
+    assert pick_tokens(logits, uniform)[0].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 0), (63, 64), (64, 127), (130, 130)])
+def test_the_ends_are_tokens_with_probability_in_any_block(first: int, last: int) -> None:
+    probabilities = torch.zeros(131)
+    probabilities[first], probabilities[last] = 1 / 3, 2 / 3
+    uniform = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    assert picks(probabilities.tolist(), uniform).tolist() == [first, last]
+
+
+def test_of_logits_that_are_no_numbers_a_token_of_the_vocabulary_is_picked() -> None:
+    tokens, logprobs = pick_tokens(torch.full((1, 65), torch.nan), torch.tensor([0.5]))
+    assert 0 <= int(tokens) < 65 and logprobs.isnan().all()
+
+
 def test_picks_do_not_wrap_or_share_between_rows() -> None:
     logits = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0], [0.2, 0.3, 0.5]]).log()
     uniform = torch.tensor([0.6, 0.0, 0.4], dtype=torch.float64)

@@ -19,6 +19,7 @@ from tre_lightning.kv_cache import growing_cache
 
 # Finished rows leave the batch when at most this share of it is running. Leaving copies the cache.
 MOST_RUNNING = 7 / 8
+_BLOCK = 64  # tokens among which a token is looked for once their block is known
 
 
 @dataclass  # not frozen: Lightning copies a batch field by field to convert its precision
@@ -93,10 +94,32 @@ def pick_tokens(logits: Tensor, uniform: Tensor, top_p: float = 1.0) -> tuple[Te
         ordered, order = probs.sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered
         probs = torch.zeros_like(probs).scatter(-1, order, ordered.where(before < top_p, 0.0))
-    cumulative = probs.cumsum(-1, dtype=torch.float64)
-    point = uniform.to(cumulative.device).unsqueeze(-1) * cumulative[:, -1:]
-    token = torch.searchsorted(cumulative, point, right=True).clamp_(max=probs.shape[-1] - 1)
+    # First the block, then the token: running sums in float64 over the whole vocabulary take
+    # several times as long as the softmax.
+    vocabulary = probs.shape[-1]
+    if rest := -vocabulary % _BLOCK:
+        probs = pad(probs, (0, rest))
+    blocks = probs.unflatten(-1, (-1, _BLOCK))
+    mass = blocks.sum(-1).double()
+    reached = mass.cumsum(-1)
+    point = uniform.to(reached.device).unsqueeze(-1) * reached[:, -1:]
+    block = _first_above(reached, point)
+    before = (reached - mass).gather(-1, block)
+    row = torch.arange(len(block), device=block.device)
+    inner = blocks[row, block.squeeze(-1)].cumsum(-1, dtype=torch.float64)
+    token = (block * _BLOCK + _first_above(inner, point - before)).clamp_(max=vocabulary - 1)
     return token.squeeze(-1), whole.gather(-1, token).squeeze(-1).log()
+
+
+def _first_above(cumulative: Tensor, point: Tensor) -> Tensor:
+    """First place at which a running sum lies above a point, ``[B, n], [B, 1] -> [B, 1] int64``.
+
+    A point that rounding put at or above the end is taken to lie just below it.
+    """
+    end = cumulative[:, -1:]
+    point = point.minimum(end.nextafter(end.new_zeros(())))
+    found = torch.searchsorted(cumulative, point, right=True)
+    return found.clamp_(max=cumulative.shape[-1] - 1)  # NaN
 
 
 @torch.no_grad()
