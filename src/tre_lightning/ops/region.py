@@ -21,7 +21,7 @@ _SPARE = 8  # blocks looked at beyond the tokens wanted: where more tie, the who
 _LOOKS = (16, 128)  # tokens of a nucleus looked for among candidates, before its row is read
 _ROUNDING = 1e-3
 _MOST = 256  # a larger top_k reads the row at once
-STEP = 2**20  # logits worked on at once: buffers of 4 MB, that stay in the processor's cache
+STEP = 2**19  # logits worked on at once: buffers of 2 MB, that stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def find(
 
 
 def batches(rows: Tensor, width: int) -> tuple[Tensor, ...]:
-    """Row numbers in parts that hold some 2^20 elements at ``width`` a row."""
+    """Row numbers in parts that hold some 2^19 elements at ``width`` a row."""
     return rows.split(max(1, STEP // width)) if len(rows) else ()
 
 

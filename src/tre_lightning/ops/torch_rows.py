@@ -61,14 +61,24 @@ def read(
     The logits fall into bins by their distance from the largest; the bin in which the region ends
     is sorted.
     """
-    parts = batches(rows, 3 * logits.shape[1])  # several buffers, of float64 and int64 too
+    parts = batches(rows, 3 * logits.shape[1] // 2)  # several buffers, of float64 and int64 too
     size = len(parts[0]), logits.shape[1]
     # Reused: memory that is new to the process costs more than the arithmetic.
     x, p, spare = logits.new_empty((3, *size), dtype=compute_dtype(logits))
     weight, bins = x.new_empty(size, dtype=torch.float64), x.new_empty(size, dtype=torch.int64)
+    found = []
     for part in parts:
         buffers = [buffer[: len(part)] for buffer in (x, p, spare, weight, bins)]
-        _read_batch(logits, temperature, summary, region, part, out, *buffers)
+        found.append(_read_batch(logits, temperature, summary, region, part, *buffers))
+    threshold, last, count, inside, outside, dot = map(torch.cat, zip(*found, strict=True))
+    total = inside + outside  # 1 but for rounding
+    log_mass = summary.log_norm[rows] + (inside / total).log()
+    out.threshold[rows] = threshold
+    out.last[rows] = last
+    out.size[rows] = count.long()
+    out.mass[rows] = inside / total
+    out.tail_mass[rows] = outside / total
+    out.entropy[rows] = (log_mass - dot / inside).clamp_(min=0.0)
 
 
 def gradient(
@@ -96,24 +106,25 @@ def gradient(
     """
     for rows, x, buffer in _steps(logits, temperature):
         p = out[rows] if out.dtype == x.dtype else buffer
-        pieces = []
+        pieces: list[tuple[slice | Tensor, Tensor]] = []
         for region, slope, level in wide:
             part = region.rows(rows)
-            which = part.wide.nonzero().squeeze(1)
-            if not len(which):
+            found = part.wide.nonzero().squeeze(1)
+            if not len(found):
                 continue
-            z = x if len(which) == len(x) else x[which]
+            which = slice(None) if len(found) == len(x) else found  # a slice copies nothing
+            part, z = part.rows(which), x[which]
             piece = z.clamp(min=_FLOOR).add_(level[rows][which, None])
             piece.mul_(slope[rows][which, None])
-            if (part.threshold[which] > -math.inf).any():
-                piece.mul_(_mask(z, part.rows(which), torch.empty_like(z)))
+            if (part.threshold > -math.inf).any():
+                piece.mul_(_mask(z, part.threshold, part.last, torch.empty_like(z)))
             pieces.append((which, piece))
         torch.softmax(x, 1, out=p)
         for which, piece in pieces:
-            piece.mul_(p if len(which) == len(p) else p[which])
+            piece.mul_(p[which])
         p.mul_(factor[rows, None])
         for which, piece in pieces:
-            p.index_add_(0, which, piece)
+            p[which] += piece
         p.scatter_add_(1, ids[rows], at_ids[rows])
         if p is buffer:
             out[rows] = p
@@ -150,14 +161,17 @@ def _read_batch(
     summary: Summary,
     region: Region,
     rows: Tensor,
-    out: RegionRows,
     x: Tensor,
     p: Tensor,
     spare: Tensor,
     weight: Tensor,
     bins: Tensor,
-) -> None:
-    """Fill in the regions of some rows; the last five arguments are overwritten, ``[n, V]``."""
+) -> tuple[Tensor, ...]:
+    """Regions of n rows; the last five arguments are overwritten, ``[n, V]``.
+
+    Returns:
+        threshold, last, size, mass inside, mass outside and the sum of p * x inside, ``[n]``.
+    """
     if x.dtype == logits.dtype:
         torch.index_select(logits, 0, rows, out=x)
     else:
@@ -191,27 +205,23 @@ def _read_batch(
     end = first + place
     threshold = values[end]
     more_tie = (place + 1 < count) & (values[(end + 1).clamp(max=len(values) - 1)] == threshold)
-    out.threshold[rows] = threshold
-    out.last[rows] = torch.where(more_tie, ids[end], x.shape[1] - 1)
-    inside = _mask(x, out.rows(rows), spare)
-    out.size[rows] = inside.sum(1).long()
-    inside.mul_(p)
-    held_inside, held_outside = inside.sum(1), p.sub_(inside).sum(1)
-    total = held_inside + held_outside  # 1 but for rounding
-    out.mass[rows] = held_inside / total
-    out.tail_mass[rows] = held_outside / total
-    log_mass = summary.log_norm[rows] + (held_inside / total).log()
-    out.entropy[rows] = (log_mass - _dot(inside, x) / held_inside).clamp_(min=0.0)
+    last = torch.where(more_tie, ids[end], x.shape[1] - 1)
+    inside = _mask(x, threshold, last, spare)
+    size = inside.sum(1)
+    held_inside = inside.mul_(p).sum(1)
+    held_outside = p.sub_(inside).sum(1)
+    return threshold, last, size, held_inside, held_outside, _dot(inside, x)
 
 
-def _mask(x: Tensor, region: RegionRows, mask: Tensor) -> Tensor:
+def _mask(x: Tensor, threshold: Tensor, last: Tensor, mask: Tensor) -> Tensor:
     """1 inside the region and 0 outside, ``[N, V]`` in the dtype of x, written to ``mask``."""
     # torch's masks and selections by bool are far slower.
-    torch.ge(x, region.threshold.unsqueeze(1), out=mask)
-    last = region.last.tolist()
-    for row in (region.last < x.shape[1] - 1).nonzero().squeeze(1).tolist():
-        late = slice(last[row] + 1, None)  # here, tokens at the threshold are outside
-        mask[row, late].copy_(x[row, late]).gt_(region.threshold[row])
+    torch.ge(x, threshold.unsqueeze(1), out=mask)
+    end = x.shape[1] - 1
+    for row, place in enumerate(last.tolist()):
+        if place < end:
+            late = slice(place + 1, None)  # here, tokens at the threshold are outside
+            torch.gt(x[row, late], threshold[row], out=mask[row, late])
     return mask
 
 
