@@ -124,7 +124,9 @@ def test_saved_configuration_repeats_the_run(done: tuple[Path, str], tmp_path: P
 # ----- the other commands
 
 
-def test_validate_test_and_predict_from_a_checkpoint(plain: Path, tmp_path: Path) -> None:
+def test_validate_test_and_predict_from_a_checkpoint(
+    plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(plain, run_dir)
     curves = runs.scalars(run_dir)
@@ -137,6 +139,7 @@ def test_validate_test_and_predict_from_a_checkpoint(plain: Path, tmp_path: Path
     errors = {tag: float(value) for tag, value in scores.items() if tag.endswith("_se")}
     runs.run(run_dir, ckpt, command="predict")
 
+    assert capsys.readouterr().out.endswith(f"predictions  {run_dir}/predictions.jsonl\n")
     records = [json.loads(line) for line in (run_dir / "predictions.jsonl").open()]
     assert len(records) == 5  # test_size
     for record in records:

@@ -124,6 +124,7 @@ def _be_quiet() -> None:
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    warnings.filterwarnings("ignore", message=".*infer the batch indices")  # nothing needs them
     # The metrics that are logged have been synchronised.
     warnings.filterwarnings("ignore", message=".*in distributed setting to accumulate the metric")
 

@@ -138,6 +138,10 @@ class PredictionWriter(BasePredictionWriter):
         with self.path(trainer).open("a") as file:
             file.writelines(json.dumps(record) + "\n" for record in prediction)
 
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say where they are."""
+        print(f"predictions  {self.path(trainer)}")
+
     @staticmethod
     def path(trainer: Trainer) -> Path:
         """The file of this rank."""
