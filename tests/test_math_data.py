@@ -3,8 +3,10 @@
 import copy
 import importlib
 import json
+import os
 import random
 import re
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -393,7 +395,9 @@ def test_scores_of_the_worker_pool(scored: MathDataModule) -> None:
 
 
 def test_timeouts_score_0_and_are_counted() -> None:
-    data = MathDataModule(workers=1, timeout=1e-6)
+    data = MathDataModule(workers=1, timeout=0.2)
+    data._scorer.start()
+    os.kill(data._scorer.pids[0], signal.SIGSTOP)
     responses = [r"\boxed{\frac{\sqrt{12}}{2}}"] * 2 + [r"\boxed{5}"]
     assert data.score(responses, batch([r"\sqrt{3}"] * 2 + ["5"])).tolist() == [0.0, 0.0, 1.0]
     assert data.scorer_timeouts() == 2 and data.scorer_timeouts() == 0
