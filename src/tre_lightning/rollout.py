@@ -104,10 +104,10 @@ def pick_tokens(logits: Tensor, uniform: Tensor, top_p: float = 1.0) -> tuple[Te
     reached = mass.cumsum(-1)
     point = uniform.to(reached.device).unsqueeze(-1) * reached[:, -1:]
     block = _first_above(reached, point)
-    before = (reached - mass).gather(-1, block)
+    below = (reached - mass).gather(-1, block)
     row = torch.arange(len(block), device=block.device)
     inner = blocks[row, block.squeeze(-1)].cumsum(-1, dtype=torch.float64)
-    token = (block * _BLOCK + _first_above(inner, point - before)).clamp_(max=vocabulary - 1)
+    token = (block * _BLOCK + _first_above(inner, point - below)).clamp_(max=vocabulary - 1)
     return token.squeeze(-1), whole.gather(-1, token).squeeze(-1).log()
 
 

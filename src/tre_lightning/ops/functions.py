@@ -349,7 +349,7 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, *, keep: bool) -> None:
         return
     height, width = out.shape
     # On a CPU in pieces that stay in its cache until they are added.
-    size = height if out.is_cuda else max(1, min(height, _PIECE // width))
+    size = height if out.is_cuda else max(1, min(height, _PIECE // max(width, 1)))
     piece = b.new_empty(size, width)
     for start in range(0, height, size):
         part = slice(start, min(start + size, height))

@@ -228,7 +228,7 @@ def _mask(x: Tensor, threshold: Tensor, last: Tensor, mask: Tensor) -> Tensor:
 def _dot(p: Tensor, x: Tensor) -> Tensor:
     """Sum of p * x over each row, ``[N]``; overwrites p.
 
-    A token of probability 0 adds nothing, whatever its logit.
+    A token of probability 0 adds nothing, whatever its logit. A row of NaN may give 0.
     """
     dots = p.mul_(x).sum(1)
     if dots.isnan().any():  # 0 * -inf
