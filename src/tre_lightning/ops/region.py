@@ -146,7 +146,7 @@ def find(
 
 
 def batches(rows: Tensor, width: int) -> tuple[Tensor, ...]:
-    """Row numbers in parts that hold some 2^19 elements at ``width`` a row."""
+    """Row numbers in parts that hold some ``STEP`` elements at ``width`` a row."""
     return rows.split(max(1, STEP // width)) if len(rows) else ()
 
 
@@ -161,18 +161,19 @@ def _look(
 ) -> Tensor:
     """Fill in the regions of at most ``look`` tokens of some rows; return the rows left over."""
     vocabulary, blocks = logits.shape[1], summary.block_max.shape[1]
-    # index_select is faster than brackets.
-    log_norm, block_mass = summary.log_norm[rows, None], summary.block_mass.index_select(0, rows)
+    log_norm = summary.log_norm[rows, None]
     if 2 * (look + _SPARE) >= blocks:
         pool = as_computed(logits[rows], temperature)
         chosen = torch.arange(blocks, device=logits.device).expand(len(rows), -1)
         bound = torch.full_like(log_norm, -math.inf)
         rest = torch.zeros_like(log_norm)
     else:
+        # index_select is faster than brackets.
         best = summary.block_max.index_select(0, rows).topk(look + _SPARE)
         chosen = best.indices.sort(1).values
         pool = as_computed(_blocks_of(logits, rows, chosen), temperature)
         bound = best.values[:, -1:]  # at or under it, a logit may have a tie elsewhere
+        block_mass = summary.block_mass.index_select(0, rows)
         rest = block_mass.scatter_(1, chosen, 0.0).sum(1, keepdim=True)
     values, order = pool.topk(min(look + 1, pool.shape[1]))
     size = (values > -math.inf).sum(1, keepdim=True).clamp(max=look)

@@ -113,11 +113,11 @@ def gradient(
             if not len(found):
                 continue
             which = slice(None) if len(found) == len(x) else found  # a slice copies nothing
-            part, z = part.rows(which), x[which]
+            z, threshold = x[which], part.threshold[which]
             piece = z.clamp(min=_FLOOR).add_(level[rows][which, None])
             piece.mul_(slope[rows][which, None])
-            if (part.threshold > -math.inf).any():
-                piece.mul_(_mask(z, part.threshold, part.last, torch.empty_like(z)))
+            if (threshold > -math.inf).any():
+                piece.mul_(_mask(z, threshold, part.last[which], torch.empty_like(z)))
             pieces.append((which, piece))
         torch.softmax(x, 1, out=p)
         for which, piece in pieces:
