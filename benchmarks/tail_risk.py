@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from transformers import PreTrainedModel
 
+from tre_lightning.compare.statistics import estimate
 from tre_lightning.entropy import full_entropy
 from tre_lightning.losses import label_logprobs
 from tre_lightning.methods import EntropyBonus, LossTerm, PolicyOutputs, Tokens, TrustRegionEntropy
@@ -401,14 +402,6 @@ def keep(row: Fields, file: Path) -> None:
 # ----- the report
 
 
-def interval(values: Sequence[float], draws: int = 2000) -> tuple[float, float, float]:
-    """Mean and 95 % percentile bootstrap interval over seeds."""
-    data = torch.tensor(values, dtype=torch.float64)
-    picks = torch.randint(len(data), (draws, len(data)), generator=generator("bootstrap"))
-    ends = data[picks].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
-    return data.mean().item(), ends[0].item(), ends[1].item()
-
-
 def predicted(point: Fields, length: int) -> float:
     """Share of streams without a foreign token if every token had the mean risk."""
     return float((1.0 - point["foreign"]) ** length)
@@ -426,7 +419,7 @@ def points_at(cells: Sequence[Fields], place: str, method: str) -> list[Fields]:
 
 
 def table(rows: Sequence[Fields]) -> str:
-    """Every sampled point in Markdown: means over seeds, the interval of shares of streams."""
+    """Every sampled point in Markdown: means over seeds, t intervals of shares of streams."""
     horizon = max(t for t in HORIZONS if t <= min(192, rows[0]["sizes"]["length"]))
     columns = ["noise", "at", "method", "seeds", "steps", "gain, nats"]
     columns += [f"{kind}, 1e-4" for kind in Damage._fields]
@@ -455,8 +448,9 @@ def numbers(cells: Sequence[Fields], place: str, method: str, horizon: int) -> l
         return statistics.fmean(point.get(field, 0.0) for point in points)
 
     def share(kind: str, tokens: int) -> str:
-        centre, low, high = interval([point[kind][str(tokens)] for point in points])
-        return f"{centre:.2f} ({low:.2f} to {high:.2f})"
+        found = estimate([point[kind][str(tokens)] for point in points])
+        interval = f" ({found.low:.2f} to {found.high:.2f})" if found.numbers > 1 else ""
+        return f"{found.mean:.2f}{interval}"
 
     risk = statistics.fmean(predicted(point, horizon) for point in points)
     found = [seeds, f"{mean('at_step'):.1f}", f"{mean('gain'):.3f}"]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,9 +20,23 @@ from tre_lightning.cli import main as fit
 from tre_lightning.compare.__main__ import main
 from tre_lightning.compare.curves import gather
 from tre_lightning.compare.plan import Method, Plan, Trial, read_plan, specification
-from tre_lightning.compare.report import metric, report
+from tre_lightning.compare.report import metric, paired_table, report, seeds_table
+from tre_lightning.compare.results import (
+    Outcome,
+    collect,
+    read_results,
+    thinned,
+    write_results,
+)
 from tre_lightning.compare.run import Runner, _Running, choose
-from tre_lightning.compare.statistics import differences, estimate, mean
+from tre_lightning.compare.statistics import (
+    differences,
+    estimate,
+    holm,
+    mean,
+    p_value,
+    t_quantile,
+)
 from tre_lightning.compare.trial import RESULT, SPECIFICATION, late_mean, locked, read_curves
 
 PLANS = Path(__file__).parents[1] / "configs" / "compare"
@@ -132,6 +147,11 @@ def test_comparison_resumes_after_a_kill_and_reports(
     means = read_curves(tmp_path / "out" / "mean" / "tre")
     assert means["entropy/full"] == right["entropy/full"]  # one seed is its own mean
     assert "Unfinished" not in (tmp_path / "out" / "report.md").read_text()
+    kept = read_results(tmp_path / "out" / "results.json")
+    (outcome,) = kept.final("tre").values()
+    tested = json.loads((Trial("tre", chosen["tre"], 2).directory(plan) / RESULT).read_text())
+    assert outcome.metrics["test/pass@2"] == pytest.approx(tested["test"]["test/pass@2"], rel=1e-5)
+    assert outcome.curves["entropy/full"] == pytest.approx(right["entropy/full"], rel=1e-3)
 
     # nothing runs twice
     times = [result.stat().st_mtime_ns for result in results]
@@ -290,25 +310,65 @@ def test_two_processes_cannot_do_the_same_trial(tmp_path: Path) -> None:
 # ----- numbers
 
 
-@given(
-    st.floats(-1e3, 1e3).map(lambda x: round(x, 3)),
-    st.integers(2, 6),
+@pytest.mark.parametrize(
+    ("df", "expected"),  # of printed tables
+    [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (30, 2.042), (120, 1.980)],
 )
-def test_interval_of_a_constant_is_the_point(value: float, count: int) -> None:
-    assert estimate([value] * count, 50) == pytest.approx((value, value, value, count))
+def test_t_quantile_is_that_of_tables(df: int, expected: float) -> None:
+    assert t_quantile(df) == pytest.approx(expected, abs=5.1e-4)
 
 
-def test_interval_of_two_values_by_hand() -> None:
-    # resamples are 0, 1/2, 1 with probability 1/4, 1/2, 1/4: the 2.5 % quantiles are the ends
-    assert estimate([0.0, 1.0]) == (0.5, 0.0, 1.0, 2)
-    assert estimate([0.0] * 20 + [1.0] * 20)[1:3] == pytest.approx((0.35, 0.65), abs=0.03)
-    assert estimate([0.0, 1.0, 5.0]) == estimate([0.0, 1.0, 5.0])
+def test_interval_by_hand() -> None:
+    # mean 2, standard deviation 1, standard error 1 / sqrt(3), t 4.302653
+    assert estimate([1.0, 2.0, 3.0]) == pytest.approx((2.0, -0.484138, 4.484138, 3), abs=1e-6)
+    assert estimate([0.5] * 4) == (0.5, 0.5, 0.5, 4)
 
 
-def test_nan_is_left_out() -> None:
-    assert estimate([0.0, math.nan, 1.0]) == (0.5, 0.0, 1.0, 2)
+def test_p_value_by_hand() -> None:
+    # two degrees of freedom: p = 1 - t / sqrt(2 + t^2), and t = 2 sqrt(3)
+    assert p_value([1.0, 2.0, 3.0]) == pytest.approx(1 - math.sqrt(12 / 14))
+    assert p_value([-1.0, -2.0, -3.0]) == p_value([1.0, 2.0, 3.0])
+    assert p_value([0.0, 0.0]) == 1.0 and p_value([0.5, 0.5]) == 0.0
+    assert math.isnan(p_value([0.5])) and math.isnan(p_value([0.5, math.nan]))
+
+
+@given(st.lists(st.floats(-1.0, 1.0).map(lambda x: round(x, 3)), min_size=2, max_size=8))
+def test_p_value_and_interval_agree_about_zero(values: list[float]) -> None:
+    found, p = estimate(values), p_value(values)
+    assert found.low <= found.mean <= found.high
+    if abs(p - 0.05) > 1e-9:
+        assert (p < 0.05) == (not found.low <= 0.0 <= found.high)
+
+
+def test_correction_for_several_comparisons_by_hand() -> None:
+    # times 4, 3, 2, 1 from the smallest on, never falling, at most 1
+    assert holm([0.01, 0.04, 0.5, 0.03]) == pytest.approx([0.04, 0.09, 0.5, 0.09])
+    assert holm([0.4, math.nan, 0.6])[::2] == pytest.approx([0.8, 0.8])
+    assert holm([0.9, 0.9]) == [1.0, 1.0] and holm([]) == []
+
+
+@pytest.mark.parametrize(
+    ("draw", "mean_of_all", "count", "covered"),
+    [
+        (torch.randn, 0.0, 3, 0.95),
+        (torch.randn, 0.0, 5, 0.95),
+        # skewed values, exponential here, are covered less often, as the docstring says
+        (lambda *size, generator: -torch.rand(*size, generator=generator).log(), 1.0, 5, 0.88),
+    ],
+)
+def test_intervals_cover_as_often_as_they_say(
+    draw: Callable[..., torch.Tensor], mean_of_all: float, count: int, covered: float
+) -> None:
+    samples = draw(4000, count, generator=torch.Generator().manual_seed(0)).double().tolist()
+    found = [estimate(sample) for sample in samples]
+    share = sum(low <= mean_of_all <= high for _, low, high, _ in found) / len(found)
+    assert share == pytest.approx(covered, abs=0.012)  # three standard errors
+
+
+def test_nan_is_left_out_and_one_value_has_no_interval() -> None:
+    assert estimate([0.0, math.nan, 1.0]) == estimate([0.0, 1.0])
     one = estimate([3.0, math.nan])
-    assert one.mean == 3.0 and math.isnan(one.low) and one.numbers == 1
+    assert one.mean == 3.0 and math.isnan(one.low) and math.isnan(one.high) and one.numbers == 1
     assert math.isnan(estimate([]).mean) and math.isnan(mean([math.nan]))
 
 
@@ -330,10 +390,18 @@ def test_curves_cover_the_steps_of_all_seeds() -> None:
 
 
 def test_pass_at_k_is_the_largest_k() -> None:
-    result = {"test": {"test/pass@1": 0.1, "test/pass@8": 0.5, "test/pass@16": 0.7}, "late": {}}
-    assert metric(result, "test/pass@k") == 0.7
-    assert math.isnan(metric({"test": {"test/pass@1": 0.1}}, "test/pass@k"))
-    assert math.isnan(metric(result, "test/invalid_share"))
+    outcome = Outcome(2, {"test/pass@1": 0.1, "test/pass@8": 0.5, "test/pass@16": 0.7})
+    assert metric(outcome, "test/pass@k") == 0.7
+    assert math.isnan(metric(Outcome(2, {"test/pass@1": 0.1}), "test/pass@k"))
+    assert math.isnan(metric(outcome, "test/invalid_share"))
+
+
+def test_thinned_curve_keeps_both_ends_and_few_digits() -> None:
+    assert thinned({step: step / 3 for step in range(0, 101)}) == {
+        step: float(f"{step / 3:.4g}") for step in range(0, 101, 5)
+    }
+    assert list(thinned({step: 0.0 for step in range(3, 50)}))[-2:] == [48, 49]
+    assert thinned({0: 0.5, 50: 0.25, 100: 1.0}) == {0: 0.5, 50: 0.25, 100: 1.0}
 
 
 # ----- choice and report
@@ -355,7 +423,7 @@ def test_value_of_the_highest_complete_mean_is_chosen(plan_file: Callable[..., P
     assert choose(plan) == {"clip": 0.2}
 
 
-def test_report_by_hand(plan_file: Callable[..., Path]) -> None:
+def test_report_by_hand(plan_file: Callable[..., Path], tmp_path: Path) -> None:
     plan = read_plan(plan_file(seeds=[5, 6]))
     for name, value, final in (("clip", 0.2, 0.3), ("clip", 0.4, 0.1), ("tre", 0.01, 0.2)):
         made_up(plan, Trial(name, value, 1), final, **{"pass@1": 0.25})
@@ -363,19 +431,32 @@ def test_report_by_hand(plan_file: Callable[..., Path]) -> None:
     for seed, clip, tre in ((5, 0.25, 0.5), (6, 0.5, 0.625)):
         made_up(plan, Trial("clip", 0.2, seed), 0.0, **{"pass@1": clip, "pass@2": 0.5})
         made_up(plan, Trial("tre", 0.1, seed), 0.0, **{"pass@1": tre, "pass@2": None})
-    lines = report(plan, "plan.yaml").splitlines()
+    results = collect(plan, "plan.yaml")
+    text = report(results)
+    lines = text.splitlines()
     assert "    python -m tre_lightning.compare --config plan.yaml" in lines
-    clip_eps = "model.ppo.clip_eps_high"
-    assert (
-        f"| clip | {clip_eps} | 0.2 |  | 2 | 0.375 [0.25, 0.5] | 0.5 [0.5, 0.5] |  |  |  |  |"
-        in lines
-    )
-    assert "| tre | coef | 0.1 | 0.5 | 2 | 0.5625 [0.5, 0.625] |  |  |  |  |  |" in lines
-    assert "| tre | +0.1875 [+0.125, +0.25] | 2 of 2 |  |  |" in lines
-    assert "| tre | coef | 0.1 | 0.5 | 1 | 0.4 | 0.75 |  |  |  |  |" in lines  # the sweep
+    assert "| method | option | value | effective coef | seeds | pass@1 | pass@2 |" in lines
+    # of two values, the standard error is half their distance, times 12.706
+    clip = "0.375 (-1.213 to 1.963) | 0.500 (0.500 to 0.500)"
+    assert f"| clip | model.ppo.clip_eps_high | 0.2 |  | 2 | {clip} |" in lines
+    assert "| tre | coef | 0.1 | 0.5 | 2 | 0.562 (-0.232 to 1.357) |  |" in lines
+    # t = .1875 / .0625 = 3, of one degree of freedom: p = 1 - 2 atan(3) / pi
+    assert "| difference to clip | pass@1 | above | p | pass@2 | above | p |" in lines
+    assert "| tre | +0.188 (-0.607 to +0.982) | 2 of 2 | 0.205 |  |  |  |" in lines
+    assert "| tre | coef | 0.1 | 0.5 | 1 | 0.400 | 0.750 |  |" in lines  # the sweep
     assert not any("Unfinished" in line for line in lines)
+    turned = paired_table(results, "tre", ["clip"]).splitlines()
+    assert turned[0].startswith("| difference to tre |")
+    assert turned[2].startswith("| clip | -0.188 (-0.982 to +0.607) | 0 of 2 | 0.205 |")
+    assert seeds_table(results).splitlines()[2:] == [
+        "| clip | 0.250 / 0.500 | 0.500 / 0.500 |",
+        "| tre | 0.500 / 0.625 |  /  |",
+    ]
+    # the file has all of it
+    write_results(tmp_path / "results.json", results)
+    assert report(read_results(tmp_path / "results.json")) == text
     (Trial("tre", 0.1, 6).directory(plan) / RESULT).unlink()
-    assert "**Unfinished: 3 of 4 trials.**" in report(plan, "plan.yaml")
+    assert "**Unfinished: 3 of 4 trials.**" in report(collect(plan, "plan.yaml"))
 
 
 @pytest.mark.parametrize("file", sorted(PLANS.glob("*.yaml")), ids=lambda file: file.stem)

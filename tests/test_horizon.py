@@ -1,6 +1,5 @@
-"""Test of benchmarks/horizon.py: its tables from made-up results."""
+"""Test of benchmarks/horizon.py: its differences and its figure from made-up results."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -10,30 +9,42 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import horizon
 
 from tre_lightning.compare import Method, Plan, Trial
-from tre_lightning.compare.trial import RESULT
+from tre_lightning.compare.results import Outcome, Results, write_results
+
+METHODS = {"ppo": Method(), "tre": Method("tre.yaml", "coef", [0.01]), "late": Method()}
 
 
-def test_differences_are_of_seeds_that_both_have(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(horizon, "read_curves", lambda _: {"val/pass@1": {0: 0.25, 40: 0.9}})
-    methods = {"ppo": Method(), "tre": Method("tre.yaml", "coef", [0.01]), "late": Method()}
-    plan = Plan(["a.yaml"], methods, [1, 2, 3], str(tmp_path / "out"), "ppo")
-    for method, value, seed, share in [
-        ("ppo", None, 1, 0.5),
-        ("ppo", None, 2, 0.75),
-        ("tre", 0.01, 2, 0.5),
-        ("tre", 0.01, 3, 1.0),
-    ]:
-        directory = Trial(method, value, seed).directory(plan)
-        directory.mkdir(parents=True)
-        tested = {"test/pass@1": share, "test/pass@8": 1.0, "test/invalid_share": 0.125}
-        late = {"entropy/full": 0.5, "entropy/tail_mass": 0.002, "loss/tre_effective_coef": 0.1}
-        (directory / RESULT).write_text(json.dumps({"test": tested, "late": late}))
-    means, paired = horizon.tables({12: (plan, horizon.collect(plan))}).split("\n\n")
-    rows = [line.split(" | ")[:8] for line in means.splitlines()[2:]]
-    assert rows[0][1:7] == ["ppo", "", "0.1", "2", "0.250", "0.625 (0.500 to 0.750)"]
-    assert rows[1][1:7] == ["tre", "0.01", "0.1", "2", "0.250", "0.750 (0.500 to 1.000)"]
-    assert len(rows) == 2  # nothing of "late" is finished
-    (row,) = (line for line in paired.splitlines() if line.startswith("| 12 "))
-    assert row.startswith("| 12 | tre | 1 | -0.250 | +0.000 | +0.000 | +0.000 | +0.00e+00 |")
+def walks(steps: int, shares: dict[tuple[str, int], float]) -> Results:
+    plan = Plan(
+        *(["a.yaml"], METHODS, [1, 2, 3], "out", "ppo"),
+        set={"data.init_args.walks.steps": steps},
+    )
+    chosen = {"ppo": None, "tre": 0.01, "late": None}
+    outcomes = {
+        Trial(method, chosen[method], seed): Outcome(
+            40, {"test/pass@1": share, "test/invalid_share": 0.0, "entropy/full": 0.5}
+        )
+        for (method, seed), share in shares.items()
+    }
+    return Results("plan.yaml", plan, chosen, outcomes)
+
+
+def test_differences_are_of_seeds_that_both_have(tmp_path: Path) -> None:
+    short = walks(2, {("ppo", 1): 0.5, ("ppo", 2): 0.75, ("tre", 2): 0.5, ("tre", 3): 1.0})
+    both = {("ppo", seed): 0.5 for seed in (1, 2)} | {("tre", 1): 0.5, ("tre", 2): 0.75}
+    lengths = {12: short, 48: walks(8, both)}
+    assert {length: horizon.tokens(results) for length, results in lengths.items()} == {
+        12: 12,
+        48: 48,
+    }
+    found = horizon.differences(lengths, "tre", "test/pass@1")
+    assert found[12].mean == -0.25 and found[12].numbers == 1
+    # mean .125, standard error .125, times 12.7062
+    assert found[48] == pytest.approx((0.125, -1.463276, 1.713276, 2), abs=1e-5)
+    assert horizon.differences(lengths, "late", "test/pass@1") == {}  # nothing is finished
+    files = []
+    for length, results in lengths.items():
+        files.append(tmp_path / f"{length}.json")
+        write_results(files[-1], results)
+    horizon.main([*map(str, files), "--out", str(tmp_path / "horizon.png")])
+    assert (tmp_path / "horizon.png").read_bytes().startswith(b"\x89PNG")

@@ -96,10 +96,17 @@ def test_mass_at_a_gain_lies_between_its_steps() -> None:
     assert found[:2] == pytest.approx([0.2, 0.25]) and math.isnan(found[2])
 
 
-def test_interval_resamples_seeds() -> None:
-    assert tail_risk.interval([0.5, 0.5, 0.5]) == (0.5, 0.5, 0.5)
-    mean, low, high = tail_risk.interval([0.0, 0.0, 0.9])
-    assert mean == pytest.approx(0.3) and low == 0.0 and high == pytest.approx(0.9)
+def test_shares_of_streams_have_t_intervals() -> None:
+    point = {"foreign": 0.0, "misplaced": 0.0, "wrong": 0.0, "entropy": 1.0, "at_step": 0.0}
+
+    def cell(share: float) -> dict[str, object]:
+        shares = {"12": share, "192": share}
+        return {"start": {**point, "known": shares, "valid": shares, "right": shares}}
+
+    # mean .2, standard error .1 / sqrt(3), times 4.3027
+    three = tail_risk.numbers([cell(s) for s in (0.1, 0.2, 0.3)], "start", "-", 192)
+    assert three[0] == "3 of 3" and three[6] == "0.20 (-0.05 to 0.45)"
+    assert tail_risk.numbers([cell(0.1)], "start", "-", 192)[6] == "0.10"
 
 
 @pytest.mark.parametrize("direction", ["adam", "gradient"])

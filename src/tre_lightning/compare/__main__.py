@@ -10,9 +10,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tre_lightning.compare.curves import write_curves
+from tre_lightning.compare.curves import draw, write_events
 from tre_lightning.compare.plan import Plan, read_plan
 from tre_lightning.compare.report import report
+from tre_lightning.compare.results import RESULTS, collect, write_results
 from tre_lightning.compare.run import Runner
 from tre_lightning.compare.trial import locked, run_trial
 from tre_lightning.errors import one_line_errors
@@ -75,11 +76,14 @@ def _run(plan: Plan, runner: Runner, config: str) -> None:
 
 
 def _write_report(plan: Plan, config: str) -> None:
-    text = report(plan, config)
+    results = collect(plan, config)
     output = Path(plan.output)
+    write_results(output / RESULTS, results)
+    text = report(results)
     (output / "report.md").write_text(text, encoding="utf-8")
     print(text)
-    if not write_curves(plan):
+    write_events(results, output / "mean")
+    if not draw(results, output / "curves.png"):
         print("no curves.png: matplotlib is missing; pip install 'tre-lightning[docs]'")
 
 

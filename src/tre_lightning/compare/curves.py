@@ -6,12 +6,10 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from tre_lightning.compare.plan import Plan
-from tre_lightning.compare.run import choose, result_of
+from tre_lightning.compare.results import DRAWN, Results
 from tre_lightning.compare.statistics import mean
-from tre_lightning.compare.trial import Curves, read_curves
+from tre_lightning.compare.trial import Curves
 
-TAGS = ("val/pass@1", "entropy/full", "entropy/tail_mass")
 Points = dict[int, list[float]]  # a value for each seed, by step
 
 
@@ -22,27 +20,31 @@ def gather(runs: Sequence[Curves], tag: str) -> Points:
     return {step: [curve[step] for curve in curves] for step in sorted(shared)}
 
 
-def write_curves(plan: Plan) -> bool:
-    """Write ``mean/<method>`` and ``curves.png``; False where matplotlib is missing."""
-    found: dict[str, dict[str, Points]] = {}
-    for name in plan.methods:
-        trials = [trial for trial in plan.final(choose(plan)) if trial.method == name]
-        runs = [read_curves(t.directory(plan)) for t in trials if result_of(plan, t) is not None]
-        found[name] = {tag: gather(runs, tag) for tag in TAGS}
-        _write_events(Path(plan.output) / "mean" / name, found[name])
-    return _draw(Path(plan.output) / "curves.png", found)
+def write_events(results: Results, directory: Path) -> None:
+    """Write the mean curves of each method as TensorBoard events into a folder of its name."""
+    for name, curves in _found(results).items():
+        shutil.rmtree(directory / name, ignore_errors=True)
+        with SummaryWriter(str(directory / name)) as writer:
+            for tag, points in curves.items():
+                for step, values in points.items():
+                    writer.add_scalar(tag, mean(values), step)
 
 
-def _write_events(directory: Path, curves: dict[str, Points]) -> None:
-    shutil.rmtree(directory, ignore_errors=True)
-    with SummaryWriter(str(directory)) as writer:
-        for tag, points in curves.items():
-            for step, values in points.items():
-                writer.add_scalar(tag, mean(values), step)
+def _found(results: Results) -> dict[str, dict[str, Points]]:
+    """Points by tag, by method."""
+    found = {}
+    for name in results.plan.methods:
+        runs = [outcome.curves for outcome in results.final(name).values()]
+        found[name] = {tag: gather(runs, tag) for tag in DRAWN}
+    return found
 
 
-def _draw(file: Path, found: dict[str, dict[str, Points]]) -> bool:
-    """Mean curves with a band from the lowest to the highest seed."""
+def draw(results: Results, file: Path) -> bool:
+    """Draw the mean curves, with a band from the lowest to the highest seed.
+
+    Returns:
+        False where matplotlib is missing.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -50,9 +52,10 @@ def _draw(file: Path, found: dict[str, dict[str, Points]]) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(TAGS), figsize=(15, 4.6), layout="constrained")
+    found = _found(results)
+    figure, axes = pyplot.subplots(1, len(DRAWN), figsize=(15, 4.6), layout="constrained")
     alpha = min(0.12, 0.5 / len(found))  # many bands, one over the other, would hide the curves
-    for axis, tag in zip(axes, TAGS, strict=True):
+    for axis, tag in zip(axes, DRAWN, strict=True):
         for number, (name, curves) in enumerate(found.items()):
             points = curves[tag]
             colour = pyplot.get_cmap("tab20")(number % 20)

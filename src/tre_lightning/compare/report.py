@@ -2,61 +2,68 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
-from tre_lightning.compare.plan import Fields, Plan, Trial, Value
-from tre_lightning.compare.run import choose, result_of
-from tre_lightning.compare.statistics import Estimate, differences, estimate, mean
+from tre_lightning.compare.plan import Value
+from tre_lightning.compare.results import Outcome, Results
+from tre_lightning.compare.statistics import (
+    Estimate,
+    differences,
+    estimate,
+    holm,
+    mean,
+    p_value,
+)
 from tre_lightning.compare.trial import EFFECTIVE_COEF
 
+
+class Column(NamedTuple):
+    """A metric of the tables; ``form`` is how its numbers are written."""
+
+    tag: str
+    title: str
+    form: str = ".3f"
+
+
 PASS_AT_K = "test/pass@k"
-FINAL = (
-    "test/pass@1",
-    PASS_AT_K,
-    "test/invalid_share",
-    "entropy/full",
-    "entropy/tail_mass",
-    "test/response_length",
+COLUMNS = (
+    Column("test/pass@1", "pass@1"),
+    Column(PASS_AT_K, "pass@k"),
+    Column("test/invalid_share", "invalid responses", ".2%"),
+    Column("entropy/full", "entropy, nats"),
+    Column("entropy/tail_mass", "tail mass", ".2e"),
+    Column("test/response_length", "response tokens", ".1f"),
 )
-COMPARED = ("test/pass@1", PASS_AT_K)
+COMPARED = COLUMNS[:2]
 
 
-def metric(result: Fields, tag: str) -> float:
-    """A metric of a result, NaN without it; ``test/pass@k`` is the largest k above 1."""
+def metric(outcome: Outcome, tag: str) -> float:
+    """A metric, NaN without it; ``test/pass@k`` is the largest k above 1."""
     if tag == PASS_AT_K:
-        found = [int(m[1]) for t in result["test"] if (m := re.fullmatch(r"test/pass@(\d+)", t))]
-        tag = f"test/pass@{max(found, default=1)}"
+        tag = f"test/pass@{_largest_k([outcome])}"
         if tag == "test/pass@1":
             return math.nan
-    groups = {"test": "test", "val": "final"}
-    value = result[groups.get(tag.partition("/")[0], "late")].get(tag)
-    return math.nan if value is None else float(value)
+    return outcome.metrics.get(tag, math.nan)
 
 
-def effective_coef(results: Sequence[Fields]) -> float:
+def effective_coef(outcomes: Iterable[Outcome]) -> float:
     """Mean effective coefficient of the method's loss term; NaN without one or with several."""
-    found = [
-        [v for tag, v in r["late"].items() if tag.endswith(EFFECTIVE_COEF) and v is not None]
-        for r in results
-    ]
+    found = [[v for t, v in o.metrics.items() if t.endswith(EFFECTIVE_COEF)] for o in outcomes]
     return mean([values[0] for values in found if len(values) == 1])
 
 
-def report(plan: Plan, config: str) -> str:
-    """The report on the finished trials, Markdown; ``config`` is the plan's file."""
-    chosen = choose(plan)
-    trials = plan.final(chosen)
-    results = {
-        name: _by_seed(plan, [trial for trial in trials if trial.method == name])
-        for name in plan.methods
-    }
+def report(results: Results) -> str:
+    """The report on the finished trials, Markdown."""
+    plan = results.plan
+    final = {name: results.final(name) for name in plan.methods}
     wanted = len(plan.seeds) * len(plan.methods)
-    done = sum(len(found) for found in results.values())
-    iterations = sorted({r["iterations"] for found in results.values() for r in found.values()})
+    done = sum(map(len, final.values()))
+    iterations = sorted({o.iterations for found in final.values() for o in found.values()})
     lines = [
         f"# Methods: {len(plan.methods)}, seeds: {len(plan.seeds)}",
         "",
-        f"    python -m tre_lightning.compare --config {config}",
+        f"    python -m tre_lightning.compare --config {results.config}",
         "",
         f"Seeds {_joined(plan.seeds)}; {_joined(iterations) or 'no'} PPO iterations. "
         + (
@@ -68,119 +75,161 @@ def report(plan: Plan, config: str) -> str:
     ]
     if done < wanted:
         lines += ["", f"**Unfinished: {done} of {wanted} trials.**"]
-    lines += ["", *_final_table(plan, chosen, results), "", *_paired_table(plan, results)]
-    if plan.has_choice:
-        lines += ["", *_sweep_table(plan)]
-    return "\n".join(lines) + "\n"
-
-
-def _final_table(
-    plan: Plan, chosen: Mapping[str, Value | None], results: Mapping[str, Mapping[int, Fields]]
-) -> list[str]:
-    lines = [
+    lines += [
+        "",
         "## Chosen values",
         "",
-        "Mean [95 % bootstrap interval over the seeds]. test/ is measured on test prompts after "
-        "the last iteration, entropy/ and the effective coefficient over the last tenth of the "
-        "iterations.",
+        "Mean (95 % Student t interval over the seeds). pass@, invalid responses and response "
+        "tokens are measured on test prompts after the last iteration, entropy, tail mass and the "
+        "effective coefficient over the last tenth of the iterations.",
         "",
-        _row("method", "option", "value", "effective coef", "seeds", *FINAL),
-        _row(*["---"] * (5 + len(FINAL))),
-    ]
-    for name, found in results.items():
-        estimates = [estimate([metric(r, tag) for r in found.values()]) for tag in FINAL]
-        lines.append(
-            _row(
-                name,
-                plan.methods[name].option or "",
-                _plain(chosen.get(name)),
-                _number(effective_coef(list(found.values()))),
-                str(len(found)),
-                *(_interval(e) for e in estimates),
-            )
-        )
-    return lines
-
-
-def _paired_table(plan: Plan, results: Mapping[str, Mapping[int, Fields]]) -> list[str]:
-    lines = [
+        final_table(results),
         f"## Difference to {plan.baseline}",
         "",
-        "By seed: both runs share the warm start, the prompts and the random numbers. Above: seeds "
-        f"on which the method is above {plan.baseline}.",
+        "Mean (95 % paired t interval): both runs of a seed share the warm start, the prompts and "
+        f"the random numbers. Above: seeds on which the method is above {plan.baseline}. p: of no "
+        "difference, by the paired t test, corrected for the number of methods (Holm).",
         "",
-        _row("method", *(word for tag in COMPARED for word in (tag, "above"))),
-        _row(*["---"] * (1 + 2 * len(COMPARED))),
+        paired_table(results),
     ]
-    for name, found in results.items():
-        if name == plan.baseline:
-            continue
-        cells = []
-        for tag in COMPARED:
-            own, base = (
-                {seed: metric(r, tag) for seed, r in by_seed.items()}
-                for by_seed in (found, results[plan.baseline])
-            )
-            pairs = list(differences(own, base).values())
-            above = sum(difference > 0 for difference in pairs)
-            cells += [_interval(estimate(pairs), "+"), f"{above} of {len(pairs)}" if pairs else ""]
-        lines.append(_row(name, *cells))
-    return lines
+    if plan.has_choice:
+        lines += [
+            "## Every value",
+            "",
+            f"Mean over the seeds {_joined(plan.sweep_seeds)}; compare methods at a like entropy.",
+            "",
+            sweep_table(results),
+        ]
+    return "\n".join(lines)
 
 
-def _sweep_table(plan: Plan) -> list[str]:
-    tags = (plan.choose_by, *FINAL[:-1])
-    lines = [
-        "## Every value",
-        "",
-        f"Mean over the seeds {_joined(plan.sweep_seeds)}; compare methods at a like entropy.",
-        "",
-        _row("method", "option", "value", "effective coef", "seeds", *tags),
-        _row(*["---"] * (5 + len(tags))),
-    ]
-    for name, method in plan.methods.items():
+def final_table(results: Results) -> str:
+    """Every method with its chosen value: means with intervals."""
+    final = {name: results.final(name) for name in results.plan.methods}
+    columns = _measured(results)
+    rows = [["method", "option", "value", "effective coef", "seeds", *_titles(results, columns)]]
+    for name, found in final.items():
+        cells = [
+            _interval(estimate([metric(o, column.tag) for o in found.values()]), column.form)
+            for column in columns
+        ]
+        rows.append([*_setting(results, name, results.chosen.get(name), found), *cells])
+    return _table(rows)
+
+
+def paired_table(
+    results: Results, baseline: str | None = None, methods: Sequence[str] | None = None
+) -> str:
+    """Differences to a method by seed: means with intervals, seeds above, corrected p-values.
+
+    Args:
+        results: of a comparison.
+        baseline: what to subtract; None = the plan's.
+        methods: what to subtract from; None = all others.
+    """
+    baseline = results.plan.baseline if baseline is None else baseline
+    methods = [n for n in methods or results.plan.methods if n != baseline]
+    columns = [column for column in COMPARED if column in _measured(results)]
+    head = [f"difference to {baseline}"]
+    cells: list[list[str]] = [[name] for name in methods]
+    for column, title in zip(columns, _titles(results, columns), strict=True):
+        head += [title, "above", "p"]
+        pairs = [paired(results, name, baseline, column.tag) for name in methods]
+        corrected = holm([p_value(found) for found in pairs])
+        for row, found, p in zip(cells, pairs, corrected, strict=True):
+            above = sum(difference > 0 for difference in found)
+            row.append(_interval(estimate(found), f"+{column.form}"))
+            row.append(f"{above} of {len(found)}" if found else "")
+            row.append(_number(p, ".3f"))
+    return _table([head, *cells])
+
+
+def paired(results: Results, method: str, baseline: str, tag: str) -> list[float]:
+    """Method minus baseline, of the seeds that both have."""
+    own, base = (
+        {seed: metric(o, tag) for seed, o in results.final(name).items()}
+        for name in (method, baseline)
+    )
+    return list(differences(own, base).values())
+
+
+def sweep_table(results: Results) -> str:
+    """Every method with every value: means over the seeds that chose."""
+    chose = Column(results.plan.choose_by, results.plan.choose_by)
+    columns = [chose, *(column for column in _measured(results) if column != COLUMNS[-1])]
+    rows = [["method", "option", "value", "effective coef", "seeds", *_titles(results, columns)]]
+    for name, method in results.plan.methods.items():
         for value in method.settings:
-            trials = [Trial(name, value, seed) for seed in plan.sweep_seeds]
-            found = list(_by_seed(plan, trials).values())
-            lines.append(
-                _row(
-                    name,
-                    method.option or "",
-                    _plain(value),
-                    _number(effective_coef(found)),
-                    str(len(found)),
-                    *(_number(mean([metric(r, tag) for r in found])) for tag in tags),
-                )
-            )
-    return lines
+            found = results.sweep(name, value)
+            cells = [
+                _number(mean([metric(o, column.tag) for o in found.values()]), column.form)
+                for column in columns
+            ]
+            rows.append([*_setting(results, name, value, found), *cells])
+    return _table(rows)
 
 
-def _by_seed(plan: Plan, trials: Sequence[Trial]) -> dict[int, Fields]:
-    found = {trial.seed: result_of(plan, trial) for trial in trials}
-    return {seed: result for seed, result in found.items() if result is not None}
+def seeds_table(results: Results) -> str:
+    """Every method with its chosen value, seed by seed."""
+    columns = _measured(results)
+    seeds = results.plan.seeds
+    rows = [[f"seeds {_joined(seeds)}", *_titles(results, columns)]]
+    for name in results.plan.methods:
+        found = results.final(name)
+        values = [[metric(found[s], column.tag) for s in seeds if s in found] for column in columns]
+        rows.append(
+            [
+                name,
+                *(
+                    " / ".join(_number(value, column.form) for value in by_seed)
+                    for column, by_seed in zip(columns, values, strict=True)
+                ),
+            ]
+        )
+    return _table(rows)
 
 
-def _row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
+def _measured(results: Results) -> list[Column]:
+    """The columns that any trial has a number for."""
+    outcomes = results.outcomes.values()
+    return [c for c in COLUMNS if any(math.isfinite(metric(o, c.tag)) for o in outcomes)]
+
+
+def _titles(results: Results, columns: Sequence[Column]) -> list[str]:
+    k = _largest_k(results.outcomes.values())
+    return [column.title.replace("@k", f"@{k}") for column in columns]
+
+
+def _largest_k(outcomes: Iterable[Outcome]) -> int:
+    tags = [tag for outcome in outcomes for tag in outcome.metrics]
+    found = [int(m[1]) for tag in tags if (m := re.fullmatch(r"test/pass@(\d+)", tag))]
+    return max(found, default=1)
+
+
+def _setting(
+    results: Results, method: str, value: Value | None, found: Mapping[int, Outcome]
+) -> list[str]:
+    option = results.plan.methods[method].option or ""
+    coef = _number(effective_coef(found.values()), ".3g")
+    return [method, option, "" if value is None else str(value), coef, str(len(found))]
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    head, *others = rows
+    return "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *others))
 
 
 def _joined(values: Sequence[int]) -> str:
     return ", ".join(map(str, values))
 
 
-def _plain(value: Value | None) -> str:
-    return "" if value is None else str(value)
+def _number(value: float, form: str) -> str:
+    """Blank for NaN."""
+    return "" if math.isnan(value) else f"{value:{form}}"
 
 
-def _number(value: float, sign: str = "") -> str:
-    """Four digits, blank for NaN; small numbers keep theirs."""
-    if math.isnan(value):
-        return ""
-    return f"{value:{sign}.2e}" if 0 < abs(value) < 1e-3 else f"{value:{sign}.4g}"
-
-
-def _interval(value: Estimate, sign: str = "") -> str:
-    middle = _number(value.mean, sign)
+def _interval(value: Estimate, form: str) -> str:
+    middle = _number(value.mean, form)
     if math.isnan(value.low):
         return middle
-    return f"{middle} [{_number(value.low, sign)}, {_number(value.high, sign)}]"
+    return f"{middle} ({value.low:{form}} to {value.high:{form}})"
