@@ -73,17 +73,16 @@ def test_configuration_page_is_what_the_parser_says() -> None:
     assert "| `model.ppo.num_minibatches` | int | `4` | optimiser steps a pass. |" in written
 
 
-def test_tables_of_the_pages_are_what_the_results_say(tmp_path: Path) -> None:
+def test_tables_of_the_pages_are_what_the_results_say() -> None:
     script = runpy.run_path(str(ROOT / "docs" / "results.py"))
     pages = [page.read_text() for page in script["PAGES"]]
     for page in pages:
         assert script["filled"](page) == page, "run python docs/results.py"
-        assert page.count("<!-- end -->") == len(script["MARKED"].findall(page)) > 0
+        assert page.count("<!-- end -->") == len(script["MARKED"].findall(page))
     used = {name for page in pages for name, *_ in script["MARKED"].findall(page)}
     assert {file.stem for file in script["RESULTS"].glob("*.json")} == used
-    # a table is of the file that its marker names, not of what stands there
     name, *_ = sorted(used)
-    (filled,) = (script["filled"](f"<!-- {name} final -->\nold\n<!-- end -->"),)
+    filled = script["filled"](f"<!-- {name} final -->\nold\n<!-- end -->")
     assert "old" not in filled and "| ppo |" in filled and filled.endswith("\n<!-- end -->")
 
 
