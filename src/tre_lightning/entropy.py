@@ -98,14 +98,21 @@ def entropy_stats(
     return EntropyStats(full, region, region * scale, scale, size, tail_mass)
 
 
-def check_region(top_k: int | None, top_p: float | None) -> None:
-    """Raise ValueError unless exactly one of ``top_k`` >= 1 and 0 < ``top_p`` < 1 is given."""
+def check_region(top_k: int | None, top_p: float | None, owner: str = "") -> None:
+    """Raise ValueError unless exactly one of ``top_k`` >= 1 and 0 < ``top_p`` < 1 is given.
+
+    ``owner`` is where the two are options, for the message.
+    """
     if (top_k is None) == (top_p is None):
-        raise ValueError(f"give exactly one of top_k and top_p, not top_k={top_k}, top_p={top_p}")
+        raise ValueError(
+            f"{owner and owner + ': '}give exactly one of top_k and top_p, not top_k={top_k}, "
+            f"top_p={top_p}"
+        )
+    dot = owner and owner + "."
     if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k={top_k} must be at least 1 token")
+        raise ValueError(f"{dot}top_k={top_k} must be at least 1 token")
     if top_p is not None and not 0.0 < top_p < 1.0:
-        raise ValueError(f"top_p={top_p} must lie between 0 and 1, both excluded")
+        raise ValueError(f"{dot}top_p={top_p} must lie between 0 and 1, both excluded")
 
 
 def _region(logits: Tensor, top_k: int | None, top_p: float | None) -> tuple[Tensor, Tensor]:

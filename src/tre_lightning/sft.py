@@ -46,7 +46,7 @@ class SFTModule(LightningModule):
             final_lr_share: share of ``lr`` at the last step, linear in between.
         """
         super().__init__()
-        positive("lr", lr)
+        positive("model.lr", lr)
         self.output_dir = output_dir
         self.policy_args = trains_all(options(PolicyArgs, policy))
         self.lr = lr

@@ -66,7 +66,7 @@ class KLCov(LossTerm):
             name: name in the logs.
         """
         super().__init__(name, coef)
-        check_share(f"{name}: share", share, "coef=0 switches it off")
+        check_share(f"{self.where}.share", share, "coef=0 switches it off")
         self.share = share
 
     def per_token(self, outputs: PolicyOutputs, tokens: Tokens) -> Tensor:
@@ -115,9 +115,9 @@ class ClipCov(Method):
         """
         super().__init__(name)
         if not 0.0 <= share <= 1.0:
-            raise ValueError(f"{name}: share={share} must lie in [0, 1]; 0 switches it off")
+            raise ValueError(f"{self.where}.share={share} must lie in [0, 1]; 0 switches it off")
         if not low < high:
-            raise ValueError(f"{name}: low={low} must be below high={high}; widen the band")
+            raise ValueError(f"{self.where}.low={low} must be below high={high}; widen the band")
         self.share = share
         self.low = low
         self.high = high

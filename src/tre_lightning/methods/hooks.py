@@ -55,7 +55,7 @@ class LinearSchedule:
     def __post_init__(self) -> None:
         if self.iterations < 1:
             raise ValueError(
-                f"schedule.iterations={self.iterations} must be at least 1 PPO iteration"
+                f"LinearSchedule.iterations={self.iterations} must be at least 1 PPO iteration"
             )
 
     def at(self, iteration: int) -> float:
@@ -139,6 +139,11 @@ class Method(Callback):
         """Two methods of one class are told apart by their names."""
         return f"{type(self).__qualname__}[{self.name}]"
 
+    @property
+    def where(self) -> str:
+        """Where its options stand, for messages: ``trainer.callbacks Class[name]``."""
+        return f"trainer.callbacks {self.state_key}"
+
     def observe(self, outputs: PolicyOutputs, reference: PolicyOutputs | None) -> Tensor | None:
         """What to keep of every token as the policy that sampled sees it, ``[n, ...]``; no grad.
 
@@ -189,7 +194,9 @@ class LossTerm(Method, ABC):
         super().__init__(name)
         ends = (coef.start, coef.end) if isinstance(coef, LinearSchedule) else (coef,)
         if not all(value >= 0.0 for value in ends):
-            raise ValueError(f"{name}: coef={coef} must be 0 (off) or positive; use a number >= 0")
+            raise ValueError(
+                f"{self.where}.coef={coef} must be 0 (off) or positive; use a number >= 0"
+            )
         self.coef = coef
 
     def coef_at(self, iteration: int) -> float:
@@ -226,10 +233,14 @@ def find_methods(callbacks: Sequence[Callback]) -> list[Method]:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(
-                f"{names.count(name)} methods are named {name!r}; give each its own name"
+                f"trainer.callbacks: {names.count(name)} methods are named {name!r}; give each its "
+                "own name"
             )
         if name in _TAKEN:
-            raise ValueError(f"a method is named {name!r}, as loss/{name} is; give it another name")
+            raise ValueError(
+                f"trainer.callbacks: a method is named {name!r}, as loss/{name} is; give it "
+                "another name"
+            )
     return methods
 
 

@@ -56,8 +56,8 @@ class SIREN(LossTerm):
             name: name in the logs.
         """
         super().__init__(name, coef)
-        check_region(None, top_p)
-        check_share(f"{name}: share", share, "coef=0 switches it off")
+        check_region(None, top_p, self.where)
+        check_share(f"{self.where}.share", share, "coef=0 switches it off")
         self.region = Region(top_p=top_p)
         self.regions = (self.region,)
         self.share = share
