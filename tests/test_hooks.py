@@ -156,9 +156,9 @@ def test_a_schedule_needs_an_iteration() -> None:
     [-0.1, math.nan, LinearSchedule(-0.1, 1.0, 2), LinearSchedule(1.0, -0.1, 2)],
 )
 def test_a_negative_coefficient_is_refused(coef: float | LinearSchedule) -> None:
-    with pytest.raises(ValueError, match=r"mine: coef="):
+    with pytest.raises(ValueError, match=r"\[mine\]\.coef="):
         EntropyBonus(coef, name="mine")
-    with pytest.raises(ValueError, match=r"mine: coef="):
+    with pytest.raises(ValueError, match=r"\[mine\]\.coef="):
         TrustRegionEntropy(coef, top_k=2, name="mine")
 
 

@@ -120,10 +120,10 @@ def test_defaults_are_those_of_the_authors_script() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"coef": -1.0}, r"siren: coef=-1.0"),
+        ({"coef": -1.0}, r"\[siren\]\.coef=-1.0"),
         ({"top_p": 1.0}, r"top_p=1.0"),
-        ({"share": 0.0}, r"siren: share=0.0 "),
-        ({"share": math.nan}, r"siren: share=nan "),
+        ({"share": 0.0}, r"\[siren\]\.share=0.0 "),
+        ({"share": math.nan}, r"\[siren\]\.share=nan "),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, float], message: str) -> None:
