@@ -109,7 +109,7 @@ def check_region(top_k: int | None, top_p: float | None, owner: str = "") -> Non
             f"top_p={top_p}"
         )
     dot = owner and owner + "."
-    if top_k is not None and top_k < 1:
+    if top_k is not None and not top_k >= 1:
         raise ValueError(f"{dot}top_k={top_k} must be at least 1 token")
     if top_p is not None and not 0.0 < top_p < 1.0:
         raise ValueError(f"{dot}top_p={top_p} must lie between 0 and 1, both excluded")

@@ -48,7 +48,7 @@ def check_monitors(trainer: Trainer, module: PPOModule, data: PromptDataModule) 
     watched = [
         (flag, monitor)
         for flag, monitor in monitors(callbacks)
-        if not monitor.startswith(_TRAINING) and (validates or flag != "checkpoint.monitor")
+        if (validates if flag == "checkpoint.monitor" else not monitor.startswith(_TRAINING))
     ]
     refuse_unknown(watched, tags)
 

@@ -89,7 +89,7 @@ class AEnt(LossTerm):
                 f"{self.where}.coef={coef} must be 0 (off) or within coef_min={coef_min} and "
                 f"coef_max={coef_max}; widen them"
             )
-        if warmup < 0:
+        if not warmup >= 0:
             raise ValueError(f"{self.where}.warmup={warmup} must be at least 0 PPO iterations")
         self.clamp_p = clamp_p
         self.low = low

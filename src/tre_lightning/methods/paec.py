@@ -71,7 +71,7 @@ class PAEC(LossTerm):
         check_share(f"{self.where}.share", share, "coef=0 switches it off")
         if not 0.0 <= mix <= 1.0:
             raise ValueError(f"{self.where}.mix={mix} must lie in [0, 1]; 0.5 weighs both alike")
-        if anchor_iterations < 1:
+        if not anchor_iterations >= 1:
             raise ValueError(
                 f"{self.where}.anchor_iterations={anchor_iterations} must be at least 1 "
                 "PPO iteration"
