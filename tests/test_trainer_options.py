@@ -218,6 +218,14 @@ def test_the_table_says_when_the_last_validation_was(
     assert "after iteration 4 of 6" in capsys.readouterr().out
 
 
+def test_without_validations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs.run(tmp_path / "run", "--trainer.limit_val_batches=0", "--trainer.max_epochs=1")
+    printed = capsys.readouterr().out
+    assert "held-out prompts" not in printed and f"model        {tmp_path}/run/model" in printed
+    assert not any(tag.startswith("val") for tag in runs.scalars(tmp_path / "run"))
+    assert (tmp_path / "run/model").exists() and runs.saved_iteration(tmp_path / "run") == 2
+
+
 @pytest.mark.parametrize("profiler", ["simple", "advanced", "pytorch"])
 def test_a_profiler_prints_its_report(profiler: str, tmp_path: Path) -> None:
     said: list[str] = []

@@ -627,7 +627,7 @@ class PPOCLI(_CLI):
     def after_fit(self) -> None:
         """Print the table."""
         summary = cast(RunSummary, self.config_init[self.subcommand].summary)
-        if self.trainer.is_global_zero and summary.after:
+        if self.trainer.is_global_zero:
             summary.print_table(self.trainer, self.warm_start_seconds)
 
     before_validate = before_test = before_predict = prepare

@@ -108,7 +108,8 @@ class RunSummary(Callback):
             before = self.before.get(tag)
             table.add_row(tag, "" if before is None else f"{before:.3f}", f"{score:.3f}")
         console = Console()
-        console.print(table)
+        if self.after:
+            console.print(table)
         trained = f"trained {self.seconds:.0f} s"
         if warm_start_seconds is not None:
             trained += f" after a warm start of {warm_start_seconds:.0f} s"
