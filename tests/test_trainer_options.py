@@ -222,7 +222,7 @@ def test_without_validations(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     runs.run(tmp_path / "run", "--trainer.limit_val_batches=0", "--trainer.max_epochs=1")
     printed = capsys.readouterr().out
     assert "held-out prompts" not in printed and f"model        {tmp_path}/run/model" in printed
-    assert not any(tag.startswith("val") for tag in runs.scalars(tmp_path / "run"))
+    assert not any(tag.startswith("val/") for tag in runs.scalars(tmp_path / "run"))
     assert (tmp_path / "run/model").exists() and runs.saved_iteration(tmp_path / "run") == 2
 
 
