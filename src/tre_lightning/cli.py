@@ -199,7 +199,7 @@ _CONFIGURED: dict[type, str] = {
 def _naming(option: str) -> Callable[..., Any]:
     """How to build what stands in ``option``: an error says where and of which class."""
 
-    def build(kind: type, *args: Any, **kwargs: Any) -> Any:
+    def build(kind: type, /, *args: Any, **kwargs: Any) -> Any:
         try:
             return kind(*args, **kwargs)
         except Exception as error:
