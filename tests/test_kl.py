@@ -317,7 +317,7 @@ class Unscored(runs.PlusCountdown):
 HOME: dict[str, Any] = {
     "data.class_path": "test_kl.Unscored",
     "data.init_args.batch_size": 16,
-    "data.init_args.iterations_per_epoch": 25,
+    "data.init_args.iterations_per_epoch": 15,
     "data.init_args.val_size": 1,
     "data.init_args.test_size": 1,
     "trainer.max_epochs": 1,
@@ -343,7 +343,7 @@ def at_home(run_dir: Path, estimator: str, place: str, **changes: Any) -> list[f
 def test_a_shifted_policy_comes_home(estimator: str, place: str, tmp_path: Path) -> None:
     kl = at_home(tmp_path / "run", estimator, place)
     assert kl[0] > 0.05
-    assert kl[-1] < 0.2 * kl[0]
+    assert kl[-1] < 0.3 * kl[0]
     scalars = runs.scalars(tmp_path / "run")
     assert {value for _, value in scalars["policy/kl_coef"]} == {1.0}
     # The loss holds the penalty there, and the surrogate of a penalty in the reward.
@@ -351,6 +351,11 @@ def test_a_shifted_policy_comes_home(estimator: str, place: str, tmp_path: Path)
     if estimator == "k3" and place == "loss":  # the logged estimate, over the first update's tokens
         assert scalars["loss/kl"][0][1] == pytest.approx(kl[0], rel=0.3)
         assert scalars["loss/policy"][0][1] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_k3_in_the_reward_does_not_lead_home(tmp_path: Path) -> None:
+    kl = at_home(tmp_path / "run", "k3", "reward")
+    assert kl[-1] > kl[0] > 0.05
 
 
 def test_micro_batches_change_no_penalty_in_the_loss(tmp_path: Path) -> None:
@@ -391,14 +396,10 @@ def test_the_coefficient_follows_the_logged_kl(steered: Path) -> None:
     assert found[1] < 0.5 < found[-1] / found[-2] * 0.5  # below its target at first, then above
 
 
-@pytest.mark.parametrize("iteration", [1, 3])  # within an epoch
-def test_a_resumed_run_goes_on_with_the_coefficient(
-    steered: Path, iteration: int, tmp_path: Path
-) -> None:
+def test_a_resumed_run_goes_on_with_the_coefficient(steered: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "resumed"
     shutil.copytree(steered, run_dir)
-    ckpt = f"{run_dir}/checkpoints/iteration={iteration}.ckpt"
-    runs.resume(run_dir, ckpt, changes=STEERED)
+    runs.resume(run_dir, f"{run_dir}/checkpoints/iteration=1.ckpt", changes=STEERED)
     runs.assert_same_run(steered, run_dir)
 
 

@@ -178,7 +178,7 @@ def centred(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _deviation(rewards: Tensor, mask: Tensor, num_responses: int) -> tuple[Tensor, Tensor]:
-    """R - mean of the group ``[B / n, n]`` (0 if not scored), and scored responses ``[B / n, 1]``."""
+    """R - mean of its group ``[B / n, n]`` (0 if not scored); scored responses ``[B / n, 1]``."""
     total = torch.where(mask, rewards, 0.0).sum(1, dtype=torch.float64).view(-1, num_responses)
     return centred(total, mask.any(1).view(-1, num_responses))
 

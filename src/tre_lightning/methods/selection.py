@@ -19,7 +19,7 @@ def share_of(count: int, share: float, *, up: bool = False) -> int:
 
 
 def above_quantile(values: Tensor, mask: Tensor, share: float) -> Tensor:
-    """The tokens above the 1 - ``share`` quantile of their response's counted ones, ``[B, T]`` bool.
+    """The tokens above the 1 - ``share`` quantile of their own response, ``[B, T]`` bool.
 
     The quantile is interpolated, as numpy's; what equals it is not above: of a single token, or of
     equal ones, there is none. What stands outside the mask (NaN included) does not count.
