@@ -71,6 +71,12 @@ def test_unscored_responses_are_in_no_mean() -> None:
     assert made.tolist() == [[0.0] * 3, [1.0 * 3.5, -1.0 * -3.5, 0.0], [0.0] * 3]
 
 
+def test_constant_advantages_covary_with_nothing() -> None:
+    # The float32 mean of ten times 1.1 is not 1.1.
+    made = covariances(batches.training_batch([[1.1] * 10], [[-0.1 * i for i in range(10)]]))
+    assert torch.equal(made, torch.zeros(1, 10))
+
+
 # --- KL-Cov ---
 
 

@@ -290,7 +290,7 @@ def test_tokens_are_the_counted_ones_in_reading_order() -> None:
     assert tokens[1:].positions.tolist() == [1, 0]
 
 
-@pytest.mark.parametrize("name", ["policy", "value", "total"])
+@pytest.mark.parametrize("name", ["policy", "kl", "value", "total"])
 def test_a_name_that_the_logs_need_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"named '{name}'"):
         find_methods([Method(name)])

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 from tre_lightning.advantages import Estimator
 from tre_lightning.entropy import check_region
+from tre_lightning.kl import KLEstimator, KLPlace, check_kl
 
 EngineName: TypeAlias = Literal["in_process", "continuous_batching", "vllm"]
 
@@ -121,7 +122,15 @@ class PPOArgs:
         gae_lambda: lambda of generalised advantage estimation.
         whiten_advantages: zero mean and unit variance over the global batch; none = as the
             estimator's paper does: gae and reinforce_pp do, grpo and rloo do not.
-        kl_coef: weight of the token-wise KL to the initial policy in the reward; 0 = no reference.
+        kl_coef: weight of the KL of the policy to the initial one, the reference; 0 = none.
+        kl_estimator: of that KL, by token: ``k1`` (log ratio), ``k2`` (half its square) or ``k3``;
+            docs/concepts.md says which of them is right where.
+        kl_in: where it stands: taken off the ``reward``, added to the ``loss`` (needs k2, or k3 as
+            in GRPO), or to the loss times the probability ratio, ``loss_weighted`` (k1 or k3).
+        kl_target: the KL to hold, nats a token as ``rollout/ref_kl``: kl_coef is where the weight
+            starts, and rises while the KL is above and falls while it is below; none = constant.
+        kl_horizon: responses after which a KL that is 20 % or more off its target has moved the
+            weight by 20 %.
         fused: log-probabilities and entropies by the fused ops, which never hold all the logits;
             false = by the readable reference (entropy.py), to check against.
         logits_memory: MiB of logits that the fused ops hold at a time.
@@ -142,6 +151,10 @@ class PPOArgs:
     gae_lambda: float = 1.0
     whiten_advantages: bool | None = None
     kl_coef: float = 0.0
+    kl_estimator: KLEstimator = "k1"
+    kl_in: KLPlace = "reward"
+    kl_target: float | None = None
+    kl_horizon: int = 10_000
     fused: bool = True
     logits_memory: int = 128
     max_skipped_updates: int = 8
@@ -161,11 +174,26 @@ class PPOArgs:
             positive("model.ppo.value_clip_eps", self.value_clip_eps)
         if self.dual_clip is not None and not self.dual_clip > 1.0:
             raise ValueError(f"model.ppo.dual_clip={self.dual_clip} must be above 1, or none")
-        for name in ("kl_coef", "value_coef"):
-            if not getattr(self, name) >= 0.0:
-                raise ValueError(
-                    f"model.ppo.{name}={getattr(self, name)} must be 0 (off) or positive"
-                )
+        if not self.value_coef >= 0.0:
+            raise ValueError(f"model.ppo.value_coef={self.value_coef} must be 0 (off) or positive")
+        self._check_kl()
+
+    def _check_kl(self) -> None:
+        if not 0.0 <= self.kl_coef < math.inf:
+            raise ValueError(f"model.ppo.kl_coef={self.kl_coef} must be 0 (off) or positive")
+        one_of("model.ppo.kl_estimator", self.kl_estimator, get_args(KLEstimator))
+        one_of("model.ppo.kl_in", self.kl_in, get_args(KLPlace))
+        check_kl(self.kl_estimator, self.kl_in)
+        at_least("model.ppo.kl_horizon", self.kl_horizon, 1)
+        if self.kl_target is None:
+            return
+        if not 0.0 < self.kl_target < math.inf:
+            raise ValueError(f"model.ppo.kl_target={self.kl_target} must be above 0 nats, or none")
+        if self.kl_coef == 0.0:
+            raise ValueError(
+                f"model.ppo.kl_target={self.kl_target} moves model.ppo.kl_coef by factors, and "
+                "that is 0; give a kl_coef above 0 to start from"
+            )
 
 
 @dataclass(frozen=True)

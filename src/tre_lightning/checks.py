@@ -7,6 +7,7 @@ import torch
 from lightning.fabric.utilities.seed import max_seed_value, min_seed_value
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
+from lightning.pytorch.utilities import rank_zero_warn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 
 from tre_lightning.callbacks.monitors import check_monitors
@@ -60,6 +61,12 @@ def check_run(
         raise ValueError(
             f"trainer.precision={trainer.precision} needs a loss scale, which overflows that are "
             "skipped here would leave too high; use bf16-mixed, bf16-true or 32-true"
+        )
+    ppo = module.ppo_args
+    if ppo.kl_coef > 0.0 and ppo.kl_in == "reward" and ppo.kl_estimator != "k1":
+        rank_zero_warn(
+            f"model.ppo.kl_estimator={ppo.kl_estimator} with model.ppo.kl_in=reward does not pull "
+            "the policy back to the reference; k1 there does, as k2 and k3 do in the loss"
         )
     config = load_config(policy)
     if policy.critic_model is not None:

@@ -14,7 +14,8 @@ The region is a constant of the gradient: dH/dz_i = -q_i (log q_i + H) inside A,
 and 0 outside.
 
 Deviations from the paper's code: the nucleus is exact (theirs stops at 256 tokens), and ties at its
-edge go to the lower token id. Tokens with a logit of -inf do not exist: they are never in A. |V| is
+edge go to the lower token id. With ``top_k: 1`` a region of one token has entropy 0 and no gradient
+here; theirs gives -log max p. Tokens with a logit of -inf do not exist: they are never in A. |V| is
 the size of the last axis, masked tokens included, so that the scale does not vary by position. A
 row with NaN, or with nothing but -inf, gives NaN.
 

@@ -13,9 +13,9 @@ first update of an iteration), and means and shares are over the global minibatc
 micro-batches nor devices change the choice.
 """
 
-import torch
 from torch import Tensor
 
+from tre_lightning.advantages import centred
 from tre_lightning.experience import TrainingBatch
 from tre_lightning.methods.hooks import LinearSchedule, LossTerm, Method, PolicyOutputs, Tokens
 from tre_lightning.methods.selection import check_share, share_of, top
@@ -24,10 +24,10 @@ from tre_lightning.seeding import uniforms
 
 def covariances(batch: TrainingBatch) -> Tensor:
     """Each counted token's part in the covariance, nats x advantage, ``[B, T]``; 0 elsewhere."""
-    mask = batch.response_mask
-    logprobs, advantages = batch.old_logprobs[mask], batch.advantages[mask]
-    parts = (logprobs - logprobs.mean()) * (advantages - advantages.mean())
-    return torch.zeros_like(mask, dtype=parts.dtype).masked_scatter(mask, parts)
+    mask = batch.response_mask.flatten()
+    logprobs, _ = centred(batch.old_logprobs.flatten(), mask)
+    advantages, _ = centred(batch.advantages.flatten(), mask)
+    return (logprobs * advantages).view_as(batch.advantages).to(batch.advantages.dtype)
 
 
 class KLCov(LossTerm):

@@ -34,8 +34,8 @@ from tre_lightning.entropy import EntropyStats
 from tre_lightning.experience import TrainingBatch
 from tre_lightning.ops.region import Region
 
-POLICY = "policy"
-_TAKEN = (POLICY, "value", "total")  # loss/<name> in the logs
+POLICY, KL = "policy", "kl"
+_TAKEN = (POLICY, KL, "value", "total")  # loss/<name> in the logs
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ class Tokens:
     advantages: Tensor  # [n] float32
     positions: Tensor  # [n] int64, 0 = first token of its response
     observed: Mapping[str, Tensor]  # [n, ...] each, what ``observe`` kept, by the method's name
+    ref_logprobs: Tensor | None = None  # [n] float32, under the reference, where there is one
 
     def __getitem__(self, rows: slice) -> "Tokens":
         return Tokens(
@@ -98,6 +99,7 @@ class Tokens:
             self.advantages[rows],
             self.positions[rows],
             {name: kept[rows] for name, kept in self.observed.items()},
+            None if self.ref_logprobs is None else self.ref_logprobs[rows],
         )
 
     @classmethod
@@ -109,6 +111,7 @@ class Tokens:
             batch.advantages[mask],
             torch.arange(mask.shape[1], device=mask.device).expand_as(mask)[mask],
             {name: kept[mask] for name, kept in batch.observed.items()},
+            None if batch.ref_logprobs is None else batch.ref_logprobs[mask],
         )
 
 
