@@ -280,7 +280,8 @@ class MathDataModule(PromptDataModule):
         assert source is not None
         rows: list[_Row] = []
         dropped: Counter[str] = Counter()
-        for where, row in read_rows(f"data.{name}", source, split, configuration):
+        found = read_rows(f"data.{name}", source, split, configuration, decimals=True)
+        for where, row in found:
             problem, golds = read_problem(row, where)
             if len(golds) == 1:
                 rows.append(_Row(problem, golds[0], where))
@@ -309,7 +310,8 @@ def read_problem(row: Row, where: str) -> tuple[str, list[str]]:
     Raises:
         ValueError: if the row has not the columns above; the message starts with ``where``.
     """
-    column = "problem" if "problem" in row or "question" not in row else "question"
+    asked = "problem" not in row and isinstance(row.get("question"), str)
+    column = "question" if asked else "problem"
     problem = _plain(text_of(row, column, where)).strip()
     if "answer" not in row and "solution" not in row:
         text_of(row, "answer", where)  # raises

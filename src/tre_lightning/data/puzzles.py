@@ -8,12 +8,11 @@ and the text of :func:`as_answer` score 1.0 under ``tre_lightning.rewards.score_
 import hashlib
 import random
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeGuard
 
 from tre_lightning.data.draws import MAX_DRAWS, SPLITS, below, between, split_of_hash
-from tre_lightning.data.sources import whole_number
 
 MAX_NUMBERS = 6  # numbers of the television game; bounds the exhaustive search
 
@@ -195,14 +194,13 @@ def read_puzzle(row: Mapping[str, object], where: str) -> Puzzle:
     Raises:
         ValueError: if the row is none such; the message starts with ``where``.
     """
-    given, target = row.get("nums"), whole_number(row.get("target"))
-    if isinstance(given, str | Mapping) or not isinstance(given, Iterable):
-        raise ValueError(f"{where}: nums={_show(given)} is not a list; write a list of ints")
-    numbers = [whole_number(number) for number in given]
+    numbers, target = row.get("nums"), row.get("target")
+    if not isinstance(numbers, list):
+        raise ValueError(f"{where}: nums={_show(numbers)} is not a list; write a list of ints")
     _check_numbers(f"{where}: nums", numbers)
     if not _is_int(target):
         raise ValueError(f"{where}: target={_show(target)} is not an int; write an int")
-    return Puzzle(tuple(map(int, numbers)), target, where)
+    return Puzzle(tuple(numbers), target, where)
 
 
 def _derive(

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from decimal import Decimal
 from numbers import Integral, Real
@@ -40,18 +40,22 @@ class Source(NamedTuple):
 
 
 def read_rows(
-    field: str, source: str, split: str = "train", name: str | None = None
+    field: str,
+    source: str,
+    split: str = "train",
+    name: str | None = None,
+    *,
+    decimals: bool = False,
 ) -> Iterator[tuple[str, Row]]:
     """Rows of a file or dataset, each with where it stands (``FILE:LINE``), for error messages.
-
-    Numbers with a fraction or an exponent are given as :class:`~decimal.Decimal`, with the digits
-    that the file has, where it has digits (JSON), or few of them stand for what it has (float32).
 
     Args:
         field: the option that names the source, for error messages.
         source: as ``file`` of :class:`Source`; ``~`` is the home directory.
         split: split of a dataset of the hub.
         name: configuration of a dataset of the hub; None = its only one, or its default.
+        decimals: give numbers with a fraction or an exponent as :class:`~decimal.Decimal`, with the
+            digits that JSON has, or the few that stand for a number of single precision.
 
     Raises:
         ValueError: if the source or a line of it cannot be read. It is raised on the way, when the
@@ -62,19 +66,22 @@ def read_rows(
             source = str(Path(source).expanduser())
     suffix = Path(source).suffix.lower()
     if suffix == ".jsonl":
-        return _jsonl_rows(field, source)
+        return _jsonl_rows(field, source, Decimal if decimals else float)
     if suffix == ".parquet":
         # Of a pattern or an address datasets makes something; a file's name is neither.
         if Path(source).is_file():
-            return _parquet_rows(field, source)
-        return _dataset_rows(field, source, "parquet", data_files=source, split="train")
+            rows = _parquet_rows(field, source)
+        else:
+            rows = _dataset_rows(field, source, "parquet", data_files=source, split="train")
+        return _with_few_digits(rows) if decimals else _plain(rows)
     if suffix in _OTHER_FILES or Path(source).is_file():
         raise ValueError(
             f"{field}={source} is of an unknown kind; give a .jsonl or .parquet file, or the name "
             "of a dataset of the hub"
         )
     configuration = {} if name is None else {"name": name}
-    return _dataset_rows(field, source, source, split=split, **configuration)
+    rows = _dataset_rows(field, source, source, split=split, **configuration)
+    return _with_few_digits(rows) if decimals else _plain(rows)
 
 
 def text_of(row: Row, column: str, where: str) -> str:
@@ -114,15 +121,6 @@ def number_text(value: object) -> str | None:
     return f"{number:f}" if abs(number.adjusted()) <= _MOST_DIGITS else text
 
 
-def whole_number(value: object) -> object:
-    """The int that a number is equal to (``3.0``), where it is one; else the value itself."""
-    if isinstance(value, Real | Decimal) and number_text(value) is not None:
-        number = Decimal(str(value)) if not isinstance(value, Integral) else Decimal(int(value))
-        if number == number.to_integral_value() and number.adjusted() <= _MOST_DIGITS:
-            return int(number)
-    return value
-
-
 def warn_of_unscorable(field: str, source: str | None, found: Sequence[str], total: int) -> None:
     """Say once how many rows no response can be right for, and the first of them.
 
@@ -140,7 +138,7 @@ def warn_of_unscorable(field: str, source: str | None, found: Sequence[str], tot
         )
 
 
-def _jsonl_rows(field: str, source: str) -> Iterator[tuple[str, Row]]:
+def _jsonl_rows(field: str, source: str, number: Callable[[str], Any]) -> Iterator[tuple[str, Row]]:
     try:
         lines = Path(source).read_bytes().split(b"\n")
     except OSError as error:
@@ -148,12 +146,12 @@ def _jsonl_rows(field: str, source: str) -> Iterator[tuple[str, Row]]:
             f"{field}={source} cannot be read ({error.strerror}); give a .jsonl or .parquet file, "
             "or the name of a dataset of the hub"
         ) from error
-    for number, line in enumerate(lines, 1):
+    for place, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        where = f"{source}:{number}"
+        where = f"{source}:{place}"
         try:
-            row = json.loads(line, parse_float=Decimal)
+            row = json.loads(line, parse_float=number)
         except (ValueError, ArithmeticError, RecursionError):
             raise ValueError(f"{where}: the line is not JSON; write one object") from None
         if not isinstance(row, dict):
@@ -161,7 +159,11 @@ def _jsonl_rows(field: str, source: str) -> Iterator[tuple[str, Row]]:
         yield where, row
 
 
-def _parquet_rows(field: str, source: str) -> Iterator[tuple[str, Row]]:
+# Where a row stands, the row, and the types of its columns.
+_TypedRows = Iterator[tuple[str, Row, Mapping[str, str]]]
+
+
+def _parquet_rows(field: str, source: str) -> _TypedRows:
     import pyarrow.parquet as parquet  # type: ignore[import-untyped]
 
     number = 0
@@ -170,15 +172,13 @@ def _parquet_rows(field: str, source: str) -> Iterator[tuple[str, Row]]:
             for batch in parquet.ParquetFile(opened).iter_batches():
                 dtypes = {item.name: str(item.type) for item in batch.schema}
                 for row in batch.to_pylist():
-                    yield f"{source}: row {number}", _with_few_digits(row, dtypes)
+                    yield f"{source}: row {number}", row, dtypes
                     number += 1
     except (OSError, ValueError, NotImplementedError) as error:  # those of arrow, too
         raise _not_loaded(field, source, error) from error
 
 
-def _dataset_rows(
-    field: str, source: str, loader: str, **options: Any
-) -> Iterator[tuple[str, Row]]:
+def _dataset_rows(field: str, source: str, loader: str, **options: Any) -> _TypedRows:
     try:
         # Late: it takes a second, and JSONL does without.
         import datasets  # type: ignore[import-untyped]
@@ -194,7 +194,7 @@ def _dataset_rows(
     features = getattr(rows, "features", None) or {}
     dtypes = {column: str(getattr(feature, "dtype", "")) for column, feature in features.items()}
     for number, row in enumerate(rows):
-        yield f"{source}: row {number}", _with_few_digits(row, dtypes)
+        yield f"{source}: row {number}", row, dtypes
 
 
 def _not_loaded(field: str, source: str, error: Exception) -> ValueError:
@@ -206,14 +206,16 @@ def _not_loaded(field: str, source: str, error: Exception) -> ValueError:
     )
 
 
-def _with_few_digits(row: Row, dtypes: Mapping[str, str]) -> Row:
-    """The row with numbers of half or single precision as the digits that they are printed with."""
-    short = [column for column, dtype in dtypes.items() if dtype in _SHORT and column in row]
-    if not short:
-        return row
-    digits = {}
-    for column in short:
-        value = row[column]
-        if value is not None:
-            digits[column] = Decimal(str(_SHORT[dtypes[column]](value)))
-    return {**row, **digits}
+def _plain(rows: _TypedRows) -> Iterator[tuple[str, Row]]:
+    return ((where, row) for where, row, _ in rows)
+
+
+def _with_few_digits(rows: _TypedRows) -> Iterator[tuple[str, Row]]:
+    """Rows with numbers of half or single precision as the digits that they are printed with."""
+    for where, row, dtypes in rows:
+        digits = {
+            column: Decimal(str(_SHORT[dtype](row[column])))
+            for column, dtype in dtypes.items()
+            if dtype in _SHORT and row.get(column) is not None
+        }
+        yield where, {**row, **digits}
