@@ -105,6 +105,26 @@ def test_a_run_with_a_scorer_that_gives_a_list(tmp_path: Path) -> None:
     assert runs.saved_iteration(tmp_path / "run") == runs.ITERATIONS
 
 
+def test_a_run_whose_tags_are_special_tokens(tmp_path: Path) -> None:
+    """In a chat template; the warm start teaches what the scorer must then get to see."""
+    chatml().save_pretrained(tmp_path / "tokenizer")
+    size = {"vocab_size": len(chatml()), "max_position_embeddings": 512}
+    changes = {
+        "model.policy": {
+            "architecture": {**runs.ARCHITECTURE, **size},
+            "tokenizer": str(tmp_path / "tokenizer"),
+        },
+        "data.init_args.format": "think_answer",
+        "data.init_args.instruct": True,
+        "warm_start.steps": 25,
+        "trainer.max_epochs": 1,
+    }
+    runs.run(tmp_path / "run", changes=changes)
+    samples = [text for _, text in runs.texts(tmp_path / "run", "val/samples")]
+    responses = [line for text in samples for line in text.split("\n\n") if line]
+    assert samples and any("\n<think>" in response for response in responses)
+
+
 # ----- the texts
 
 
