@@ -8,6 +8,7 @@ from typing import Any
 
 import huggingface_hub.constants
 import pytest
+import torch
 import yaml
 
 import runs
@@ -287,11 +288,57 @@ def loss_terms(cli: PPOCLI) -> list[LossTerm]:
 
 
 @pytest.mark.usefixtures("parsed_only")
-@pytest.mark.parametrize(("given", "seed"), [("true", 0), ("false", 0), ("5", 5), (None, 42)])
+@pytest.mark.parametrize(("given", "seed"), [("5", 5), (None, 42)])
 def test_one_seed_for_all(tmp_path: Path, given: str | None, seed: int) -> None:
     flags = [] if given is None else [f"--seed_everything={given}"]
     cli = fit(*runs.words(tmp_path / "run", *flags)[1:])
-    assert cli.model.seed == cli.datamodule.seed == seed
+    assert cli.model.seed == cli.datamodule.seed == torch.initial_seed() == seed
+
+
+@pytest.mark.usefixtures("parsed_only")
+@pytest.mark.parametrize("command", ["fit", "test"])
+@pytest.mark.parametrize("given", ["true", "false"])
+def test_one_drawn_seed_for_all(
+    tmp_path: Path, command: str, given: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn = []
+    for _ in range(2):
+        words = runs.words(tmp_path / "run", f"--seed_everything={given}", command=command)
+        cli = main(words)
+        assert isinstance(cli, PPOCLI)
+        seed = cli.model.seed
+        assert cli.datamodule.seed == torch.initial_seed() == cli.options.seed_everything == seed
+        assert cli.warm_start_config["seed_everything"] == seed
+        assert cli.warm_start_config["data"]["init_args"]["task"]["init_args"]["seed"] == seed
+        assert f"--seed_everything {seed} repeats it" in capsys.readouterr().out
+        drawn.append(seed)
+    assert drawn[0] != drawn[1]
+
+
+@pytest.mark.usefixtures("parsed_only")
+def test_a_rank_takes_the_seed_that_the_first_one_drew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = runs.words(tmp_path / "run", "--seed_everything=true")[1:]
+    seed = fit(*words).model.seed
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert fit(*words).model.seed == seed
+    monkeypatch.delenv("TRE_LIGHTNING_SEED")  # started by torchrun, which knows no seed
+    with pytest.raises(SystemExit):
+        fit(*words)
+    assert "seed_everything=true draws a seed" in capsys.readouterr().err
+
+
+def test_a_drawn_seed_is_written_down_and_goes_on(tmp_path: Path) -> None:
+    run_dir, drawn = tmp_path / "run", "--seed_everything=true"
+    first = runs.run(run_dir, drawn, "--trainer.max_epochs=1")
+    saved = yaml.safe_load((run_dir / "config.yaml").read_text())
+    seed = first.model.seed
+    assert saved["seed_everything"] == saved["model"]["seed"] == seed
+    assert saved["data"]["init_args"]["seed"] == seed
+    assert runs.run(run_dir, drawn, "--ckpt_path=last").model.seed == seed
+    assert runs.run(run_dir, drawn, "--ckpt_path=best", command="test").datamodule.seed == seed
 
 
 @pytest.mark.usefixtures("parsed_only")
