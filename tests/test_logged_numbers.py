@@ -2,7 +2,6 @@
 
 import csv
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import pytest
 import torch
@@ -43,7 +42,10 @@ class Looks(EntropyBonus):
 def logged(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     """The rows of a run in bfloat16."""
     run_dir = tmp_path_factory.mktemp("bf16") / "run"
-    csv_logger = {"class_path": "tre_lightning.loggers.CSV", "init_args": {"save_dir": str(run_dir)}}
+    csv_logger = {
+        "class_path": "tre_lightning.loggers.CSV",
+        "init_args": {"save_dir": str(run_dir)},
+    }
     runs.run(
         run_dir,
         "--trainer.precision=bf16-true",
@@ -71,7 +73,7 @@ def test_numbers_of_a_run_in_bfloat16(logged: list[dict[str, str]]) -> None:
 
 def test_tensors_of_a_step_in_bfloat16(logged: list[dict[str, str]]) -> None:
     del logged
-    assert SEEN == dict.fromkeys(("new", "scores", "advantages"), torch.float32)
+    assert dict.fromkeys(("new", "scores", "advantages"), torch.float32) == SEEN
 
 
 def test_no_number_of_a_run_is_rounded_to_bfloat16(logged: list[dict[str, str]]) -> None:

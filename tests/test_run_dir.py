@@ -55,8 +55,10 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.usefixtures("parsed_only")
 def test_home_in_every_path(home: Path) -> None:
     layer = home / "layer.yaml"
-    layer.write_text("trainer: {max_epochs: 7, logger: [{class_path: tre_lightning.loggers.CSV, "
-                     "init_args: {save_dir: ~/logs}}]}")
+    layer.write_text(
+        "trainer: {max_epochs: 7, logger: [{class_path: tre_lightning.loggers.CSV, "
+        "init_args: {save_dir: ~/logs}}]}"
+    )
     (home / "top.yaml").write_text("layers: [~/layer.yaml]\nwarm_start: {cache_dir: ~/warm}")
     puzzles = home / "puzzles.jsonl"
     puzzles.write_text('{"nums": [1, 2], "target": 3}\n')
@@ -105,12 +107,14 @@ def test_home_in_a_comparison(home: Path) -> None:
 
 @given(st.text(max_size=8), st.sampled_from(["", " ", "a~", "~ ", "~!", "x/~/", "=~/"]))
 def test_only_a_leading_tilde_is_the_home_directory(text: str, start: str) -> None:
-    if not text.startswith("~") and start + text != "~":
+    if not text.startswith("~"):
         assert expanded(start + text) == start + text
 
 
 def test_containers_are_looked_into(home: Path) -> None:
-    space = Namespace(a="~/a", b=Namespace(c=["~/c", {"d": "~", "e": 1}]), f=("~nobody-here/x", None))
+    space = Namespace(
+        a="~/a", b=Namespace(c=["~/c", {"d": "~", "e": 1}]), f=("~nobody-here/x", None)
+    )
     found: Any = expanded(space)
     assert found.a == f"{home}/a" and found.b.c == [f"{home}/c", {"d": str(home), "e": 1}]
     assert found.f == ("~nobody-here/x", None)

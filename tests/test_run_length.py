@@ -110,8 +110,6 @@ def test_what_needs_an_end_asks_for_one(tmp_path: Path, capsys: pytest.CaptureFi
         words = runs.words(run_dir, DECAY, end, changes={"trainer.max_epochs": None, **QUIET})
         message = refusal(capsys, words)
         assert "optim.final_lr_share=0.5 needs a run with an end" in message, message
-    task = f"--data.init_args.task={runs.words(run_dir)[2]}"  # the file; its data are the task
-    del task
     pairs = ["reward", "fit", "--data=PreferencePairs", *supervised(run_dir)]
     assert "model.final_lr_share=0.1 needs a run with an end" in refusal(capsys, pairs)
     assert not run_dir.exists()
@@ -123,10 +121,11 @@ def test_what_needs_an_end_asks_for_one(tmp_path: Path, capsys: pytest.CaptureFi
         ("--trainer.max_epochs=0", "trainer.max_epochs=0 leaves nothing to train"),
         ("--trainer.max_steps=0", "trainer.max_steps=0 leaves nothing to train"),
         ("--trainer.limit_train_batches=0", "trainer.limit_train_batches=0 leaves nothing"),
+        ("--trainer.min_epochs=3", "trainer.min_epochs=3 is above trainer.max_epochs=2"),
         ("--trainer.limit_train_batches=0.2", "trainer.limit_train_batches=0.2 of"),
     ],
 )
-def test_a_run_of_nothing_is_refused(
+def test_a_run_of_nothing_or_of_contradictions_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str, message: str
 ) -> None:
     assert message in refusal(capsys, runs.words(tmp_path / "run", flag))

@@ -101,7 +101,10 @@ def test_preempted_it_is_saved_and_left_to_slurm(asked: Path, tmp_path: Path) ->
     ],
 )
 def test_another_run_is_protected(
-    asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, str],
+    asked: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changed: dict[str, str],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     run_dir = tmp_path / "run"

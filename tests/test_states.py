@@ -106,6 +106,9 @@ def test_what_no_callback_has_in_its_state_is_noticed_too(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
-        runs.run(tmp_path / "run", changes={"trainer.callbacks": [{"class_path": "test_states.Elsewhere"}]})
+        runs.run(
+            tmp_path / "run",
+            changes={"trainer.callbacks": [{"class_path": "test_states.Elsewhere"}]},
+        )
     assert stopped.value.code == 1
     assert "the checkpoint could not be read back" in capsys.readouterr().err

@@ -100,7 +100,7 @@ def check_run(
 
 
 def check_length(trainer: Trainer) -> None:
-    """Refuse a ``fit`` that would train nothing.
+    """Refuse a ``fit`` that would train nothing, or whose limits contradict each other.
 
     Raises:
         ValueError: naming the field.
@@ -108,6 +108,10 @@ def check_length(trainer: Trainer) -> None:
     for name in ("max_epochs", "max_steps", "limit_train_batches"):
         if getattr(trainer, name) == 0:
             raise ValueError(f"trainer.{name}=0 leaves nothing to train; raise it")
+    for kind in ("epochs", "steps"):
+        least, most = getattr(trainer, f"min_{kind}"), getattr(trainer, f"max_{kind}")
+        if least is not None and most is not None and 0 <= most < least:
+            raise ValueError(f"trainer.min_{kind}={least} is above trainer.max_{kind}={most}")
 
 
 def check_resumed(
@@ -138,7 +142,7 @@ def check_resumed(
             f"trainer.max_epochs={epochs} of {now} iterations is less than the checkpoint's "
             f"{done} iterations; give more epochs, or an earlier checkpoint"
         )
-    if 0 <= steps and saved["global_step"] >= steps + module.steps_a_batch:
+    if steps >= 0 and saved["global_step"] >= steps + module.steps_a_batch:
         raise ValueError(
             f"trainer.max_steps={steps} is less than the checkpoint's {saved['global_step']} "
             "optimiser steps; give more steps, or an earlier checkpoint"

@@ -242,6 +242,8 @@ class _CLI(LightningCLI):
         self.options: Namespace = self.config[self.subcommand]
         with one_line_errors():
             check_devices(self.options.trainer.accelerator, self.options.trainer.devices)
+            if self.options.trainer.default_root_dir is None:
+                raise ValueError("trainer.default_root_dir=null names no directory; give one")
             check_directory("trainer.default_root_dir", self.run_dir)
             if self.subcommand == "fit" and not self.options.trainer.fast_dev_run:
                 self.hold(self.run_dir)
@@ -523,8 +525,9 @@ class PPOCLI(_CLI):
         }
         data["init_args"].pop("tokenizer", None)
         seed = options.model.seed
-        check_directory("warm_start.cache_dir", warm_start.cache_dir)
         directory = warm_start.directory(policy, data, seed)
+        if not (directory / "model").exists():
+            check_directory("warm_start.cache_dir", warm_start.cache_dir)
         self.warm_start = warm_start
         self.warm_start_dir = directory
         self.warm_start_config = warm_start.config(directory, policy, data, seed)
@@ -542,7 +545,8 @@ class PPOCLI(_CLI):
         module, data = self.model, self.datamodule
         assert isinstance(module, PPOModule) and isinstance(data, PromptDataModule)
         with one_line_errors():
-            module.optim_args.check_end(known=has_end(self.trainer))
+            if self.subcommand == "fit":
+                module.optim_args.check_end(known=has_end(self.trainer))
             policy = module.policy_args
             if self.warm_start is not None and not (self.warm_start_dir / "model").exists():
                 policy = PolicyArgs(**self.warm_start_config["model"]["policy"])

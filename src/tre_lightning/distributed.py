@@ -20,7 +20,7 @@ def world() -> tuple[int, int]:
 
 
 def is_first_process() -> bool:
-    """Whether this process is the run's first, by the launcher's environment; before any exchange."""
+    """Whether this is the run's first process, by the launcher's environment: before exchanges."""
     node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))
     return not (_get_rank() or int(node))
 

@@ -1,10 +1,10 @@
 """How long a run is, in training batches; for PPO a batch is an iteration.
 
 The one notion of it, for learning rates, progress and checks: whichever comes first of
-``trainer.max_epochs`` and ``trainer.max_steps``, with ``trainer.limit_train_batches``. Steps are the
-optimiser's, as Lightning counts them: a PPO iteration has ``num_epochs * num_minibatches`` of them, and
-a run ends with the iteration that reaches ``max_steps`` (updates that are skipped are no steps).
-What ends a run by the clock (``trainer.max_time``, a ``Timer``) may end it earlier.
+``trainer.max_epochs`` and ``trainer.max_steps``, with ``trainer.limit_train_batches``. Steps are
+the optimiser's, as Lightning counts them: a PPO iteration has ``num_epochs * num_minibatches`` of
+them, and a run ends with the iteration that reaches ``max_steps`` (updates that are skipped are no
+steps). What ends a run by the clock (``trainer.max_time``, a ``Timer``) may end it earlier.
 """
 
 import math
@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Timer
 
 
 def total_batches(trainer: Trainer) -> float:
-    """Training batches of the whole run, in ``fit``; infinite where neither epochs nor steps end."""
+    """Training batches of the whole run, in ``fit``; infinite where neither of the two is given."""
     batches = trainer.num_training_batches
     by_epochs = trainer.max_epochs * batches if _limited(trainer.max_epochs) else math.inf  # type: ignore[operator]
     if not _limited(trainer.max_steps):

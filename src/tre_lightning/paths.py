@@ -37,7 +37,7 @@ def expanded(value: Any) -> Any:
 
 
 def check_directory(field: str, given: str) -> None:
-    """Raise ValueError unless there is such a directory, or one can be made, that can be written to."""
+    """Raise ValueError unless the directory is there or can be made, and can be written to."""
     there = Path(given).absolute()
     while not there.exists() and not there.is_symlink():
         there = there.parent

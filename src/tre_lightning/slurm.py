@@ -1,4 +1,4 @@
-"""Jobs that SLURM queues again: the run is saved, and goes on by itself where the job starts anew."""
+"""Jobs that SLURM queues again: the run is saved, and goes on by itself when the job restarts."""
 
 import os
 import signal

@@ -151,7 +151,7 @@ class IterationCheckpoint(Checkpoint):
                 partial.replace(target)
 
     def _read_back(self, trainer: Trainer, file: Path) -> None:
-        """Raise CheckpointError if what was written could not be loaded; the tensors stay unread."""
+        """Raise CheckpointError if what was written cannot be loaded; tensors stay unread."""
         if (reason := damage(file)) is None:
             return
         file.unlink()
@@ -193,7 +193,9 @@ def check_states(callbacks: Sequence[Callback]) -> None:
             state = _plain(callback.state_dict())
         except Exception:  # it may need a run that has begun
             continue
-        if reason := _unreadable(apply_to_collection(state, torch.Tensor, lambda t: t.new_empty(0))):
+        if reason := _unreadable(
+            apply_to_collection(state, torch.Tensor, lambda t: t.new_empty(0))
+        ):
             raise ValueError(
                 f"the state_dict() of the callback {callback.state_key} cannot be read back from a "
                 f"checkpoint ({reason}); let it hold tensors, numbers, texts, lists and dicts"
@@ -201,7 +203,7 @@ def check_states(callbacks: Sequence[Callback]) -> None:
 
 
 def _plain(state: Any) -> Any:
-    """The state with Python's numbers instead of NumPy's, which a checkpoint could not give back."""
+    """The state with Python's numbers for NumPy's, which a checkpoint could not give back."""
     return apply_to_collection(state, np.generic, lambda number: number.item())
 
 
