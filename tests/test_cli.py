@@ -230,14 +230,15 @@ def test_refused_in_one_line(
     assert not run_dir.exists() and not cache.exists()  # nothing written, nothing trained
 
 
+@pytest.mark.parametrize("from_another", [False, True])
 def test_an_earlier_run_is_not_overwritten(
-    done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], from_another: bool
 ) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(done, run_dir)
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
     with pytest.raises(SystemExit) as stopped:
-        runs.run(run_dir)
+        runs.run(run_dir, *([f"--ckpt_path={done}/checkpoints/last.ckpt"] if from_another else []))
     assert stopped.value.code == 2
     message = capsys.readouterr().err.splitlines()[-1]
     for word in ("error: ", f"trainer.default_root_dir={run_dir}", "--ckpt_path last"):

@@ -31,6 +31,7 @@ from transformers.utils import logging as transformers_logging
 from tre_lightning.callbacks.checkpoint import (
     IterationCheckpoint,
     find_checkpoint,
+    folder,
     has_run,
     saved_run,
 )
@@ -484,19 +485,20 @@ class PPOCLI(_CLI):
 
     def find_run(self) -> None:
         """Find the checkpoint to go on with; protect an earlier run."""
-        options = self.options
-        if not options.ckpt_path and self.subcommand == "fit" and has_run(self.run_dir):
+        given = self.options.ckpt_path
+        path = find_checkpoint(str(given), self.run_dir) if given else None
+        own = path is not None and path.parent.resolve() == folder(self.run_dir).resolve()
+        if self.subcommand == "fit" and has_run(self.run_dir) and not own:
             if not self._goes_on_by_itself():
                 raise ValueError(
                     f"trainer.default_root_dir={self.run_dir} already holds a run; continue it "
                     "with --ckpt_path last, or give another directory, or delete this one"
                 )
-            options.ckpt_path = "last"
-        if options.ckpt_path:
-            path = find_checkpoint(str(options.ckpt_path), self.run_dir)
+            path = find_checkpoint("last", self.run_dir)
+        if path is not None:
             self.resumed_run = saved_run(path)
             self.resumed_iteration = int(self.resumed_run["iteration"])
-            options.ckpt_path = str(path)
+            self.options.ckpt_path = str(path)
 
     def _goes_on_by_itself(self) -> bool:
         """Whether the run in the directory is of this very SLURM job, which was queued again."""

@@ -21,7 +21,7 @@ def job_id() -> str | None:
 
 def is_started_anew() -> bool:
     """Whether SLURM has started this job before."""
-    return job_id() is not None and os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    return bool(job_id()) and os.environ.get("SLURM_RESTART_COUNT", "") not in ("", "0")
 
 
 class Requeue:
