@@ -24,7 +24,7 @@ JOB = {
 class TimeIsUp(Callback):
     """Sends this process the signal that SLURM sends, in a hook of ``fit``."""
 
-    def __init__(self, hook: str, iteration: int = 0, number: int = signal.SIGUSR1) -> None:
+    def __init__(self, hook: str, iteration: int = 0, number: int = int(signal.SIGUSR1)) -> None:
         def send(trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
             if pl_module.iteration == iteration and not self.sent:
                 self.sent = True

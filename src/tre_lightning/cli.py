@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from enum import Enum
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,6 +35,7 @@ from tre_lightning.callbacks.checkpoint import (
     folder,
     has_run,
     saved_run,
+    warn,
 )
 from tre_lightning.callbacks.inspection import Inspection
 from tre_lightning.callbacks.progress import RunProgress
@@ -48,7 +50,7 @@ from tre_lightning.horizon import has_end
 from tre_lightning.layers import read_config, with_layers
 from tre_lightning.memory import keep_freed_memory
 from tre_lightning.optim import check_decay
-from tre_lightning.paths import check_directory, expanded, is_locked_here, locked
+from tre_lightning.paths import changed, check_directory, expanded, is_locked_here, locked
 from tre_lightning.policy import PolicyArgs
 from tre_lightning.ppo import PPOModule
 from tre_lightning.reward_model import RewardModelModule
@@ -118,9 +120,13 @@ class RunConfig(SaveConfigCallback):
         """Write the file; on the first rank."""
         path = Path(trainer.default_root_dir) / self.config_filename
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.parser.save(
-            self.config, str(path), skip_unset=False, overwrite=True, multifile=self.multifile
-        )
+        # YAML knows no enumerations, which are defaults of some callbacks of Lightning.
+        config = changed(self.config.clone(), lambda x: x.value if isinstance(x, Enum) else x)
+        options = {"skip_unset": False, "overwrite": True, "multifile": self.multifile}
+        try:
+            self.parser.save(config, str(path), **options)
+        except ValueError as error:
+            warn(f"{path} could not be written, the run goes on: {one_line(str(error))}")
 
 
 def _be_quiet() -> None:

@@ -4,7 +4,7 @@ import fcntl
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,24 @@ def expanded(value: Any) -> Any:
     It looks into containers: an option that is not known here may be a path too. Shells do this for
     words that start with a tilde, but not behind ``--option=`` or in a file.
     """
-    if isinstance(value, str):
-        return os.path.expanduser(value) if _HOME.match(value) else value
+    return changed(value, lambda x: os.path.expanduser(x) if _is_in_home(x) else x)
+
+
+def changed(value: Any, change: Callable[[Any], Any]) -> Any:
+    """The value with every part of its containers changed; namespaces are changed in place."""
     if isinstance(value, Namespace):
         for key, part in list(vars(value).items()):
-            setattr(value, key, expanded(part))
+            setattr(value, key, changed(part, change))
         return value
     if isinstance(value, dict):
-        return {key: expanded(part) for key, part in value.items()}
+        return {key: changed(part, change) for key, part in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(expanded(part) for part in value)
-    return value
+        return type(value)(changed(part, change) for part in value)
+    return change(value)
+
+
+def _is_in_home(value: Any) -> bool:
+    return isinstance(value, str) and _HOME.match(value) is not None
 
 
 def check_directory(field: str, given: str) -> None:
@@ -100,7 +107,8 @@ def _lock(path: Path, directory: str, wait: bool) -> int:
             except BlockingIOError:
                 if not wait:
                     raise ValueError(
-                        f"another process is at work in {directory}; wait for its end or stop it"
+                        f"another process is at work in {directory}; wait for its end, stop it or "
+                        "give another directory"
                     ) from None
                 print(f"waiting for another process at work in {directory}", file=sys.stderr)
                 fcntl.flock(file, fcntl.LOCK_EX)
