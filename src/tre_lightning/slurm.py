@@ -7,8 +7,8 @@ import sys
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Trainer
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from tre_lightning.callbacks.stop import GracefulStop
