@@ -37,7 +37,6 @@ def trainer(**options: Any) -> Any:
     ("options", "batches"),
     [
         ({}, math.inf),
-        ({"max_epochs": None}, math.inf),
         ({"max_epochs": 3}, 15),
         ({"max_steps": 7}, 7),
         ({"max_steps": 7, "max_epochs": 1}, 5),
@@ -56,6 +55,11 @@ def test_the_run_ends_with_what_comes_first(options: dict[str, Any], batches: fl
     given = trainer(**options)
     assert total_batches(given) == batches
     assert has_end(given) == math.isfinite(batches)
+
+
+def test_without_any_limit_there_are_1000_epochs_unless_a_timer_ends_them() -> None:
+    assert has_end(trainer(max_epochs=None, callbacks=[]))
+    assert not has_end(trainer(max_epochs=None, callbacks=[Timer(timedelta(hours=1))]))
 
 
 def test_the_clock_that_ends_first_counts() -> None:

@@ -24,6 +24,9 @@ def total_batches(trainer: Trainer) -> float:
 
 def has_end(trainer: Trainer) -> bool:
     """Whether :func:`total_batches` will be finite; known before ``fit``."""
+    if trainer.max_epochs is None and not _limited(trainer.max_steps):
+        # Lightning then makes it 1000 epochs.
+        return not any(isinstance(c, Timer) for c in trainer.callbacks)  # type: ignore[attr-defined]
     return _limited(trainer.max_epochs) or _limited(trainer.max_steps)
 
 
