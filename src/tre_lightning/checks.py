@@ -5,11 +5,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.seed import max_seed_value, min_seed_value
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
+from lightning.pytorch.utilities import rank_zero_warn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 
 from tre_lightning.callbacks.checkpoint import check_states, warn
+from tre_lightning.callbacks.monitors import check_monitors
 from tre_lightning.data.prompts import PromptDataModule
 from tre_lightning.engines import check_engine
 from tre_lightning.errors import read
@@ -25,6 +28,7 @@ from tre_lightning.policy import (
 from tre_lightning.ppo import PPOModule
 from tre_lightning.sharding import check_sharding, shards
 from tre_lightning.tokenizer import word_tokenizer
+from tre_lightning.trainer_options import check_limits, check_trainer
 
 
 def check_run(
@@ -56,6 +60,7 @@ def check_run(
             f"trainer.limit_train_batches={trainer.limit_train_batches} of "
             f"data.iterations_per_epoch={data.iterations_per_epoch} is no whole iteration; raise it"
         )
+    check_trainer(trainer)
     check_batches(module, data, trainer.world_size)
     given = module.policy_args
     check_sharding(trainer, adapters=given.lora is not None, cpu_offload=given.cpu_offload)
@@ -64,6 +69,12 @@ def check_run(
         raise ValueError(
             f"trainer.precision={trainer.precision} needs a loss scale, which overflows that are "
             "skipped here would leave too high; use bf16-mixed, bf16-true or 32-true"
+        )
+    ppo = module.ppo_args
+    if ppo.kl_coef > 0.0 and ppo.kl_in == "reward" and ppo.kl_estimator != "k1":
+        rank_zero_warn(
+            f"model.ppo.kl_estimator={ppo.kl_estimator} with model.ppo.kl_in=reward does not pull "
+            "the policy back to the reference; k1 there does, as k2 and k3 do in the loss"
         )
     config = load_config(policy)
     if policy.critic_model is not None:
@@ -85,6 +96,8 @@ def check_run(
         if named is None
         else read("model.policy.tokenizer", named, load_tokenizer)
     )
+    check_limits(trainer, data)
+    check_monitors(trainer, module, data)
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     new_tokens = module.rollout_args.max_new_tokens
     if context is not None and data.longest_prompt + new_tokens > context:
@@ -157,6 +170,18 @@ def check_resumed(
 def _iterations_an_epoch(data: PromptDataModule, trainer: Trainer) -> int:
     limit, whole = trainer.limit_train_batches, data.iterations_per_epoch
     return min(limit, whole) if isinstance(limit, int) else int(limit * whole)
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that torch and numpy do not both take.
+
+    Raises:
+        ValueError: naming the field, its value and the fix.
+    """
+    if not min_seed_value <= seed <= max_seed_value:
+        raise ValueError(
+            f"seed_everything={seed} must lie between {min_seed_value} and {max_seed_value}"
+        )
 
 
 def check_devices(accelerator: str, devices: object) -> None:

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.utilities import rank_zero_only
@@ -104,10 +105,10 @@ class IterationCheckpoint(Checkpoint):
             self._save(trainer, "best.ckpt")
 
     def check_monitor(self, trainer: Trainer) -> None:
-        """Raise ValueError if the validation that has just ended did not log ``monitor``."""
+        """Refuse a ``monitor`` that the validation which has just ended did not log."""
         logged = [tag for tag in trainer.callback_metrics if tag.startswith(("val/", "val_"))]
         if logged and self.monitor not in logged:
-            raise ValueError(
+            raise MisconfigurationException(
                 f"checkpoint.monitor={self.monitor} is not logged; use one of {', '.join(logged)}"
             )
 

@@ -71,7 +71,8 @@ class GracefulStop(Callback):
         first = not self.received
         self.received = self.received or number
         if first and self._trainer.is_global_zero:
-            _say("stopping when this iteration is finished and saved; Ctrl-C again to end at once")
+            saved = " and saved" if self._trainer.checkpoint_callbacks else ""
+            _say(f"stopping when this iteration is finished{saved}; Ctrl-C again to end at once")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
