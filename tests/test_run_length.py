@@ -113,8 +113,8 @@ def test_what_needs_an_end_asks_for_one(tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--trainer.max_epochs=0", "trainer.max_epochs=0 leaves nothing to train"),
-        ("--trainer.max_steps=0", "trainer.max_steps=0 leaves nothing to train"),
+        ("--trainer.max_epochs=0", "trainer.max_epochs=0"),
+        ("--trainer.max_steps=0", "trainer.max_steps=0"),
         ("--trainer.limit_train_batches=0", "trainer.limit_train_batches=0"),
         ("--trainer.min_epochs=3", "trainer.min_epochs=3 is above trainer.max_epochs=2"),
         ("--trainer.limit_train_batches=0.2", "trainer.limit_train_batches=0.2"),

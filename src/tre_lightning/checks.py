@@ -55,11 +55,6 @@ def check_run(
     """
     find_methods(trainer.callbacks)  # type: ignore[attr-defined]
     check_states(trainer.callbacks)  # type: ignore[attr-defined]
-    if _iterations_an_epoch(data, trainer) == 0 and trainer.limit_train_batches:
-        raise ValueError(
-            f"trainer.limit_train_batches={trainer.limit_train_batches} of "
-            f"data.iterations_per_epoch={data.iterations_per_epoch} is no whole iteration; raise it"
-        )
     check_trainer(trainer)
     check_batches(module, data, trainer.world_size)
     given = module.policy_args
@@ -113,14 +108,11 @@ def check_run(
 
 
 def check_length(trainer: Trainer) -> None:
-    """Refuse a ``fit`` that would train nothing, or whose limits contradict each other.
+    """Refuse a ``fit`` whose limits contradict each other.
 
     Raises:
         ValueError: naming the field.
     """
-    for name in ("max_epochs", "max_steps", "limit_train_batches"):
-        if getattr(trainer, name) == 0:
-            raise ValueError(f"trainer.{name}=0 leaves nothing to train; raise it")
     for kind in ("epochs", "steps"):
         least, most = getattr(trainer, f"min_{kind}"), getattr(trainer, f"max_{kind}")
         if least is not None and most is not None and 0 <= most < least:
