@@ -22,7 +22,8 @@ from tre_lightning.compare.plan import Method, Plan, Trial, read_plan, specifica
 from tre_lightning.compare.report import metric, report
 from tre_lightning.compare.run import Runner, _Running, choose
 from tre_lightning.compare.statistics import differences, estimate, mean
-from tre_lightning.compare.trial import RESULT, SPECIFICATION, late_mean, locked, read_curves
+from tre_lightning.compare.trial import RESULT, SPECIFICATION, late_mean, read_curves
+from tre_lightning.paths import locked
 
 PLANS = Path(__file__).parents[1] / "configs" / "compare"
 METHOD = {

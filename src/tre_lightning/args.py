@@ -238,24 +238,35 @@ class OptimArgs:
                 f"model.optim.warmup_share={self.warmup_share}, not both; set the other to 0"
             )
 
+    def check_end(self, *, known: bool) -> None:
+        """Raise ValueError where a rate depends on the run's end, and that is not known."""
+        if known:
+            return
+        if self.warmup_share > 0.0:
+            raise ValueError(
+                f"model.optim.warmup_share={self.warmup_share} needs a run with an end; give "
+                "trainer.max_epochs, trainer.max_steps or model.optim.warmup_iterations"
+            )
+        if self.final_lr_share != 1.0:
+            raise ValueError(
+                f"model.optim.final_lr_share={self.final_lr_share} needs a run with an end; give "
+                "trainer.max_epochs or trainer.max_steps, or 1 for a constant rate"
+            )
+
     def lr_share(self, iteration: int, total_iterations: float) -> float:
         """Share of the peak learning rate at a PPO iteration.
 
         Raises:
-            ValueError: for a ``warmup_share`` of a run without end.
+            ValueError: for a share of a run without end.
         """
+        self.check_end(known=math.isfinite(total_iterations))
         warmup = self.warmup_iterations
         if self.warmup_share > 0.0:
-            if math.isinf(total_iterations):
-                raise ValueError(
-                    f"model.optim.warmup_share={self.warmup_share} needs a run with an end; give "
-                    "trainer.max_epochs or model.optim.warmup_iterations"
-                )
             warmup = round(self.warmup_share * total_iterations)
         if iteration < warmup:
             return (iteration + 1) / warmup
         left = max(total_iterations - warmup - 1, 1)
-        done = min((iteration - warmup) / left, 1.0)
+        done = min((iteration - warmup) / left, 1.0)  # 0 in a run without end
         return 1.0 - (1.0 - self.final_lr_share) * done
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.seed import max_seed_value, min_seed_value
@@ -10,6 +11,7 @@ from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 
+from tre_lightning.callbacks.checkpoint import check_states, warn
 from tre_lightning.callbacks.monitors import check_monitors
 from tre_lightning.data.prompts import PromptDataModule
 from tre_lightning.engines import check_engine
@@ -52,6 +54,7 @@ def check_run(
         ValueError: naming the field, its value and the fix.
     """
     find_methods(trainer.callbacks)  # type: ignore[attr-defined]
+    check_states(trainer.callbacks)  # type: ignore[attr-defined]
     check_trainer(trainer)
     check_batches(module, data, trainer.world_size)
     given = module.policy_args
@@ -102,6 +105,63 @@ def check_run(
         shapes = expected_shapes(replace(policy, lora=lora), config)
         if saved_shapes is not None:
             refuse_other_model(shapes, saved_shapes)
+
+
+def check_length(trainer: Trainer) -> None:
+    """Refuse a ``fit`` whose limits contradict each other.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    for kind in ("epochs", "steps"):
+        least, most = getattr(trainer, f"min_{kind}"), getattr(trainer, f"max_{kind}")
+        if least is not None and most is not None and 0 <= most < least:
+            raise ValueError(f"trainer.min_{kind}={least} is above trainer.max_{kind}={most}")
+
+
+def check_resumed(
+    module: PPOModule, data: PromptDataModule, trainer: Trainer, saved: Mapping[str, Any]
+) -> None:
+    """Refuse to go on with a run whose length is told otherwise, and warn of other prompts.
+
+    Args:
+        module: the configured module.
+        data: the configured task, checked.
+        trainer: the configured trainer.
+        saved: what :func:`tre_lightning.callbacks.checkpoint.saved_run` found.
+
+    Raises:
+        ValueError: naming the field, its value and the fix.
+    """
+    now, before = _iterations_an_epoch(data, trainer), saved["iterations_an_epoch"]
+    if before is not None and now != before:
+        raise ValueError(
+            f"data.iterations_per_epoch={data.iterations_per_epoch} with "
+            f"trainer.limit_train_batches={trainer.limit_train_batches} makes {now} iterations an "
+            f"epoch, and the checkpoint is of a run of {before}; give what it had, and another "
+            "trainer.max_epochs for another length"
+        )
+    done, epochs, steps = saved["iteration"], trainer.max_epochs, trainer.max_steps
+    if epochs is not None and 0 <= epochs * now < done:
+        raise ValueError(
+            f"trainer.max_epochs={epochs} of {now} iterations is less than the checkpoint's "
+            f"{done} iterations; give more epochs, or an earlier checkpoint"
+        )
+    if steps >= 0 and saved["global_step"] >= steps + module.steps_a_batch:
+        raise ValueError(
+            f"trainer.max_steps={steps} is less than the checkpoint's {saved['global_step']} "
+            "optimiser steps; give more steps, or an earlier checkpoint"
+        )
+    if saved["prompts"] not in (None, data.fingerprint):
+        warn(
+            "the training prompts are not those of the checkpoint's run: its data, their files or "
+            f"seed_everything changed; they count from iteration {done + 1} on"
+        )
+
+
+def _iterations_an_epoch(data: PromptDataModule, trainer: Trainer) -> int:
+    limit, whole = trainer.limit_train_batches, data.iterations_per_epoch
+    return min(limit, whole) if isinstance(limit, int) else int(limit * whole)
 
 
 def check_seed(seed: int) -> None:

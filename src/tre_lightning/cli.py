@@ -10,7 +10,6 @@ say what is trained.
 """
 
 import logging
-import math
 import os
 import shlex
 import signal
@@ -18,8 +17,9 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -39,8 +39,10 @@ from tre_lightning import trainer_options
 from tre_lightning.callbacks.checkpoint import (
     IterationCheckpoint,
     find_checkpoint,
+    folder,
     has_run,
     saved_run,
+    warn,
 )
 from tre_lightning.callbacks.inspection import Inspection
 from tre_lightning.callbacks.monitors import (
@@ -52,19 +54,30 @@ from tre_lightning.callbacks.monitors import (
 from tre_lightning.callbacks.progress import RunProgress
 from tre_lightning.callbacks.stop import LAUNCHER, GracefulStop
 from tre_lightning.callbacks.summary import PredictionWriter, RunSummary
-from tre_lightning.checks import check_devices, check_run, check_seed
+from tre_lightning.checks import (
+    check_devices,
+    check_length,
+    check_resumed,
+    check_run,
+    check_seed,
+)
 from tre_lightning.data.demonstrations import Demonstrations
 from tre_lightning.data.preferences import PreferencePairs
 from tre_lightning.data.prompts import PromptDataModule
 from tre_lightning.errors import RunError, disk_full, one_line, one_line_errors
+from tre_lightning.horizon import has_end
 from tre_lightning.layers import read_config, with_layers
 from tre_lightning.memory import keep_freed_memory
+from tre_lightning.optim import check_decay
+from tre_lightning.paths import changed, check_directory, expanded, is_locked_here, locked
 from tre_lightning.policy import PolicyArgs
 from tre_lightning.ppo import PPOModule
 from tre_lightning.reward_model import PairMetrics, RewardModelModule
 from tre_lightning.rewards.remote import RewardServerError
+from tre_lightning.seeding import settled_seed
 from tre_lightning.sft import SFTModule
 from tre_lightning.sharding import check_whole
+from tre_lightning.slurm import Requeue, is_started_anew, job_id
 from tre_lightning.trainer_options import blame, check_options, check_ppo_callbacks
 from tre_lightning.warm_start import WarmStart, wait_for
 
@@ -127,9 +140,13 @@ class RunConfig(SaveConfigCallback):
         """Write the file; on the first rank."""
         path = Path(trainer.default_root_dir) / self.config_filename
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.parser.save(
-            self.config, str(path), skip_unset=False, overwrite=True, multifile=self.multifile
-        )
+        # YAML knows no enumerations, which are defaults of some callbacks of Lightning.
+        config = changed(self.config.clone(), lambda x: x.value if isinstance(x, Enum) else x)
+        options = {"skip_unset": False, "overwrite": True, "multifile": self.multifile}
+        try:
+            self.parser.save(config, str(path), **options)
+        except ValueError as error:
+            warn(f"{path} could not be written, the run goes on: {one_line(str(error))}")
 
 
 def _be_quiet() -> None:
@@ -212,8 +229,8 @@ def _naming(option: str) -> Callable[..., Any]:
 
 
 def _seed(seed: bool | int) -> int:
-    """What Lightning makes of ``seed_everything``: true and false mean 0 here."""
-    return 0 if isinstance(seed, bool) else seed
+    """A number for the parser; what true and false mean is settled later, in one place."""
+    return int(seed)
 
 
 class _CLI(LightningCLI):
@@ -233,27 +250,28 @@ class _CLI(LightningCLI):
         """Parse, build and run the command in ``args``; ``resume_command`` is for messages."""
         self.resume_command = resume_command
         parser = {"parser_mode": "omegaconf+", "exit_on_error": False, "allow_abbrev": False}
-        super().__init__(
-            model,
-            data,
-            args=cast(Any, args),
-            subclass_mode_data=True,
-            seed_everything_default=42,
-            save_config_callback=RunConfig,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            parser_kwargs={
-                "prog": "python -m tre_lightning",
-                **parser,
-                **{name: dict(parser) for name in self.subcommands()},
-            },
-            trainer_defaults={
-                "default_root_dir": "runs/default",
-                "enable_model_summary": False,
-                "log_every_n_steps": 1,
-                "num_sanity_val_steps": 0,
-            },
-        )
+        with ExitStack() as self.held:  # locks, until the command has ended
+            super().__init__(
+                model,
+                data,
+                args=cast(Any, args),
+                subclass_mode_data=True,
+                seed_everything_default=42,
+                save_config_callback=RunConfig,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+                parser_kwargs={
+                    "prog": "python -m tre_lightning",
+                    **parser,
+                    **{name: dict(parser) for name in self.subcommands()},
+                },
+                trainer_defaults={
+                    "default_root_dir": "runs/default",
+                    "enable_model_summary": False,
+                    "log_every_n_steps": 1,
+                    "num_sanity_val_steps": 0,
+                },
+            )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what every command has."""
@@ -264,24 +282,61 @@ class _CLI(LightningCLI):
         """Parse; unlike Lightning, do not warn about ``args`` beside the process's own."""
         parse = parser.parse_object if isinstance(args, Mapping) else parser.parse_args
         with one_line_errors("; --help lists every option and its type"):
-            self.config = parse(args)
+            self.config = expanded(parse(args))
         with one_line_errors():
             check_seed(self.config[self.config.subcommand].seed_everything)
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning would let the checkpoint's options override the given ones."""
 
+    def _set_seed(self) -> None:
+        """Do nothing: a run that goes on has its seed from the checkpoint, which is found later."""
+
     def before_instantiate_classes(self) -> None:
-        """Fill in the paths."""
+        """Hold the run directory, settle the seed, and fill in the paths."""
         self.options: Namespace = self.config[self.subcommand]
-        given = self.options.clone()
-        if "ckpt_path" in given:
-            given.ckpt_path = None
-        self.save_config_kwargs = {"given": given}
         with one_line_errors():
             check_options(self.options.trainer, self.rules)
             check_devices(self.options.trainer.accelerator, self.options.trainer.devices)
+            if self.options.trainer.default_root_dir is None:
+                raise ValueError("trainer.default_root_dir=null names no directory; give one")
+            check_directory("trainer.default_root_dir", self.run_dir)
+            if self.subcommand == "fit" and not self.options.trainer.fast_dev_run:
+                self.hold(self.run_dir)
+            self.find_run()
+            self._settle_seed()
+            given = self.options.clone()
+            if "ckpt_path" in given:
+                given.ckpt_path = None
+            self.save_config_kwargs = {"given": given}
             self.fill_in_paths()
+
+    def hold(self, directory: str, *, beside: bool = False) -> None:
+        """Keep other processes out of a directory while this command runs."""
+        if not is_locked_here(directory):
+            self.held.enter_context(locked(directory, beside=beside))
+
+    def find_run(self) -> None:
+        """Find what the command goes on with; nothing by default."""
+
+    @property
+    def saved_seed(self) -> int | None:
+        """Seed of the run that the command goes on with."""
+        return None
+
+    def _settle_seed(self) -> None:
+        """One number for torch, the samples and the data."""
+        options = self.options
+        given = options.seed_everything
+        seed = settled_seed(given, self.saved_seed, options.trainer.num_nodes)
+        options.seed_everything = seed
+        data = options.data.get("init_args") or {}
+        # A task's demonstrations have a seed option of their own, if not a draw.
+        task = (data.get("task") or {}).get("init_args") if isinstance(given, bool) else None
+        for owner in (options.model, data, task):
+            if owner and "seed" in owner:
+                owner["seed"] = seed
+        super()._set_seed()
 
     def fill_in_paths(self) -> None:
         """Log into the run directory, unless another logger is configured.
@@ -310,6 +365,8 @@ class _CLI(LightningCLI):
             self.parser.add_instantiator(_naming(option), kind, subclasses=True)
         with one_line_errors():
             super().instantiate_classes()
+            if self.subcommand == "fit":
+                check_length(self.trainer)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Leave out of our callbacks what the flags switch off; name the flag in an error."""
@@ -346,11 +403,18 @@ class _CLI(LightningCLI):
         """Run; what ends a run though it is no bug is one line and an exit code."""
         if "LOCAL_RANK" not in os.environ:  # else started by that process, or by another launcher
             os.environ[LAUNCHER] = str(os.getpid())
+        requeue = Requeue(self.trainer, wanted=subcommand == "fit")
         try:
-            super()._run_subcommand(subcommand)
+            with requeue:
+                super()._run_subcommand(subcommand)
         except SIGTERMException as stopped:  # all ranks stop after the same iteration
-            self._say_stopped("Ctrl-C" if self.stop_signal == signal.SIGINT else "SIGTERM")
-            raise SystemExit(self._common_code(128 + self.stop_signal)) from stopped
+            number = self.stop_signal
+            if requeued := requeue.ended_early or number == requeue.number:
+                number = cast(int, requeue.number)
+                requeue.submit()
+            how = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+            self._say_stopped(how, requeued=requeued)
+            raise SystemExit(self._common_code(128 + number)) from stopped
         except (KeyboardInterrupt, SystemExit) as stopped:
             # Lightning makes code 1 of a Ctrl-C.
             if isinstance(stopped, SystemExit) and not (
@@ -387,11 +451,11 @@ class _CLI(LightningCLI):
         """
         return 0 if self.trainer.global_rank else code
 
-    def _say_stopped(self, how: str) -> None:
+    def _say_stopped(self, how: str, *, requeued: bool = False) -> None:
         if self.trainer.global_rank:
             return
-        hint = ""
-        if self.resume_command and self.subcommand == "fit":
+        hint = "; the job is queued again and goes on by itself" if requeued else ""
+        if not requeued and self.resume_command and self.subcommand == "fit":
             saved = has_run(self.run_dir)
             hint = f"; go on with: {self.resume_command}" if saved else "; nothing was saved yet"
             if not self.trainer.checkpoint_callbacks:
@@ -422,18 +486,22 @@ class _TrainingCLI(_CLI):
         return {"fit": LightningCLI.subcommands()["fit"]}
 
     def instantiate_classes(self) -> None:
-        """Refuse strategies that would train each device's model by itself."""
+        """Refuse strategies that would train each device's model by itself, and a lost schedule."""
         super().instantiate_classes()
         with one_line_errors():
             check_whole(self.trainer)
+            check_decay(self.trainer, self.options.model.final_lr_share)
             callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
             if not others_log(callbacks):
                 refuse_unknown(monitors(callbacks), self.logged)
 
     def fill_in_paths(self) -> None:
-        """Protect an earlier model."""
+        """Protect an earlier model, and keep other processes from writing the same one."""
         super().fill_in_paths()
-        if Path(self.options.model.output_dir).exists():
+        output = self.options.model.output_dir
+        check_directory("model.output_dir", str(Path(output).parent))
+        self.hold(output, beside=True)
+        if Path(output).exists():
             raise ValueError(
                 f"model.output_dir={self.options.model.output_dir} already exists; give another "
                 "directory or delete this one"
@@ -488,7 +556,7 @@ class ServerErrorCheckpoint(Callback):
             counts.completed -= 1
         progress.is_last_batch = False
         epoch._batches_that_stepped -= 1
-        trainer.datamodule.load_state_dict({"iteration": iteration})  # type: ignore[attr-defined]
+        trainer.datamodule.go_back_to(iteration)  # type: ignore[attr-defined]
         checkpoint._save_last(trainer, pl_module)
 
 
@@ -534,28 +602,46 @@ class PPOCLI(_CLI):
             compute_fn=lambda tokenizer, model: tokenizer or model,
         )
 
-    def fill_in_paths(self) -> None:
-        """Find the checkpoint, protect an earlier run, and name the warm start's directory."""
-        if self.options.ckpt_path:
-            if self.fast and self.subcommand == "fit":
-                raise ValueError(
-                    f"ckpt_path={self.options.ckpt_path} cannot go on with trainer.fast_dev_run="
-                    f"{self.options.trainer.fast_dev_run}, which trains anew; leave one of them out"
-                )
-            path = find_checkpoint(str(self.options.ckpt_path), self.run_dir)
-            self.resumed_run = saved_run(path)
-            self.resumed_iteration = int(self.resumed_run["iteration"])
-            self.options.ckpt_path = str(path)
-        elif self.subcommand == "fit" and not self.fast and has_run(self.run_dir):
+    def find_run(self) -> None:
+        """Find the checkpoint to go on with; protect an earlier run."""
+        given, fits = self.options.ckpt_path, self.subcommand == "fit" and not self.fast
+        if given and self.fast and self.subcommand == "fit":
             raise ValueError(
-                f"trainer.default_root_dir={self.run_dir} already holds a run; continue it with "
-                "--ckpt_path last, or give another directory, or delete this one"
+                f"ckpt_path={given} cannot go on with trainer.fast_dev_run="
+                f"{self.options.trainer.fast_dev_run}, which trains anew; leave one of them out"
             )
-        elif self.subcommand == "fit" and not self.fast and (Path(self.run_dir) / "model").exists():
+        path = find_checkpoint(str(given), self.run_dir) if given else None
+        own = path is not None and path.parent.resolve() == folder(self.run_dir).resolve()
+        if fits and has_run(self.run_dir) and not own:
+            if not self._goes_on_by_itself():
+                raise ValueError(
+                    f"trainer.default_root_dir={self.run_dir} already holds a run; continue it "
+                    "with --ckpt_path last, or give another directory, or delete this one"
+                )
+            path = find_checkpoint("last", self.run_dir)
+        if fits and path is None and (Path(self.run_dir) / "model").exists():
             raise ValueError(
                 f"trainer.default_root_dir={self.run_dir} already holds the model of a run without "
                 "checkpoints; give another directory, or delete this one"
             )
+        if path is not None:
+            self.resumed_run = saved_run(path)
+            self.resumed_iteration = int(self.resumed_run["iteration"])
+            self.options.ckpt_path = str(path)
+
+    def _goes_on_by_itself(self) -> bool:
+        """Whether the run in the directory is of this very SLURM job, which was queued again."""
+        if not is_started_anew():
+            return False
+        return bool(saved_run(find_checkpoint("last", self.run_dir))["slurm_job"] == job_id())
+
+    @property
+    def saved_seed(self) -> int | None:
+        """Seed of the run that the command goes on with."""
+        return None if self.resumed_iteration is None else self.resumed_run["seed"]
+
+    def fill_in_paths(self) -> None:
+        """Name the warm start's directory."""
         super().fill_in_paths()
         self.warm_start: WarmStart | None = None
         if self.options.warm_start is not None:
@@ -575,6 +661,8 @@ class PPOCLI(_CLI):
             warm_start = replace(warm_start, steps=1)
             self._trial = trial = TemporaryDirectory()
             directory = Path(trial.name)
+        if not (directory / "model").exists():
+            check_directory("warm_start.cache_dir", warm_start.cache_dir)
         self.warm_start = warm_start
         self.warm_start_dir = directory
         self.warm_start_config = warm_start.config(directory, policy, data, seed)
@@ -593,8 +681,8 @@ class PPOCLI(_CLI):
         module, data = self.model, self.datamodule
         assert isinstance(module, PPOModule) and isinstance(data, PromptDataModule)
         with one_line_errors():
-            if self.trainer.max_epochs == -1:
-                module.optim_args.lr_share(0, math.inf)  # refuses what needs an end
+            if self.subcommand == "fit":
+                module.optim_args.check_end(known=has_end(self.trainer))
             policy = module.policy_args
             if self.warm_start is not None and not (self.warm_start_dir / "model").exists():
                 policy = PolicyArgs(**self.warm_start_config["model"]["policy"])
@@ -602,14 +690,19 @@ class PPOCLI(_CLI):
             check_run(
                 module, data, self.trainer, policy, saved, makes_tokenizer=bool(self.warm_start)
             )
+            if self.subcommand == "fit" and self.resumed_iteration is not None:
+                check_resumed(module, data, self.trainer, self.resumed_run)
         if self.warm_start is None or (self.warm_start_dir / "model").exists():
             return
         if self.trainer.global_rank > 0 and not self.fast:
             wait_for(self.warm_start_dir / "model")
             return
         started = time.perf_counter()
-        options = {"subcommand": "fit", "fit": self.warm_start_config}
-        SFTCLI(options, SFTModule, Demonstrations)
+        with locked(self.warm_start_dir, wait=True):  # another run may be at it
+            if (self.warm_start_dir / "model").exists():
+                return
+            options = {"subcommand": "fit", "fit": self.warm_start_config}
+            SFTCLI(options, SFTModule, Demonstrations)
         self.warm_start_seconds = time.perf_counter() - started
 
     def before_fit(self) -> None:
@@ -627,6 +720,11 @@ class PPOCLI(_CLI):
 
     def after_fit(self) -> None:
         """Print the table."""
+        if self.resumed_iteration == self.model.iteration and self.trainer.is_global_zero:
+            print(
+                f"no iteration was left after the {self.resumed_iteration} of the checkpoint; for "
+                "more raise trainer.max_epochs, or trainer.max_steps or max_time where given"
+            )
         summary = cast(RunSummary, self.config_init[self.subcommand].summary)
         if self.trainer.is_global_zero:
             summary.print_table(self.trainer, self.warm_start_seconds)

@@ -5,7 +5,7 @@ from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MaxMetric, MeanMetric, Metric, SumMetric
+from torchmetrics import Metric
 
 from tre_lightning.entropy import EntropyStats
 from tre_lightning.experience import Experience, TrainingBatch
@@ -14,8 +14,10 @@ from tre_lightning.metrics import (
     MajorityAtK,
     MaskedExplainedVariance,
     MaskedMean,
+    Maximum,
     PassAtK,
     StandardError,
+    Total,
     approx_kl,
     clipped,
     cumulative_tail_risk,
@@ -39,10 +41,10 @@ class _Collection(nn.Module):
         assert isinstance(metric, Metric)
         return metric
 
-    def flush(self) -> dict[str, Tensor]:
+    def flush(self) -> dict[str, float]:
         """Values over all ranks, then empty; a metric that is never updated is left out."""
         used = [tag for tag in self.tags if self[tag].update_called]
-        values = {tag: self[tag].compute().float() for tag in used}
+        values = {tag: float(self[tag].compute()) for tag in used}
         for tag in used:
             self[tag].reset()
         return values
@@ -62,10 +64,10 @@ class RolloutMetrics(_Collection):
                 "rollout/response_length": MaskedMean(),
                 "rollout/finished_share": MaskedMean(),
                 "rollout/unscorable_share": MaskedMean(),
-                "rollout/scorer_timeouts": SumMetric(),
+                "rollout/scorer_timeouts": Total(),
                 "rollout/ref_kl": MaskedMean(),
                 "rollout/engine_kl": MaskedMean(),
-                "rollout/engine_ratio_max": MaxMetric(nan_strategy="ignore"),
+                "rollout/engine_ratio_max": Maximum(),
                 **{f"entropy/{name}": MaskedMean() for name in tokens},
                 "entropy/tail_mass": MaskedMean(),
                 "entropy/cumulative_tail_risk": MaskedMean(),
@@ -118,8 +120,8 @@ class UpdateMetrics(_Collection):
                 "policy/approx_kl": MaskedMean(),
                 "policy/clip_fraction": MaskedMean(),
                 "policy/active_share": MaskedMean(),
-                "policy/grad_norm": MeanMetric(),
-                "value/grad_norm": MeanMetric(),
+                "policy/grad_norm": MaskedMean(),
+                "value/grad_norm": MaskedMean(),
                 "value/explained_variance": MaskedExplainedVariance(),
                 "value/mean": MaskedMean(),
                 "value/return_mean": MaskedMean(),
@@ -168,9 +170,9 @@ class UpdateMetrics(_Collection):
             self["value/grad_norm"].update(critic_norm)
         for name, part in self.parts.items():
             if name not in self.losses:
-                self.losses[name] = SumMetric().to(part.device)
+                self.losses[name] = Total().to(part.device)
             loss = self.losses[name]
-            assert isinstance(loss, SumMetric)
+            assert isinstance(loss, Total)
             loss.update(part)
         self.parts = {}
         self.steps += 1
@@ -180,17 +182,17 @@ class UpdateMetrics(_Collection):
         self.parts = {}
         self.skipped += 1
 
-    def flush(self) -> dict[str, Tensor]:
+    def flush(self) -> dict[str, float]:
         """Values over all ranks, then empty."""
         values = super().flush()
         for name, loss in self.losses.items():
-            assert isinstance(loss, SumMetric)
+            assert isinstance(loss, Total)
             # A tag once logged goes on: Lightning would repeat its last value.
             counted = loss.update_called  # not where the coefficient is 0 by now
-            none = torch.tensor(0.0 if self.steps else math.nan)
-            values[f"loss/{name}"] = loss.compute() / self.steps if counted else none
+            none = 0.0 if self.steps else math.nan
+            values[f"loss/{name}"] = float(loss.compute()) / self.steps if counted else none
             loss.reset()
-        values["policy/skipped_updates"] = torch.tensor(float(self.skipped))
+        values["policy/skipped_updates"] = float(self.skipped)
         self.steps = self.skipped = 0
         return values
 
@@ -254,13 +256,13 @@ class EvaluationMetrics(_Collection):
         for tag, values in by_prompt.items() if standard_errors else ():
             self[f"{tag}_se"].update(values)
 
-    def flush(self) -> dict[str, Tensor]:
+    def flush(self) -> dict[str, float]:
         """Values over all ranks, then empty; without the standard errors of a single prompt."""
         values = super().flush()
         return {
             tag: value
             for tag, value in values.items()
-            if not (tag.endswith("_se") and value.isnan())
+            if not (tag.endswith("_se") and math.isnan(value))
         }
 
 
@@ -281,9 +283,9 @@ class Evaluations(nn.Module):
         assert isinstance(metrics, EvaluationMetrics)
         return metrics
 
-    def flush(self) -> dict[str, Tensor]:
+    def flush(self) -> dict[str, float]:
         """Values of every set over all ranks, as ``set/tag``, then empty."""
-        values: dict[str, Tensor] = {}
+        values: dict[str, float] = {}
         for split, metrics in self.sets.items():
             assert isinstance(metrics, EvaluationMetrics)
             values |= {f"{split}/{tag}": value for tag, value in metrics.flush().items()}

@@ -1,10 +1,12 @@
 """Collectives over the ranks; each is the identity on one device."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.rank_zero import _get_rank
 from torch import Tensor
 
 from tre_lightning.errors import RunError
@@ -15,6 +17,12 @@ def world() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def is_first_process() -> bool:
+    """Whether this is the run's first process, by the launcher's environment: before exchanges."""
+    node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))
+    return not (_get_rank() or int(node))
 
 
 def gather_rows(tensor: Tensor, padding: float) -> Tensor:

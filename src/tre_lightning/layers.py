@@ -10,6 +10,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from tre_lightning.paths import expanded
+
 
 def with_layers(words: Sequence[str]) -> list[str]:
     """The command line with every ``--config FILE`` that has layers as one ``--config`` for each.
@@ -27,7 +29,7 @@ def with_layers(words: Sequence[str]) -> list[str]:
         if option not in ("--config", "-c"):
             found.append(word)
             continue
-        value = value if joined else next(rest, "")
+        value = expanded(value if joined else next(rest, ""))
         found += [f"--config={layer}" for layer in _layers(value, ())] if value else [word]
     return found
 
@@ -52,7 +54,7 @@ def _layers(given: str, above: tuple[Path, ...]) -> list[str]:
         raise ValueError(f"{given}: layers={layers} is no list of files; write layers: [FILE, ...]")
     trail = (*above, file.resolve())
     found: list[str] = []
-    for layer in layers:
+    for layer in expanded(layers):
         path = file.parent / layer
         if not path.is_file():
             raise ValueError(

@@ -271,6 +271,44 @@ class MaskedMean(_RunningMean):
         self.count = self.count + mask.sum()
 
 
+class Total(_Float64Metric):
+    """Sum over all updates and devices."""
+
+    total: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._add_sum("total")
+
+    def update(self, values: Tensor | float) -> None:
+        """Add a number, or all of a tensor's."""
+        self.total = self.total + torch.as_tensor(values, dtype=torch.float64).detach().sum()
+
+    def compute(self) -> Tensor:
+        """The sum so far, a float64 scalar."""
+        return self.total
+
+
+class Maximum(_Float64Metric):
+    """Largest value of all updates and devices; NaN is left out."""
+
+    largest: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        infinity = torch.tensor(-torch.inf, dtype=torch.float64)
+        self.add_state("largest", infinity, dist_reduce_fx="max")
+
+    def update(self, values: Tensor) -> None:
+        """Count values of any shape."""
+        counted = values.detach().double().nan_to_num(-torch.inf, torch.inf, -torch.inf).flatten()
+        self.largest = torch.cat([self.largest.view(1), counted]).max()
+
+    def compute(self) -> Tensor:
+        """The largest so far, a float64 scalar; -inf if nothing was counted."""
+        return self.largest
+
+
 class PassAtK(_RunningMean):
     """Mean unbiased pass@k over prompts; see :func:`pass_at_k`.
 

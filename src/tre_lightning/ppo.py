@@ -68,8 +68,10 @@ from tre_lightning.policy import (
     refuse_other_model,
     sequence_inputs,
 )
+from tre_lightning.precision import float32_or_better
 from tre_lightning.rollout import PromptBatch, Rollout
 from tre_lightning.sharding import shards, whole
+from tre_lightning.slurm import job_id
 from tre_lightning.task import Task, scores_of
 
 T = TypeVar("T")
@@ -183,6 +185,9 @@ class PPOModule(LightningModule):
             "shapes": parameter_shapes(self.actor_critic),
             "lora": self._lora_state(),
             "skipped_in_a_row": self.skipped_in_a_row,
+            "iterations_an_epoch": self.trainer.num_training_batches,
+            "prompts": getattr(self._task, "fingerprint", None),
+            "slurm_job": job_id(),
             "kl_coef": None if self.ppo_args.kl_target is None else self.kl_coef,
         }
         if self.policy_args.lora is not None:
@@ -216,6 +221,12 @@ class PPOModule(LightningModule):
 
     # ----- one iteration
 
+    @property
+    def steps_a_batch(self) -> int:
+        """Optimiser steps of an iteration, if none is skipped."""
+        return self.ppo_args.num_epochs * self.ppo_args.num_minibatches
+
+    @float32_or_better()
     def training_step(self, prompts: PromptBatch, batch_idx: int) -> dict[str, Any]:
         """One PPO iteration; gives callbacks the entropies of the rollout, ``[B, T]`` each."""
         started = time.perf_counter()
@@ -250,21 +261,20 @@ class PPOModule(LightningModule):
 
         values = {**self._rollout_metrics.flush(), **self._update_metrics.flush()}
         values |= self._method_values(methods, scales)
-        values["policy/lr"] = torch.tensor(share * self.optim_args.lr)
+        values["policy/lr"] = share * self.optim_args.lr
         if self.kl_coef != 0.0:
-            values["policy/kl_coef"] = torch.tensor(self.kl_coef)
+            values["policy/kl_coef"] = self.kl_coef
             self._steer_kl(float(values["rollout/ref_kl"]), len(batch))
         if batch.values is not None:
-            values["value/lr"] = torch.tensor(share * self.optim_args.critic_lr)
-        values["rollout/seconds"] = torch.tensor(sampled - started)
-        values["policy/update_seconds"] = torch.tensor(time.perf_counter() - sampled)
+            values["value/lr"] = share * self.optim_args.critic_lr
+        values["rollout/seconds"] = sampled - started
+        values["policy/update_seconds"] = time.perf_counter() - sampled
         self.log_dict(values, logger=False, batch_size=1)  # for callbacks and progress bar
         if (self.iteration + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             # Lightning would log after the iteration's checkpoint: a kill in between would lose it.
-            numbers = {tag: float(value) for tag, value in values.items()}
             with agreed():  # the first rank alone writes
                 for logger in self.loggers:
-                    logger.log_metrics(numbers, step=self.iteration)
+                    logger.log_metrics(values, step=self.iteration)
                     logger.save()
         self.iteration += 1
         return {"entropies": entropies, "response_mask": rollout.response_mask}
@@ -328,7 +338,7 @@ class PPOModule(LightningModule):
     @torch.no_grad()
     def _judge(
         self, rollout: Rollout, scores: Tensor, methods: Sequence[Method]
-    ) -> tuple[Experience, EntropyStats, dict[str, Tensor]]:
+    ) -> tuple[Experience, EntropyStats, dict[str, float]]:
         """Log-probabilities, values and entropies of the policy that sampled; each term's scale."""
         pieces: dict[str, list[Tensor]] = {}
         scales = {term.name: MaskedMean().to(self.device) for term in loss_terms(methods)}
@@ -377,7 +387,7 @@ class PPOModule(LightningModule):
                 if name.startswith("observed/")
             },
         )
-        factors = {name: scale.compute().float() for name, scale in scales.items()}
+        factors = {name: float(scale.compute()) for name, scale in scales.items()}
         return experience, entropies, factors
 
     @property
@@ -392,18 +402,18 @@ class PPOModule(LightningModule):
         return EntropyStats(*(_spread(part, mask) for part in outputs.entropy(self._shown_region)))
 
     def _method_values(
-        self, methods: Sequence[Method], scales: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+        self, methods: Sequence[Method], scales: Mapping[str, float]
+    ) -> dict[str, float]:
         """What the methods have to log: coefficients and numbers of their own."""
-        values: dict[str, Tensor] = {}
+        values: dict[str, float] = {}
         for method in methods:
             name = f"loss/{method.name}"
             if isinstance(method, LossTerm):
-                coef = method.coef_at(self.iteration)
-                values[f"{name}_coef"] = torch.tensor(coef)
+                coef = float(method.coef_at(self.iteration))
+                values[f"{name}_coef"] = coef
                 values[f"{name}_effective_coef"] = coef * scales[method.name]
             own = method.logged().items()
-            values |= {f"{name}_{key}": torch.tensor(value) for key, value in own}
+            values |= {f"{name}_{key}": float(value) for key, value in own}
         return values
 
     def _head(self, methods: Sequence[Method], *regions: Region) -> Head:
@@ -517,6 +527,7 @@ class PPOModule(LightningModule):
 
     # ----- held-out prompts
 
+    @float32_or_better()
     def validation_step(
         self, prompts: PromptBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> dict[str, Any]:
@@ -540,6 +551,7 @@ class PPOModule(LightningModule):
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
 
+    @float32_or_better()
     def predict_step(self, prompts: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """One record a prompt: prompt, responses and scores (None = could not be scored)."""
         _, texts, scores = self._answer(prompts)

@@ -5,9 +5,15 @@ number of devices draws the same numbers.
 """
 
 import hashlib
+import os
+import secrets
 
 import torch
 from torch import Tensor
+
+from tre_lightning.distributed import is_first_process
+
+_DRAWN = "TRE_LIGHTNING_SEED"  # environment: the seed that the run's first process has drawn
 
 
 def derived_seed(*key: int | str) -> int:
@@ -29,3 +35,32 @@ def uniforms(rows: int, columns: int, *key: int | str) -> Tensor:
 def permutation(size: int, *key: int | str) -> Tensor:
     """A random order of ``range(size)``, ``[size]`` int64."""
     return torch.randperm(size, generator=generator(*key))
+
+
+def settled_seed(given: bool | int, saved: int | None, num_nodes: int) -> int:
+    """The number that ``seed_everything`` stands for, the same on all ranks.
+
+    Args:
+        given: a number is the seed; true or false has one drawn.
+        saved: seed of the run that goes on, which is then taken instead of another draw.
+        num_nodes: of the trainer.
+
+    Raises:
+        ValueError: where a draw is wanted, and processes that others started cannot agree on it.
+    """
+    if not isinstance(given, bool):
+        return given
+    if saved is not None:
+        return saved
+    if not is_first_process() and _DRAWN in os.environ:  # started by the first one
+        return int(os.environ[_DRAWN])
+    processes = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))
+    if num_nodes > 1 or int(processes) > 1:
+        raise ValueError(
+            f"seed_everything={str(given).lower()} draws a seed, on which processes of several "
+            "nodes, of torchrun or of SLURM cannot agree; give a number"
+        )
+    seed = secrets.randbelow(2**32)
+    os.environ[_DRAWN] = str(seed)
+    print(f"seed         {seed} (drawn; --seed_everything {seed} repeats it)", flush=True)
+    return seed

@@ -14,8 +14,9 @@ from tre_lightning.compare.curves import write_curves
 from tre_lightning.compare.plan import Plan, read_plan
 from tre_lightning.compare.report import report
 from tre_lightning.compare.run import Runner
-from tre_lightning.compare.trial import locked, run_trial
+from tre_lightning.compare.trial import run_trial
 from tre_lightning.errors import one_line_errors
+from tre_lightning.paths import check_directory, expanded, locked
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -36,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="trials at a time (default: 1)")
     parser.add_argument("--report", action="store_true", help="only make the report again")
     options = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
+    options.config = expanded(options.config)
     if options.trial is not None:
         with one_line_errors():
             if not options.trial.is_file():
@@ -49,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         runner = Runner(plan, Path(options.config).parent, options.jobs)
         runner.check()
         output = Path(plan.output)
+        check_directory("output", plan.output)
         output.mkdir(parents=True, exist_ok=True)
         if not options.report:
             _run(plan, runner, options.config)

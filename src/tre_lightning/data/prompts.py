@@ -4,6 +4,7 @@ A task is a subclass with three things: the stream of training prompts, the held
 the scorer.
 """
 
+import hashlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -90,7 +91,8 @@ class PromptDataModule(LightningDataModule, ABC):
         self.long_prompts = long_prompts
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._order: tuple[int, list[int]] = (-1, [])  # a pass over a file's prompts, their order
-        self._train_loader = IterationLoader(self._train_batch, iterations_per_epoch)
+        self.fingerprint: str | None = None  # of the first training prompts, once checked
+        self._train_loader = IterationLoader(self._train_batch, iterations_per_epoch, batch_size)
 
     # ----- what a task defines
 
@@ -181,6 +183,8 @@ class PromptDataModule(LightningDataModule, ABC):
             for name, listed in files.items():
                 listed[:] = self.fitting(name, listed)
         prompts = [self.train_prompt(i) for i in range(_CHECKED_TRAIN_PROMPTS)]
+        texts_of_all = "\0".join(prompt.text for prompt in prompts)
+        self.fingerprint = hashlib.blake2b(texts_of_all.encode(), digest_size=8).hexdigest()
         for stage in ("val", "test"):
             for held_out in self.heldout_prompts(stage).values():
                 prompts += held_out
@@ -237,6 +241,10 @@ class PromptDataModule(LightningDataModule, ABC):
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Go on from the saved iteration."""
         self._train_loader.load_state_dict(state_dict)
+
+    def go_back_to(self, iteration: int) -> None:
+        """Give the batches from an earlier iteration of this run on again."""
+        self._train_loader.go_back_to(iteration)
 
     def val_dataloader(self) -> list["BatchList"]:
         """A loader for each held-out set."""
@@ -296,10 +304,9 @@ class PromptDataModule(LightningDataModule, ABC):
         assert self._tokenizer is not None, "setup() comes first"
         return self._tokenizer
 
-    def _train_batch(self, iteration: int) -> PromptBatch:
+    def _train_batch(self, iteration: int, start: int) -> PromptBatch:
         rank, ranks = self._world()
         first, end = share(self.batch_size, rank, ranks)
-        start = iteration * self.batch_size
         prompts = [self.train_prompt(start + row) for row in range(first, end)]
         return self._batch(prompts, "train", iteration, first, self.batch_size)
 
@@ -363,31 +370,49 @@ def _named(prompt: Prompt) -> str:
 
 
 class IterationLoader:
-    """Batches of one epoch, from the iteration it has reached on."""
+    """Batches of one epoch, from the iteration it has reached on.
 
-    def __init__(self, batch: Callable[[int], PromptBatch], iterations_per_epoch: int) -> None:
-        """``batch`` makes the batch of an iteration."""
+    It keeps its place in the stream of prompts too, so that a run that goes on with another batch
+    size leaves none out and takes none twice.
+    """
+
+    def __init__(
+        self,
+        batch: Callable[[int, int], PromptBatch],
+        iterations_per_epoch: int,
+        batch_size: int,
+    ) -> None:
+        """``batch`` makes the batch of an iteration from a number of its first prompt on."""
         self._batch = batch
         self._length = iterations_per_epoch
+        self._batch_size = batch_size
         self._iteration = 0
+        self._prompt = 0
 
     def __len__(self) -> int:
         return self._length
 
     def __iter__(self) -> Iterator[PromptBatch]:
-        while True:
+        # An epoch that goes on after a resume, or has fewer batches, is ended by Lightning.
+        for _ in range(self._length):
+            iteration, prompt = self._iteration, self._prompt
             self._iteration += 1
-            yield self._batch(self._iteration - 1)
-            if self._iteration % self._length == 0:
-                return
+            self._prompt += self._batch_size
+            yield self._batch(iteration, prompt)
 
     def state_dict(self) -> dict[str, int]:
-        """The next iteration."""
-        return {"iteration": self._iteration}
+        """The next iteration, and its first prompt."""
+        return {"iteration": self._iteration, "prompt": self._prompt}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on from the saved iteration."""
         self._iteration = state["iteration"]
+        self._prompt = state.get("prompt", self._iteration * self._batch_size)
+
+    def go_back_to(self, iteration: int) -> None:
+        """Give the batches from an earlier iteration of this run on again."""
+        self._prompt -= (self._iteration - iteration) * self._batch_size
+        self._iteration = iteration
 
 
 class BatchList:

@@ -19,6 +19,7 @@ import torch
 
 from tre_lightning.chat import as_messages
 from tre_lightning.errors import one_line, one_line_errors
+from tre_lightning.paths import expanded
 from tre_lightning.rewards.preference import (
     Dtype,
     PreferenceScorer,
@@ -179,7 +180,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--model", required=True, help="directory or hub name of the reward model")
+    parser.add_argument(
+        "--model", required=True, type=expanded, help="directory or hub name of the reward model"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8765, help="port; 0 = a free one")
     parser.add_argument("--batch_size", type=int, default=64, help="texts in a forward pass")
