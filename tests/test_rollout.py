@@ -13,13 +13,13 @@ import runs
 from tre_lightning.args import RolloutArgs
 from tre_lightning.engines import in_process
 from tre_lightning.policy import PolicyArgs, load_language_model
+from tre_lightning.reading import positions
 from tre_lightning.rollout import (
     PromptBatch,
     Rollout,
     concatenate,
     generate,
     pick_tokens,
-    positions,
 )
 
 MakePrompts = Callable[[Sequence[int]], PromptBatch]

@@ -16,12 +16,15 @@ from tre_lightning.losses import label_logprobs
 from tre_lightning.optim import decaying_adamw
 from tre_lightning.policy import (
     PolicyArgs,
+    check_reading,
     checkpoint_gradients,
     load_language_model,
     load_tokenizer,
+    refusing,
     trains_all,
 )
-from tre_lightning.tokenizer import word_tokenizer
+from tre_lightning.reading import vocabulary_size
+from tre_lightning.tokenizer import check_known, check_special_tokens, word_tokenizer
 
 
 class SFTModule(LightningModule):
@@ -59,11 +62,15 @@ class SFTModule(LightningModule):
         if hasattr(self, "policy"):
             return
         self.policy = load_language_model(self.policy_args).train()
+        with refusing(self.policy_args.name):
+            check_reading(self.policy)
         if self.policy_args.gradient_checkpointing:
             checkpoint_gradients(self.policy)
         source = self.policy_args.tokenizer_source
         if source is not None:
             self.tokenizer = load_tokenizer(source)
+            name, known = f"model.policy.tokenizer={source}", vocabulary_size(self.policy.config)
+            check_special_tokens(self.tokenizer, known, name)
         else:
             words = self.trainer.datamodule.vocabulary()  # type: ignore[attr-defined]
             self.tokenizer = word_tokenizer(words, self.policy.config)
@@ -106,6 +113,8 @@ class SFTModule(LightningModule):
             ids[row, : len(tokens)] = torch.tensor(tokens)
             attention[row, : len(tokens)] = True
             response[row, len(p) : len(tokens)] = True
+            known = vocabulary_size(self.policy.config)
+            check_known(tokens, self.tokenizer, known, f"the demonstration {batch[row]}: its token")
         return ids.to(self.device), attention.to(self.device), response.to(self.device)
 
     def on_train_end(self) -> None:

@@ -29,6 +29,7 @@ from tre_lightning.data.batches import share, spans
 from tre_lightning.data.sources import read_rows
 from tre_lightning.rewards.preference import encode, pad
 from tre_lightning.seeding import derived_seed, permutation
+from tre_lightning.tokenizer import check_known
 
 _ENCODED_AT_ONCE = 1024  # pairs
 _log = logging.getLogger(__name__)
@@ -266,11 +267,17 @@ class PreferencePairs(LightningDataModule):
             )
         self.pairs = {"train": train, "val": val}
 
-    def encode(self, tokenizer: PreTrainedTokenizerBase, pad_token_id: int) -> None:
+    def encode(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        pad_token_id: int,
+        vocabulary_size: int | None = None,
+    ) -> None:
         """Turn the pairs into token ids and leave out those that are too long; the module calls it.
 
         Raises:
-            ValueError: if no training or no validation pair is short enough.
+            ValueError: if no training or no validation pair is short enough, or one holds a token
+                beyond the model's ``vocabulary_size``.
         """
         self.pad_token_id = pad_token_id
         for name, pairs in self.pairs.items():
@@ -286,6 +293,8 @@ class PreferencePairs(LightningDataModule):
                     f"data.max_length={self.max_length} is too short for all {len(encoded)} {name} "
                     "pairs; raise it"
                 )
+            ids = (int(row.max()) for pair in fitting for row in pair[:2])
+            check_known(ids, tokenizer, vocabulary_size, f"a {name} pair: its token")
             self._encoded[name] = fitting
 
     def train_dataloader(self) -> "PairLoader":

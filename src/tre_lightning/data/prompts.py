@@ -20,6 +20,7 @@ from tre_lightning.data.batches import share, spans
 from tre_lightning.policy import load_tokenizer
 from tre_lightning.rollout import PromptBatch
 from tre_lightning.seeding import permutation
+from tre_lightning.tokenizer import check_known, unknown_word
 
 _CHECKED_TRAIN_PROMPTS = 256  # prompts of the endless training stream whose length is checked first
 _ENCODED_AT_ONCE = 1024  # prompts
@@ -79,6 +80,7 @@ class PromptDataModule(LightningDataModule, ABC):
         self.seed = seed
         self.long_prompts = long_prompts
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._vocabulary_size: int | None = None  # of the policy
         self._order: tuple[int, list[int]] = (-1, [])  # a pass over a file's prompts, their order
         self._train_loader = IterationLoader(self._train_batch, iterations_per_epoch)
 
@@ -154,9 +156,14 @@ class PromptDataModule(LightningDataModule, ABC):
                 raise ValueError("data.tokenizer is not set; give a directory or hub name")
             self.check(load_tokenizer(self.tokenizer_source))
 
-    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Use this tokenizer; refuse data that cannot be read and prompts that are too long."""
-        self._tokenizer = tokenizer
+    def check(self, tokenizer: PreTrainedTokenizerBase, vocabulary_size: int | None = None) -> None:
+        """Use this tokenizer; refuse data that cannot be read and prompts that are too long.
+
+        Args:
+            tokenizer: the policy's.
+            vocabulary_size: tokens that the policy knows; None = all.
+        """
+        self._tokenizer, self._vocabulary_size = tokenizer, vocabulary_size
         files = self.file_prompts()
         if self.long_prompts == "drop":
             if not files:
@@ -177,11 +184,16 @@ class PromptDataModule(LightningDataModule, ABC):
             texts, ids, mask = self._encode(prompts[start : start + _ENCODED_AT_ONCE])
             self.longest_prompt = max(self.longest_prompt, ids.shape[1])
             unknown = ((ids == tokenizer.unk_token_id) & mask).any(1)
-            if unknown.any():
-                text = texts[int(unknown.int().argmax())]
+            for row in unknown.nonzero().flatten().tolist():
+                word = unknown_word(tokenizer, texts[row])
+                if word is None:
+                    continue
+                fix = "widen the ranges of the task's numbers or drop the prompt"
+                if word not in prompts[start + row].text:
+                    fix = "its chat template writes it: give a tokenizer whose template fits it"
                 raise ValueError(
-                    f"the prompt {text[:80]!r} holds a word that the tokenizer does not know; "
-                    "widen the ranges of the task's numbers or drop the prompt"
+                    f"the prompt {texts[row][:80]!r} holds a word that the tokenizer does not "
+                    f"know, {word[:40]!r}; {fix}"
                 )
 
     def fitting(self, name: str, prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -293,6 +305,9 @@ class PromptDataModule(LightningDataModule, ABC):
                 f"data.max_prompt_length={self.max_prompt_length} is too short for the prompt "
                 f"{texts[row][:80]!r} of {int(mask[row].sum())} tokens; raise it or drop the prompt"
             )
+        row = int(ids.amax(1).argmax())
+        what = f"the prompt {texts[row][:80]!r}: its token"
+        check_known(ids[row].tolist(), self._tokenizer, self._vocabulary_size, what)
         return texts, ids, mask
 
     def _tokenized(self, prompts: Sequence[Prompt]) -> tuple[tuple[str, ...], Tensor, Tensor]:
