@@ -22,8 +22,7 @@ from tre_lightning.errors import Refused
 from tre_lightning.kv_cache import growing_cache
 
 # Relative difference of two outputs that are equal but for rounding.
-_CLOSE = {torch.float64: 1e-4, torch.float32: 1e-2}
-_CLOSE_HALF = 0.1
+_CLOSE, _CLOSE_TF32, _CLOSE_HALF = 3e-4, 1e-2, 0.1
 _MASKED = -1e30  # logits of tokens that a model never says
 _ROW, _OTHER, _PROMPT = 9, 12, 6  # tokens of the row that is looked at, of another, of its prompt
 _log = logging.getLogger(__name__)
@@ -97,7 +96,9 @@ def trunk_of(model: PreTrainedModel) -> PreTrainedModel:
     # The children are for classes whose prefix names no part of them, such as Llama 4's.
     for part in (model.base_model, *model.children()):
         if isinstance(part, PreTrainedModel) and part is not model:
-            return part
+            inner = list(part.children())
+            wraps = len(inner) == 1 and isinstance(inner[0], PreTrainedModel)
+            return cast(PreTrainedModel, inner[0]) if wraps else part
     raise Refused(f"{type(model).__name__} has no trunk below its head")
 
 
@@ -218,9 +219,10 @@ def _next_logits(
     options: dict[str, Any] = {
         "position_ids": position_ids,
         "past_key_values": cache,
-        "cache_params": cache,  # as state space models call it
         "logits_to_keep": 1,
     }
+    if takes(model, "cache_params"):  # of a state space model, which looks at new tokens alone
+        options["cache_params"], mask = cache, mask[:, -ids.shape[1] :]
     named = {name: value for name, value in options.items() if takes(model, name)}
     out = model(input_ids=ids, attention_mask=mask.long(), use_cache=True, **named)
     logits: Tensor = out.logits[:, -1]
@@ -340,8 +342,9 @@ def _values(output: Any) -> Tensor:
 
 def _agree(model: nn.Module, plain: Tensor, other: Tensor) -> bool:
     """Whether outputs ``[..., W]`` are equal but for rounding, against how they vary."""
-    types = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    close = max(_CLOSE.get(dtype, _CLOSE_HALF) for dtype in types)
+    close = _CLOSE if torch.get_float32_matmul_precision() == "highest" else _CLOSE_TF32
+    if any(p.is_floating_point() and p.element_size() < 4 for p in model.parameters()):
+        close = _CLOSE_HALF
     plain, other = plain.double(), other.double()
     said = plain > _MASKED
     plain, other = plain.where(said, 0.0), other.where(said, 0.0)
