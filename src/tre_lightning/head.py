@@ -149,4 +149,5 @@ def plain_head(model: PreTrainedModel) -> nn.Linear | None:
             hook.remove()
     hidden = trunk(input_ids=ids, use_cache=False).last_hidden_state
     same = torch.equal(logits.float(), seen["output"].float())
-    return head if same and torch.allclose(hidden, seen["input"]) else None
+    reads = hidden.shape == seen["input"].shape and torch.allclose(hidden, seen["input"])
+    return head if same and reads else None

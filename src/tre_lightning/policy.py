@@ -361,6 +361,8 @@ def head_input(
     finally:
         hook.remove()
     logits = logits if alone else layout.back(logits, keep)
+    if not seen:  # a model that calls its trunk's parts itself
+        return HeadInput(logits=logits[counted]), hidden_states(trunk_of(policy), input_ids, mask)
     return HeadInput(logits=logits[counted]), layout.back(seen[0])
 
 
