@@ -90,7 +90,8 @@ def check_run(
     check_special_tokens(tokenizer, known, f"model.policy.tokenizer={named}")
     if policy.critic_model is not None:
         check_critic(policy.critic_model, tokenizer, known)
-    data.check(tokenizer, known)
+    data.vocabulary_size = known
+    data.check(tokenizer)
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     new_tokens = module.rollout_args.max_new_tokens
     if context is not None and data.longest_prompt + new_tokens > context:

@@ -9,7 +9,7 @@ padding, mask, position ids and state.
 
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self, cast
@@ -78,7 +78,7 @@ class Layout:
 
 def laid_out(model: nn.Module, ids: Tensor, mask: Tensor) -> Layout:
     """Inputs for one pass over rows ``[B, C]``, in the form that the model reads."""
-    return _padded(model, ids, mask) if reading(model).padded else _shifted(model, ids, mask)
+    return _padded(model, ids, mask) if reading(model).padded else _shifted(ids, mask)
 
 
 def hidden_states(trunk: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
@@ -239,7 +239,7 @@ def _padded(model: nn.Module, ids: Tensor, mask: Tensor) -> Layout:
     return Layout(inputs)
 
 
-def _shifted(model: nn.Module, ids: Tensor, mask: Tensor) -> Layout:
+def _shifted(ids: Tensor, mask: Tensor) -> Layout:
     """Each row's tokens first; what a causal model finds behind them changes nothing."""
     shift = mask.int().argmax(1, keepdim=True)
     columns = torch.arange(ids.shape[1], device=ids.device) + shift
@@ -268,16 +268,18 @@ def _tried(model: nn.Module) -> Reading:
         mask = torch.ones_like(pair, dtype=torch.bool)
         mask[0, :-_ROW] = False
 
-        def reads(layout: Layout) -> bool:
-            values = layout.back(_values(model(**layout.inputs)))
-            return _agree(model, plain, values[:1, -_ROW:])
-
-        if not _works(lambda: reads(_shifted(model, pair, mask))):
+        shifted = _shifted(pair, mask)
+        whole = shifted.back(_plain(model, shifted.inputs["input_ids"]))
+        if not _agree(model, plain, whole[:1, -_ROW:]):
             raise Refused(
                 f"{type(model).__name__} reads a token otherwise with others behind it or beside "
                 "it: it is no causal language model"
             )
-        padded = _works(lambda: reads(_padded(model, pair, mask)))
+        padded = _works(
+            lambda: _agree(
+                model, plain, _values(model(**_padded(model, pair, mask).inputs))[:1, -_ROW:]
+            )
+        )
         cached = hasattr(model, "get_output_embeddings") and _works(
             lambda: _decodes(cast(PreTrainedModel, model), pair, mask, plain)
         )
@@ -299,9 +301,11 @@ def _decodes(model: PreTrainedModel, pair: Tensor, mask: Tensor, plain: Tensor) 
     return _agree(model, plain[0, _PROMPT - 1 : -1], torch.stack(found))
 
 
-def _works(attempt: Any) -> bool:
+def _works(attempt: Callable[[], bool]) -> bool:
     try:
-        return bool(attempt())
+        return attempt()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # a model may raise anything at what it does not know
         _log.debug("%s", error)
         return False
@@ -325,8 +329,11 @@ def _tokens(model: nn.Module) -> Tensor:
 
 
 def _plain(model: nn.Module, ids: Tensor) -> Tensor:
+    """What a model says of rows without padding, or with tokens behind them."""
     try:
         return _values(model(input_ids=ids, use_cache=False))
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         raise Refused(
             f"{type(model).__name__} cannot read plain tokens ({type(error).__name__}: "

@@ -160,8 +160,8 @@ class RewardModelModule(LightningModule):
             word_tokenizer(data.vocabulary(), config) if source is None else load_tokenizer(source)
         )
         self.tokenizer.padding_side = "right"
-        name = f"model.policy.tokenizer={source}"
-        check_special_tokens(self.tokenizer, vocabulary_size(config), name)
+        field = f"model.policy.tokenizer={source}"
+        check_special_tokens(self.tokenizer, vocabulary_size(config), field)
         set_pad_token(config, int(self.tokenizer.pad_token_id))
         kind, options = AutoModelForSequenceClassification, {"dtype": torch.float32}
         name = self.policy_args.model

@@ -80,7 +80,7 @@ class PromptDataModule(LightningDataModule, ABC):
         self.seed = seed
         self.long_prompts = long_prompts
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._vocabulary_size: int | None = None  # of the policy
+        self.vocabulary_size: int | None = None  # tokens that the policy knows, where that is known
         self._order: tuple[int, list[int]] = (-1, [])  # a pass over a file's prompts, their order
         self._train_loader = IterationLoader(self._train_batch, iterations_per_epoch)
 
@@ -156,14 +156,9 @@ class PromptDataModule(LightningDataModule, ABC):
                 raise ValueError("data.tokenizer is not set; give a directory or hub name")
             self.check(load_tokenizer(self.tokenizer_source))
 
-    def check(self, tokenizer: PreTrainedTokenizerBase, vocabulary_size: int | None = None) -> None:
-        """Use this tokenizer; refuse data that cannot be read and prompts that are too long.
-
-        Args:
-            tokenizer: the policy's.
-            vocabulary_size: tokens that the policy knows; None = all.
-        """
-        self._tokenizer, self._vocabulary_size = tokenizer, vocabulary_size
+    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Use this tokenizer; refuse data that cannot be read and prompts that are too long."""
+        self._tokenizer = tokenizer
         files = self.file_prompts()
         if self.long_prompts == "drop":
             if not files:
@@ -307,7 +302,8 @@ class PromptDataModule(LightningDataModule, ABC):
             )
         row = int(ids.amax(1).argmax())
         what = f"the prompt {texts[row][:80]!r}: its token"
-        check_known(ids[row].tolist(), self._tokenizer, self._vocabulary_size, what)
+        assert self._tokenizer is not None
+        check_known(ids[row].tolist(), self._tokenizer, self.vocabulary_size, what)
         return texts, ids, mask
 
     def _tokenized(self, prompts: Sequence[Prompt]) -> tuple[tuple[str, ...], Tensor, Tensor]:
