@@ -140,6 +140,8 @@ def test_a_token_has_one_logprob_however_it_is_read(
     [
         ("bert", {**BERT, "is_decoder": False}, "is no causal language model"),
         ("xlnet", {"d_model": 16, "n_layer": 2, "n_head": 2}, "is no causal language model"),
+        # It counts tokens that are not the one of padding, and takes them for the length.
+        ("xlm", {"emb_dim": 16, "n_layers": 2, "n_heads": 2, "causal": True}, "no causal language"),
         ("rwkv", {"rescale_every": 1}, "changes its weights in a forward pass"),
     ],
 )

@@ -320,12 +320,19 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def _tokens(model: nn.Module) -> Tensor:
-    """Ordinary tokens, ``[1, _ROW + _OTHER]``; special ones are at the ends of a vocabulary."""
-    size = vocabulary_size(cast(PreTrainedModel, model).config)
+    """Ordinary tokens ``[1, _ROW + _OTHER]``; special ones are at the ends of a vocabulary.
+
+    One is that of padding: in a text it is a token as any other, often that of the end.
+    """
+    config = cast(PreTrainedModel, model).config
+    size, pad = vocabulary_size(config), getattr(config.get_text_config(), "pad_token_id", None)
     if size is None:
         raise Refused(f"{type(model).__name__} has no vocabulary")
     device = next(model.parameters()).device
-    return torch.linspace(size // 8, size // 2, _ROW + _OTHER, device=device).long().unsqueeze(0)
+    tokens = torch.linspace(size // 8, size // 2, _ROW + _OTHER, device=device).long()
+    if isinstance(pad, int) and 0 <= pad < size:
+        tokens[2] = pad
+    return tokens.unsqueeze(0)
 
 
 def _plain(model: nn.Module, ids: Tensor) -> Tensor:
