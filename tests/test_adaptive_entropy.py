@@ -100,7 +100,7 @@ def test_defaults_are_the_papers() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"coef": -1.0}, r"adaptive_entropy: coef=-1.0"),
+        ({"coef": -1.0}, r"\[adaptive_entropy\]\.coef=-1.0"),
         ({"target": 0.0}, r"target=0.0 "),
         ({"delta": -0.1}, r"delta=-0.1 "),
         ({"delta": math.nan}, r"delta=nan "),

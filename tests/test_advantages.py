@@ -11,7 +11,9 @@ from torch import Tensor
 
 from tre_lightning.advantages import (
     Estimator,
+    centred,
     check_estimator,
+    estimate,
     gae,
     grpo,
     reinforce_pp,
@@ -60,6 +62,34 @@ def test_lambda_0_is_the_one_step_error() -> None:
     torch.testing.assert_close(advantages, torch.tensor([[1 + 0.5 * 0.25 - 0.5, 2 - 0.25]]))
 
 
+def test_what_stands_at_padding_does_not_count() -> None:
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    torch.manual_seed(0)
+    clean = [torch.where(mask, torch.randn(2, 3), 0.0) for _ in range(2)]
+    for padding in (NAN, math.inf, -math.inf, 7.0):
+        rewards, values = (torch.where(mask, part, padding) for part in clean)
+        for estimator in get_args(Estimator):
+            rules: dict[str, Any] = {"num_responses": 2, "gamma": 0.9, "gae_lambda": 0.8}
+            found = estimate(estimator, rewards, values, mask, **rules)
+            expected = estimate(estimator, *clean, mask, **rules)
+            for left, right in zip(found, expected, strict=True):
+                assert left is right is None or torch.equal(left, right), (estimator, padding)
+
+
+def test_a_gap_in_the_mask_ends_an_episode_of_gae() -> None:
+    # As the docstring says: the row is two episodes, of one token and of two.
+    gap = torch.tensor([[True, False, True, True]])
+    rewards, values = torch.tensor([[1.0, 50.0, 2.0, 4.0]]), torch.tensor([[0.5, 90.0, 0.25, 1.0]])
+    advantages, returns = gae(rewards, values, gap, gamma=0.5, gae_lambda=1.0)
+    assert returns.tolist() == [[1.0, 0.0, 2.0 + 0.5 * 4.0, 4.0]]
+    assert advantages.tolist() == [[0.5, 0.0, 3.75, 3.0]]
+    assert reinforce_pp(rewards, gap, gamma=0.5).tolist() == [[1.0, 0.0, 4.0, 4.0]]
+    # R = 1 + 2 + 4 against 1
+    two = torch.cat([rewards, torch.tensor([[1.0, 9.0, 9.0, 9.0]])])
+    mask = torch.cat([gap, torch.tensor([[True, False, False, False]])])
+    assert rloo(two, mask, 2).tolist() == [[6.0, 0.0, 6.0, 6.0], [-6.0, 0.0, 0.0, 0.0]]
+
+
 # --- whitened ---
 
 
@@ -79,11 +109,30 @@ def test_whitened_values_have_mean_0_and_variance_1() -> None:
     assert (white[~mask] == 0).all()
 
 
-@pytest.mark.filterwarnings("ignore:var:UserWarning")
-@pytest.mark.parametrize("counted", [0, 1, 3])
-def test_whitening_equal_values_gives_0(counted: int) -> None:
-    mask = torch.arange(3) < counted
-    assert torch.equal(whitened(torch.full((3,), 0.75), mask), torch.zeros(3))
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("counted", [0, 1, 3, 7])
+def test_equal_values_are_at_their_mean_however_far_from_0(
+    counted: int, dtype: torch.dtype
+) -> None:
+    mask = torch.arange(7) < counted
+    for value in (0.75, 0.1, -1.1, 1e6 + 0.1, -3e30, 1e-30):
+        values = torch.full((7,), value, dtype=dtype).masked_fill(~mask, NAN)
+        white = whitened(values, mask)
+        assert white.dtype == dtype
+        assert torch.equal(white, torch.zeros(7, dtype=dtype)), value
+        assert torch.equal(centred(values, mask)[0], torch.zeros(7, dtype=torch.float64)), value
+
+
+@pytest.mark.filterwarnings("error")
+def test_whitening_nothing_at_all() -> None:
+    assert whitened(torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.bool)).shape == (0, 3)
+
+
+def test_whitening_far_from_0_keeps_small_differences() -> None:
+    # 2^20 and 2^20 + 1: their mean is no float32.
+    values, mask = torch.tensor([2.0**20, 2.0**20 + 1]), torch.ones(2, dtype=torch.bool)
+    torch.testing.assert_close(whitened(values, mask), torch.tensor([-1.0, 1.0]))
 
 
 # --- groups ---
@@ -147,6 +196,11 @@ def test_a_group_that_tells_nothing_has_advantage_0(estimator: Any) -> None:
         advantages = estimator(equal, torch.arange(10).unsqueeze(1) < scored, 10)
         assert advantages.dtype == torch.float32
         assert torch.equal(advantages, torch.zeros(10, 1))
+    # Sums of many numbers need all digits of a float64; equal ones are equal all the same.
+    alike = torch.linspace(0.1, 0.7, 9).log().expand(10, 9) * 1e5
+    for scored in (10, 7, 3):
+        mask = (torch.arange(10) < scored).unsqueeze(1).expand(10, 9)
+        assert torch.equal(estimator(alike, mask, 10), torch.zeros(10, 9))
 
 
 @st.composite

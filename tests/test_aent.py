@@ -128,7 +128,7 @@ def test_state_keeps_the_coefficient() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"coef": -1.0}, r"aent: coef=-1.0"),
+        ({"coef": -1.0}, r"\[aent\]\.coef=-1.0"),
         ({"clamp_p": 1.0}, r"clamp_p=1.0 "),
         ({"low": 0.6}, r"low=0.6 .*high=0.5"),
         ({"low": -0.1}, r"low=-0.1 "),

@@ -71,6 +71,12 @@ def test_unscored_responses_are_in_no_mean() -> None:
     assert made.tolist() == [[0.0] * 3, [1.0 * 3.5, -1.0 * -3.5, 0.0], [0.0] * 3]
 
 
+def test_constant_advantages_covary_with_nothing() -> None:
+    # The float32 mean of ten times 1.1 is not 1.1.
+    made = covariances(batches.training_batch([[1.1] * 10], [[-0.1 * i for i in range(10)]]))
+    assert torch.equal(made, torch.zeros(1, 10))
+
+
 # --- KL-Cov ---
 
 
@@ -162,14 +168,14 @@ def test_defaults_are_the_authors() -> None:
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        (KLCov, {"coef": -1.0}, r"mine: coef=-1\.0"),
-        (KLCov, {"share": 0.0}, r"mine: share=0\.0 must be above 0 .*coef=0 switches it off"),
-        (KLCov, {"share": 1.5}, r"mine: share=1\.5 must be .* at most 1"),
-        (KLCov, {"share": math.nan}, r"mine: share=nan"),
-        (ClipCov, {"share": -0.1}, r"mine: share=-0\.1 must lie in \[0, 1\]"),
-        (ClipCov, {"share": math.nan}, r"mine: share=nan"),
-        (ClipCov, {"low": 5.0, "high": 5.0}, r"mine: low=5\.0 must be below high=5\.0"),
-        (ClipCov, {"high": math.nan}, r"mine: low=1\.0 must be below high=nan"),
+        (KLCov, {"coef": -1.0}, r"\[mine\]\.coef=-1\.0"),
+        (KLCov, {"share": 0.0}, r"\[mine\]\.share=0\.0 must be above 0 .*coef=0 switches it off"),
+        (KLCov, {"share": 1.5}, r"\[mine\]\.share=1\.5 must be .* at most 1"),
+        (KLCov, {"share": math.nan}, r"\[mine\]\.share=nan"),
+        (ClipCov, {"share": -0.1}, r"\[mine\]\.share=-0\.1 must lie in \[0, 1\]"),
+        (ClipCov, {"share": math.nan}, r"\[mine\]\.share=nan"),
+        (ClipCov, {"low": 5.0, "high": 5.0}, r"\[mine\]\.low=5\.0 must be below high=5\.0"),
+        (ClipCov, {"high": math.nan}, r"\[mine\]\.low=1\.0 must be below high=nan"),
     ],
 )
 def test_bad_options_are_refused(

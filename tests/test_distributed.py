@@ -20,7 +20,18 @@ CHANGES = {
 
 
 # Whole groups of responses must meet on every process.
-GRPO = {"model.policy.critic": "none", "model.ppo": {**PPO, "estimator": "grpo"}}
+GRPO = {
+    "model.policy.critic": "none",
+    "model.ppo": {
+        **PPO,
+        "estimator": "grpo",
+        "kl_coef": 0.1,
+        "kl_in": "loss",
+        "kl_estimator": "k3",
+        "kl_target": 0.001,
+        "kl_horizon": 50,
+    },
+}
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")

@@ -31,6 +31,8 @@ def test_metrics_page_defines_exactly_what_a_run_logs(
         "model.evaluation": {"num_responses": 8},
         "data.init_args.eval_file": str(puzzles),
         "model.ppo.kl_coef": 0.01,
+        "model.ppo.kl_in": "loss",
+        "model.ppo.kl_estimator": "k3",
         "trainer.max_epochs": 1,
     }
     runs.run(tmp_path / "run", changes=changes)

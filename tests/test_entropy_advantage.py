@@ -83,10 +83,10 @@ def test_the_entropy_of_the_whole_vocabulary_is_observed() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"alpha": -0.1}, r"mine: alpha=-0\.1 must be 0 \(off\) or positive"),
-        ({"alpha": math.nan}, r"mine: alpha=nan"),
-        ({"kappa": 1.0}, r"mine: kappa=1\.0 must be above 1"),
-        ({"kappa": math.nan}, r"mine: kappa=nan"),
+        ({"alpha": -0.1}, r"\[mine\]\.alpha=-0\.1 must be 0 \(off\) or positive"),
+        ({"alpha": math.nan}, r"\[mine\]\.alpha=nan"),
+        ({"kappa": 1.0}, r"\[mine\]\.kappa=1\.0 must be above 1"),
+        ({"kappa": math.nan}, r"\[mine\]\.kappa=nan"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, float], message: str) -> None:

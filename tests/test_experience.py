@@ -17,6 +17,7 @@ from tre_lightning.experience import (
     minibatches,
     token_rewards,
 )
+from tre_lightning.kl import KLEstimator
 from tre_lightning.rollout import Rollout
 
 NAN = math.nan
@@ -65,6 +66,7 @@ def targets(
     gamma: float = 1.0,
     gae_lambda: float = 1.0,
     kl_coef: float = 0.0,
+    kl_estimator: KLEstimator = "k1",
     whiten: bool | None = False,
 ) -> TrainingBatch:
     return compute_targets(
@@ -74,6 +76,7 @@ def targets(
         gamma=gamma,
         gae_lambda=gae_lambda,
         kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
         whiten=whiten,
     )
 
@@ -91,24 +94,42 @@ def same(a: TrainingBatch, b: TrainingBatch) -> bool:
 
 
 def test_the_score_stands_on_the_last_counted_token() -> None:
-    rewards = token_rewards(experience([3, 1, 2], [2.0, -1.0, 0.5]), kl_coef=0.5)
+    rewards = token_rewards(experience([3, 1, 2], [2.0, -1.0, 0.5]), 0.5, "k1")
     expected = [[0.0, 0.0, 2.0], [-1.0, 0.0, 0.0], [0.0, 0.5, 0.0]]
     assert torch.equal(rewards, torch.tensor(expected))
 
 
 def test_the_kl_penalty_stands_on_every_counted_token() -> None:
-    # k3 with r = p_ref / p_old: r = 2 gives 1 - log 2, r = 1/2 gives log 2 - 1/2, r = 1 gives 0
+    # r = p_ref / p_old is 2, 1/2 and 1: k1 gives -log r, k2 its half square, k3 r - 1 - log r
     old = torch.tensor([[-1.0, -1.0, -1.0], [-1.0, -5.0, -5.0]])
     ref = old + torch.tensor([[math.log(2), -math.log(2), 0.0], [math.log(2), 3.0, 3.0]])
-    rewards = token_rewards(experience([3, 1], [1.0, 3.0], old=old, ref=ref), kl_coef=0.1)
-    up, down = 0.1 * (1 - math.log(2)), 0.1 * (math.log(2) - 0.5)
-    torch.testing.assert_close(
-        rewards, torch.tensor([[-up, -down, 1.0], [3.0 - up, 0.0, 0.0]]), atol=1e-6, rtol=0
+    shown, log_two = experience([3, 1], [1.0, 3.0], old=old, ref=ref), math.log(2)
+    cases: tuple[tuple[KLEstimator, float, float], ...] = (
+        ("k1", -log_two, log_two),
+        ("k2", log_two**2 / 2, log_two**2 / 2),
+        ("k3", 1 - log_two, log_two - 0.5),
     )
+    for estimator, up, down in cases:
+        rewards = token_rewards(shown, 0.1, estimator)
+        expected = [[-0.1 * up, -0.1 * down, 1.0], [3.0 - 0.1 * up, 0.0, 0.0]]
+        torch.testing.assert_close(rewards, torch.tensor(expected), atol=1e-6, rtol=0)
+
+
+def test_a_reference_that_another_asks_for_is_no_penalty() -> None:
+    old, ref = torch.zeros(1, 2), torch.tensor([[-math.inf, 1.0]])
+    rewards = token_rewards(experience([2], [1.0], old=old, ref=ref), 0.0, "k1")
+    assert rewards.tolist() == [[0.0, 1.0]]
+
+
+def test_the_score_stands_on_the_last_token_behind_a_gap() -> None:
+    shown = experience([4, 4], [1.0, 2.0])
+    mask = torch.tensor([[True, False, True, False], [False, True, True, True]])
+    rewards = token_rewards(replace(shown, response_mask=mask), 0.0, "k1")
+    assert rewards.tolist() == [[0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 2.0]]
 
 
 def test_a_response_without_counted_tokens_gets_no_reward() -> None:
-    rewards = token_rewards(experience([2, 2], [NAN, 1.0]), kl_coef=0.0)
+    rewards = token_rewards(experience([2, 2], [NAN, 1.0]), 0.0, "k1")
     assert torch.equal(rewards, torch.tensor([[0.0, 0.0], [0.0, 1.0]]))
 
 
@@ -133,7 +154,7 @@ def test_an_unscorable_response_does_not_count() -> None:
         torch.testing.assert_close(getattr(batch, name)[keep], getattr(expected, name))
 
 
-@pytest.mark.filterwarnings("ignore:var:UserWarning")  # the variance of no values at all
+@pytest.mark.filterwarnings("error")
 def test_a_rollout_without_any_score_has_finite_targets() -> None:
     batch = targets(experience([2, 1], [NAN, NAN], values=torch.ones(2, 2)), whiten=True)
     assert not batch.response_mask.any()
@@ -154,8 +175,10 @@ def test_compute_targets_passes_every_option_on() -> None:
     torch.testing.assert_close(white.returns, batch.returns)  # targets of the critic stay
     with_ref = experience([3], [1.0], values=values, old=old, ref=old + math.log(2))
     penalised = targets(with_ref, gamma=0.9, gae_lambda=0.8, kl_coef=0.1)
-    penalty = 0.1 * (1 - math.log(2))
+    penalty = 0.1 * -math.log(2)
     torch.testing.assert_close(penalised.rewards, torch.tensor([[-penalty, -penalty, 1 - penalty]]))
+    squared = targets(with_ref, kl_coef=0.1, kl_estimator="k2").rewards[0, 0].item()
+    assert squared == pytest.approx(-0.1 * math.log(2) ** 2 / 2)
 
 
 def without_critic(lengths: list[int], scores: list[float], **parts: Tensor) -> Experience:
@@ -168,7 +191,7 @@ def test_without_a_critic_there_are_no_returns() -> None:
     shown = without_critic(lengths, scores, old=old, ref=old + math.log(2))
     mask = shown.response_mask
     # R = score - length x penalty; the last response is alone in its group
-    penalty = 0.1 * (1 - math.log(2))
+    penalty = 0.1 * -math.log(2)
     first, second = 1.0 - 3 * penalty, 0.0 - penalty
     gap, half = first - second, math.sqrt(0.5)
     at_each = torch.tensor([[1.0], [-1.0], [0.0], [0.0]]) * mask

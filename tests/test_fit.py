@@ -378,9 +378,16 @@ def test_micro_batch_size_does_not_change_the_update(
         assert others[tag] == [(step, pytest.approx(v, abs=1e-6)) for step, v in events], tag
 
 
+KL_LOSS = (
+    "--model.ppo.kl_coef=0.5",
+    "--model.ppo.kl_in=loss_weighted",
+    "--model.ppo.kl_estimator=k3",
+)
+
+
 @pytest.mark.parametrize(
     "flags",
-    [(), ("--model.ppo.kl_coef=0.5", "--model.policy.critic=shared")],
+    [(), (*KL_LOSS, "--model.policy.critic=shared")],
     ids=["", "kl-shared"],
 )
 @pytest.mark.parametrize(("precision", "close"), [("64-true", 1e-6), ("32-true", 2e-3)])

@@ -156,10 +156,10 @@ def test_the_entropy_of_the_whole_vocabulary_is_observed() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"share": 0.0}, r"mine: share=0\.0 must be above 0"),
-        ({"share": 1.1}, r"mine: share=1\.1 must be .* at most 1"),
-        ({"share": math.nan}, r"mine: share=nan"),
-        ({"average_over": "some"}, r"mine: average_over='some' .* 'all' or 'selected'"),
+        ({"share": 0.0}, r"\[mine\]\.share=0\.0 must be above 0"),
+        ({"share": 1.1}, r"\[mine\]\.share=1\.1 must be .* at most 1"),
+        ({"share": math.nan}, r"\[mine\]\.share=nan"),
+        ({"average_over": "some"}, r"\[mine\]\.average_over='some' .* 'all' or 'selected'"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:

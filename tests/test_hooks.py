@@ -156,9 +156,9 @@ def test_a_schedule_needs_an_iteration() -> None:
     [-0.1, math.nan, LinearSchedule(-0.1, 1.0, 2), LinearSchedule(1.0, -0.1, 2)],
 )
 def test_a_negative_coefficient_is_refused(coef: float | LinearSchedule) -> None:
-    with pytest.raises(ValueError, match=r"mine: coef="):
+    with pytest.raises(ValueError, match=r"\[mine\]\.coef="):
         EntropyBonus(coef, name="mine")
-    with pytest.raises(ValueError, match=r"mine: coef="):
+    with pytest.raises(ValueError, match=r"\[mine\]\.coef="):
         TrustRegionEntropy(coef, top_k=2, name="mine")
 
 
@@ -290,7 +290,7 @@ def test_tokens_are_the_counted_ones_in_reading_order() -> None:
     assert tokens[1:].positions.tolist() == [1, 0]
 
 
-@pytest.mark.parametrize("name", ["policy", "value", "total"])
+@pytest.mark.parametrize("name", ["policy", "kl", "value", "total"])
 def test_a_name_that_the_logs_need_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"named '{name}'"):
         find_methods([Method(name)])

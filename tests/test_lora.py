@@ -364,7 +364,11 @@ def test_there_must_be_weights_to_freeze(architecture: dict[str, Any]) -> None:
 # ----- whole runs
 
 LORA = {"rank": 2, "alpha": 16}
-POLICY = {"model.policy": {"architecture": runs.ARCHITECTURE, "lora": LORA}}
+POLICY = {
+    "model.policy": {"architecture": runs.ARCHITECTURE, "lora": LORA},
+    "model.ppo.kl_estimator": "k2",
+    "model.ppo.kl_in": "loss",
+}
 KL = "--model.ppo.kl_coef=0.1"
 
 

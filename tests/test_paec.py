@@ -146,9 +146,9 @@ def test_state_keeps_the_anchor() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"coef": -1.0}, r"paec: coef=-1.0"),
+        ({"coef": -1.0}, r"\[paec\]\.coef=-1.0"),
         ({"top_p": 0.0}, r"top_p=0.0"),
-        ({"share": 1.5}, r"paec: share=1.5 "),
+        ({"share": 1.5}, r"\[paec\]\.share=1.5 "),
         ({"mix": -0.5}, r"mix=-0.5 "),
         ({"anchor_iterations": 0}, r"anchor_iterations=0 "),
         ({"floor_share": 1.5}, r"floor_share=1.5 "),

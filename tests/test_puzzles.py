@@ -163,8 +163,8 @@ def test_generate_refuses_bad_arguments(arguments: tuple[Any, Any, Any], message
     ],
 )
 def test_spec_refuses_bad_fields(change: dict[str, Any]) -> None:
-    """The message starts with the field, so that a config error is found at once."""
-    with pytest.raises(ValueError, match=f"^{next(iter(change))}=") as error:
+    """The message starts with the option, so that a config error is found at once."""
+    with pytest.raises(ValueError, match=rf"^data\.puzzles\.{next(iter(change))}=") as error:
         PuzzleSpec(**change)
     assert "\n" not in str(error.value)
 

@@ -372,7 +372,7 @@ def test_a_password_in_the_address_is_refused_and_not_shown() -> None:
     ],
 )
 def test_options_that_cannot_work_are_refused(option: str, value: float) -> None:
-    with pytest.raises(ValueError, match=f"reward.{option}="):
+    with pytest.raises(ValueError, match=rf"^data\.reward\.{option}="):
         RemoteScorer("http://host", **{option: value})  # type: ignore[arg-type]
 
 
@@ -513,7 +513,7 @@ def test_mistakes_of_the_command_are_one_line(
     with closing(socket.create_server(("127.0.0.1", 0))) as taken:
         port = str(taken.getsockname()[1])
         for flags, said in (
-            (["--model", str(tmp_path)], "reward.model="),
+            (["--model", str(tmp_path)], "--model="),
             (["--model", str(reward_dir), "--port", port], "cannot be listened on"),
             (["--model", str(reward_dir), "--port", "99999"], "cannot be listened on"),
         ):

@@ -45,7 +45,7 @@ PPO = {"num_epochs": 2, "num_minibatches": 3, "micro_batch_size": 3}
 CHANGES: dict[str, Any] = {
     "data.init_args.batch_size": 5,
     "data.init_args.eval_batch_size": 8,  # one batch, however many processes
-    "model.ppo": {**PPO, "kl_coef": 0.1},
+    "model.ppo": {**PPO, "kl_coef": 0.1, "kl_in": "loss", "kl_estimator": "k3"},
     "checkpoint": {"keep_all": True},
     # Lightning refuses trainer.precision 64-true with this strategy; the plugin is the same.
     "trainer.plugins": [{"class_path": "lightning.pytorch.plugins.DoublePrecision"}],

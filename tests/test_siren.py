@@ -4,9 +4,13 @@ import math
 import pickle
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import batches
 import method_runs
@@ -14,6 +18,7 @@ import runs
 from batches import Rows
 from tre_lightning.experience import TrainingBatch
 from tre_lightning.methods import SIREN, LinearSchedule
+from tre_lightning.methods.selection import above_quantile
 
 P = [0.5, 0.3, 0.1, 0.1]
 ON = method_runs.spec("SIREN", coef=5.0)
@@ -41,6 +46,44 @@ def test_weights_make_the_mean_one_over_the_tokens_of_highest_entropy() -> None:
     weights = SIREN(share=0.3).token_weights(rollout([4.0, 1.0], [2.0, 5.0]))
     assert weights.tolist() == [[2.0, 0.0], [0.0, 2.0]]
     assert SIREN(share=1.0).token_weights(rollout([4.0, 1.0])).tolist() == [[1.0, 1.0]]
+
+
+# Entropies of four responses. The authors' quantile at tau = 0.75, interpolated: of [1, 2, 3, 4, 5]
+# 4, of [1, 5, 2] 3.5, of one token itself, of [2, 2] 2. Above: 5; 5; none; none.
+RESPONSES = ([1.0, 2.0, 3.0, 4.0, 5.0], [1.0, 5.0, 2.0], [9.0], [2.0, 2.0])
+
+
+def test_within_responses_the_mean_is_the_authors() -> None:
+    term = SIREN(coef=0.1, share=0.25, within="response")
+    first = rollout(*RESPONSES)
+    term.adapt(first)
+    assert term.anchor == pytest.approx((5.0 + 5.0 + 0.0 + 0.0) / 4)
+    # Each of 11 tokens counts as 1 / 11 in a loss; a chosen one as 1 / (responses x chosen there).
+    weights = term.token_weights(first)
+    assert weights.nonzero().tolist() == [[0, 4], [1, 1]]
+    assert weights[weights > 0].tolist() == pytest.approx([11 / 4] * 2)
+    # A response that could not be scored is no response.
+    mask = first.response_mask.clone()
+    mask[2:] = False
+    term.adapt(replace(first, response_mask=mask))
+    assert term.entropy == pytest.approx(5.0)
+    term.adapt(rollout([1.0, 3.0, 4.0], [7.0, 8.0]))  # quantiles 3.5 and 7.75
+    assert term.entropy == pytest.approx((4.0 + 8.0) / 2)
+    assert term.coef_at(0) == pytest.approx(2 * 0.1 * (6.0 - 2.5))
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=9), min_size=1, max_size=4),
+    st.sampled_from([0.05, 0.2, 0.25, 0.5, 0.9, 1.0]),
+)
+def test_the_quantile_is_that_of_numpy(rows: list[list[int]], share: float) -> None:
+    mask = batches.padded([[1.0] * len(row) for row in rows]).bool()
+    above = above_quantile(batches.padded(rows, math.nan), mask, share)
+    for row, found in zip(rows, above.tolist(), strict=True):
+        quantile = np.quantile(np.array(row, dtype=float), 1 - share)
+        expected = [bool(value > quantile + 1e-9) for value in row]
+        assert found == expected + [False] * (len(found) - len(row))
 
 
 def test_coefficient_follows_the_distance_to_the_first_rollout() -> None:
@@ -120,13 +163,14 @@ def test_defaults_are_those_of_the_authors_script() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"coef": -1.0}, r"siren: coef=-1.0"),
+        ({"coef": -1.0}, r"\[siren\]\.coef=-1.0"),
         ({"top_p": 1.0}, r"top_p=1.0"),
-        ({"share": 0.0}, r"siren: share=0.0 "),
-        ({"share": math.nan}, r"siren: share=nan "),
+        ({"share": 0.0}, r"\[siren\]\.share=0.0 "),
+        ({"share": math.nan}, r"\[siren\]\.share=nan "),
+        ({"within": "batch"}, r"\[siren\]\.within=batch .*rollout, response"),
     ],
 )
-def test_bad_options_are_refused(options: dict[str, float], message: str) -> None:
+def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SIREN(**options)
 
@@ -161,5 +205,7 @@ def test_beside_tre(tmp_path: Path) -> None:
     method_runs.assert_adds_to_tre(tmp_path, "siren", ON)
 
 
-def test_micro_batch_size_changes_nothing(tmp_path: Path) -> None:
-    method_runs.assert_micro_batches_change_nothing(tmp_path, ON)
+@pytest.mark.parametrize("within", ["rollout", "response"])
+def test_micro_batch_size_changes_nothing(within: str, tmp_path: Path) -> None:
+    term = method_runs.spec("SIREN", coef=5.0, within=within)
+    method_runs.assert_micro_batches_change_nothing(tmp_path, term)

@@ -142,11 +142,11 @@ def test_a_nucleus_does_not_shrink_below_its_least_size() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"top_k": 2, "min_size": 2}, "tre.min_size=2"),
-        ({"top_p": 0.9, "min_size": 2, "region_of": "behaviour"}, "tre.min_size=2"),
-        ({"top_p": 0.9, "min_size": 0}, "tre.min_size=0"),
-        ({"top_p": 0.9, "max_size": 0}, "tre.max_size=0"),
-        ({"top_p": 0.9, "region_of": "mine"}, "tre.region_of=mine"),
+        ({"top_k": 2, "min_size": 2}, r"\[tre\]\.min_size=2"),
+        ({"top_p": 0.9, "min_size": 2, "region_of": "behaviour"}, r"\[tre\]\.min_size=2"),
+        ({"top_p": 0.9, "min_size": 0}, r"\[tre\]\.min_size=0"),
+        ({"top_p": 0.9, "max_size": 0}, r"\[tre\]\.max_size=0"),
+        ({"top_p": 0.9, "region_of": "mine"}, r"\[tre\]\.region_of=mine"),
         ({"top_p": LinearSchedule(0.9, 1.0, 3)}, "top_p=1.0"),
         ({"top_k": LinearSchedule(0.2, 3, 3)}, "top_k=0"),
         ({"top_k": 2, "top_p": LinearSchedule(0.9, 0.5, 3)}, "exactly one"),

@@ -7,10 +7,15 @@ side: row ``i * n + j`` is the j-th of the n = ``num_responses`` responses to pr
 R is the reward of a whole response: the sum of its token rewards. A response that could not be
 scored has no counted token; it leaves its group's baseline and has advantage 0.
 
-Where this differs from the papers of grpo and rloo: the KL penalty is part of the token rewards,
-hence of R (GRPO adds it to the loss instead); the loss is PPO's, token by token, with its clip, and
-a mean over all tokens of the minibatch (GRPO averages each response first; RLOO takes a response
-for one action, without a clip).
+What stands outside the mask (NaN included) does not count. A rollout's mask is one run of True from
+the first token on; should there be a gap (a False between two True), gae and reinforce_pp end an
+episode at it: the value after the last token before it is 0, and no token before it sees a reward
+behind it. grpo and rloo sum over all True tokens, wherever they stand.
+
+Where this differs from the papers of grpo and rloo: a KL penalty is part of the token rewards,
+hence of R, unless ``ppo.kl_in`` puts it into the loss, as GRPO has it; the loss is PPO's, token by
+token, with its clip, and a mean over all tokens of the minibatch (GRPO averages each response
+first; RLOO takes a response for one action, without a clip).
 """
 
 from typing import Literal, TypeAlias
@@ -94,7 +99,8 @@ def gae(
     Returns:
         advantages, and returns = advantages + values.
     """
-    values = values * mask
+    # Not a product: 0 times NaN is NaN.
+    values, rewards = torch.where(mask, values, 0.0), torch.where(mask, rewards, 0.0)
     advantages = torch.zeros_like(values)
     following = torch.zeros_like(values[:, 0])
     for t in range(values.shape[1] - 1, -1, -1):
@@ -111,7 +117,7 @@ def grpo(rewards: Tensor, mask: Tensor, num_responses: int, eps: float = 1e-6) -
     A = (R - mean) / (std + eps), over the scored responses of the group; std is the sample's, over
     n - 1, which the paper leaves open. A group of equal rewards, or with one scored response, has
     advantage 0. Whatever differs is scaled to one spread: where the scores of a group are equal, a
-    KL penalty alone ranks its responses, however small its coefficient.
+    KL penalty in the reward alone ranks its responses, however small its coefficient.
     """
     deviation, count = _deviation(rewards, mask, num_responses)
     variance = deviation.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)
@@ -139,22 +145,42 @@ def reinforce_pp(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
 
 
 def whitened(values: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
-    """Zero mean and unit variance over the True entries of ``mask``; 0 elsewhere."""
-    counted = values[mask]
-    mean, variance = counted.mean(), counted.var(unbiased=False)
-    return torch.where(mask, (values - mean) * torch.rsqrt(variance + eps), 0.0)
+    """Zero mean and unit variance over the True entries of ``mask``; 0 elsewhere.
+
+    Exactly 0 where all of them are equal, or none is True.
+    """
+    deviation, count = centred(values.flatten(), mask.flatten())
+    variance = deviation.square().sum() / count.clamp(min=1)
+    return (deviation * torch.rsqrt(variance + eps)).view_as(values).to(values.dtype)
+
+
+def centred(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Distance from the mean over the True entries along the last axis, and their number.
+
+    Exactly 0 where these are equal, whatever they are: dividing by their spread would blow up a
+    rounding.
+
+    Args:
+        values: ``[..., n]``; NaN where the mask is False does not count.
+        mask: bool, ``[..., n]``.
+
+    Returns:
+        The distance, ``[..., n]`` float64, 0 outside the mask; the number, ``[..., 1]``.
+    """
+    count = mask.sum(-1, keepdim=True)
+    if not mask.numel():
+        return values.double(), count
+    wide = torch.where(mask, values, 0.0).double()
+    # From one of them first: the mean of equal numbers may be a rounding off.
+    first = wide.gather(-1, mask.int().argmax(-1, keepdim=True))
+    wide = torch.where(mask, wide - first, 0.0)
+    return torch.where(mask, wide - wide.sum(-1, keepdim=True) / count.clamp(min=1), 0.0), count
 
 
 def _deviation(rewards: Tensor, mask: Tensor, num_responses: int) -> tuple[Tensor, Tensor]:
-    """R - mean of the group ``[B / n, n]`` (0 if not scored), and scored responses ``[B / n, 1]``.
-
-    In float64, where the mean of equal rewards is exactly theirs: GRPO would blow up a rounding.
-    """
+    """R - mean of its group ``[B / n, n]`` (0 if not scored); scored responses ``[B / n, 1]``."""
     total = torch.where(mask, rewards, 0.0).sum(1, dtype=torch.float64).view(-1, num_responses)
-    scored = mask.any(1).view(-1, num_responses)
-    count = scored.sum(1, keepdim=True)
-    mean = total.sum(1, keepdim=True) / count.clamp(min=1)
-    return torch.where(scored, total - mean, 0.0), count
+    return centred(total, mask.any(1).view(-1, num_responses))
 
 
 def _at_every_token(advantages: Tensor, mask: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 from tre_lightning.advantages import Estimator
 from tre_lightning.entropy import check_region
+from tre_lightning.kl import KLEstimator, KLPlace, check_kl
 
 EngineName: TypeAlias = Literal["in_process", "continuous_batching", "vllm"]
 
@@ -27,11 +28,11 @@ class VLLMArgs:
     def __post_init__(self) -> None:
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ValueError(
-                f"rollout.vllm.gpu_memory_utilization={self.gpu_memory_utilization} must lie in "
-                "(0, 1]"
+                f"model.rollout.vllm.gpu_memory_utilization={self.gpu_memory_utilization} must "
+                "lie in (0, 1]"
             )
         if self.max_model_len is not None:
-            at_least("rollout.vllm.max_model_len", self.max_model_len, 1)
+            at_least("model.rollout.vllm.max_model_len", self.max_model_len, 1)
 
 
 @dataclass(frozen=True)
@@ -62,16 +63,16 @@ class RolloutArgs:
     max_importance_weight: float | None = None
 
     def __post_init__(self) -> None:
-        at_least("rollout.num_responses", self.num_responses, 1)
-        at_least("rollout.max_new_tokens", self.max_new_tokens, 1)
-        positive("rollout.temperature", self.temperature)
+        at_least("model.rollout.num_responses", self.num_responses, 1)
+        at_least("model.rollout.max_new_tokens", self.max_new_tokens, 1)
+        positive("model.rollout.temperature", self.temperature)
         if self.sample_batch_size is not None:
-            at_least("rollout.sample_batch_size", self.sample_batch_size, 1)
-        one_of("rollout.engine", self.engine, get_args(EngineName))
+            at_least("model.rollout.sample_batch_size", self.sample_batch_size, 1)
+        one_of("model.rollout.engine", self.engine, get_args(EngineName))
         # A mapping in a saved configuration.
         object.__setattr__(self, "vllm", options(VLLMArgs, self.vllm))
         if self.max_importance_weight is not None:
-            at_least("rollout.max_importance_weight", self.max_importance_weight, 1)
+            at_least("model.rollout.max_importance_weight", self.max_importance_weight, 1)
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,12 @@ class EvaluationArgs:
     num_samples_logged: int = 4
 
     def __post_init__(self) -> None:
-        at_least("evaluation.num_responses", self.num_responses, 1)
-        positive("evaluation.temperature", self.temperature)
+        at_least("model.evaluation.num_responses", self.num_responses, 1)
+        at_least("model.evaluation.num_samples_logged", self.num_samples_logged, 0)
+        positive("model.evaluation.temperature", self.temperature)
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(
-                f"evaluation.top_p={self.top_p} must lie in (0, 1]; 1 samples from all"
+                f"model.evaluation.top_p={self.top_p} must lie in (0, 1]; 1 samples from all"
             )
 
 
@@ -120,7 +122,15 @@ class PPOArgs:
         gae_lambda: lambda of generalised advantage estimation.
         whiten_advantages: zero mean and unit variance over the global batch; none = as the
             estimator's paper does: gae and reinforce_pp do, grpo and rloo do not.
-        kl_coef: weight of the token-wise KL to the initial policy in the reward; 0 = no reference.
+        kl_coef: weight of the KL of the policy to the initial one, the reference; 0 = none.
+        kl_estimator: of that KL, by token: ``k1`` (log ratio), ``k2`` (half its square) or ``k3``;
+            docs/concepts.md says which of them is right where.
+        kl_in: where it stands: taken off the ``reward``, added to the ``loss`` (needs k2, or k3 as
+            in GRPO), or to the loss times the probability ratio, ``loss_weighted`` (k1 or k3).
+        kl_target: the KL to hold, nats a token as ``rollout/ref_kl``: kl_coef is where the weight
+            starts, and rises while the KL is above and falls while it is below; none = constant.
+        kl_horizon: responses after which a KL that is 20 % or more off its target has moved the
+            weight by 20 %.
         fused: log-probabilities and entropies by the fused ops, which never hold all the logits;
             false = by the readable reference (entropy.py), to check against.
         logits_memory: MiB of logits that the fused ops hold at a time.
@@ -141,25 +151,49 @@ class PPOArgs:
     gae_lambda: float = 1.0
     whiten_advantages: bool | None = None
     kl_coef: float = 0.0
+    kl_estimator: KLEstimator = "k1"
+    kl_in: KLPlace = "reward"
+    kl_target: float | None = None
+    kl_horizon: int = 10_000
     fused: bool = True
     logits_memory: int = 128
     max_skipped_updates: int = 8
 
     def __post_init__(self) -> None:
-        one_of("ppo.estimator", self.estimator, get_args(Estimator))
+        one_of("model.ppo.estimator", self.estimator, get_args(Estimator))
         counts = ("num_epochs", "num_minibatches", "micro_batch_size", "logits_memory")
         for name in (*counts, "max_skipped_updates"):
-            at_least(f"ppo.{name}", getattr(self, name), 1)
+            at_least(f"model.ppo.{name}", getattr(self, name), 1)
         for name in ("gamma", "gae_lambda"):
-            unit_share(f"ppo.{name}", getattr(self, name))
+            unit_share(f"model.ppo.{name}", getattr(self, name))
         if self.clip_eps_low is not None and not 0.0 < self.clip_eps_low < 1.0:
-            raise ValueError(f"ppo.clip_eps_low={self.clip_eps_low} must lie between 0 and 1")
+            raise ValueError(f"model.ppo.clip_eps_low={self.clip_eps_low} must lie between 0 and 1")
         if self.clip_eps_high is not None:
-            positive("ppo.clip_eps_high", self.clip_eps_high)
-        if self.dual_clip is not None and self.dual_clip <= 1.0:
-            raise ValueError(f"ppo.dual_clip={self.dual_clip} must be above 1, or none")
-        if self.kl_coef < 0.0:
-            raise ValueError(f"ppo.kl_coef={self.kl_coef} must be 0 (off) or positive")
+            positive("model.ppo.clip_eps_high", self.clip_eps_high)
+        if self.value_clip_eps is not None:
+            positive("model.ppo.value_clip_eps", self.value_clip_eps)
+        if self.dual_clip is not None and not self.dual_clip > 1.0:
+            raise ValueError(f"model.ppo.dual_clip={self.dual_clip} must be above 1, or none")
+        if not self.value_coef >= 0.0:
+            raise ValueError(f"model.ppo.value_coef={self.value_coef} must be 0 (off) or positive")
+        self._check_kl()
+
+    def _check_kl(self) -> None:
+        if not 0.0 <= self.kl_coef < math.inf:
+            raise ValueError(f"model.ppo.kl_coef={self.kl_coef} must be 0 (off) or positive")
+        one_of("model.ppo.kl_estimator", self.kl_estimator, get_args(KLEstimator))
+        one_of("model.ppo.kl_in", self.kl_in, get_args(KLPlace))
+        check_kl(self.kl_estimator, self.kl_in)
+        at_least("model.ppo.kl_horizon", self.kl_horizon, 1)
+        if self.kl_target is None:
+            return
+        if not 0.0 < self.kl_target < math.inf:
+            raise ValueError(f"model.ppo.kl_target={self.kl_target} must be above 0 nats, or none")
+        if self.kl_coef == 0.0:
+            raise ValueError(
+                f"model.ppo.kl_target={self.kl_target} moves model.ppo.kl_coef by factors, and "
+                "that is 0; give a kl_coef above 0 to start from"
+            )
 
 
 @dataclass(frozen=True)
@@ -191,13 +225,17 @@ class OptimArgs:
 
     def __post_init__(self) -> None:
         for name in ("lr", "critic_lr", "max_grad_norm"):
-            positive(f"optim.{name}", getattr(self, name))
-        at_least("optim.warmup_iterations", self.warmup_iterations, 0)
-        unit_share("optim.warmup_share", self.warmup_share)
+            positive(f"model.optim.{name}", getattr(self, name))
+        for name in ("eps", "weight_decay", "final_lr_share"):
+            at_least(f"model.optim.{name}", getattr(self, name), 0)
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ValueError(f"model.optim.betas={self.betas} must each lie in [0, 1)")
+        at_least("model.optim.warmup_iterations", self.warmup_iterations, 0)
+        unit_share("model.optim.warmup_share", self.warmup_share)
         if self.warmup_iterations > 0 and self.warmup_share > 0.0:
             raise ValueError(
-                f"give optim.warmup_iterations={self.warmup_iterations} or optim.warmup_share="
-                f"{self.warmup_share}, not both; set the other to 0"
+                f"give model.optim.warmup_iterations={self.warmup_iterations} or "
+                f"model.optim.warmup_share={self.warmup_share}, not both; set the other to 0"
             )
 
     def lr_share(self, iteration: int, total_iterations: float) -> float:
@@ -210,8 +248,8 @@ class OptimArgs:
         if self.warmup_share > 0.0:
             if math.isinf(total_iterations):
                 raise ValueError(
-                    f"optim.warmup_share={self.warmup_share} needs a run with an end; give "
-                    "trainer.max_epochs or optim.warmup_iterations"
+                    f"model.optim.warmup_share={self.warmup_share} needs a run with an end; give "
+                    "trainer.max_epochs or model.optim.warmup_iterations"
                 )
             warmup = round(self.warmup_share * total_iterations)
         if iteration < warmup:
@@ -234,7 +272,7 @@ class DiagnosticsArgs:
     top_p: float | None = 0.99
 
     def __post_init__(self) -> None:
-        check_region(self.top_k, self.top_p)
+        check_region(self.top_k, self.top_p, "model.diagnostics")
 
 
 Options = TypeVar("Options")
@@ -246,8 +284,8 @@ def options(kind: type[Options], value: Options | Mapping[str, Any]) -> Options:
 
 
 def at_least(name: str, value: float, least: float) -> None:
-    """Raise ValueError for a value below the least."""
-    if value < least:
+    """Raise ValueError for a value below the least, and for NaN."""
+    if not value >= least:
         raise ValueError(f"{name}={value} must be at least {least}")
 
 

@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
+from lightning.fabric.utilities.seed import max_seed_value, min_seed_value
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
+from lightning.pytorch.utilities import rank_zero_warn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -14,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from tre_lightning.callbacks.monitors import check_monitors
 from tre_lightning.data.prompts import PromptDataModule
 from tre_lightning.engines import check_engine
 from tre_lightning.errors import read
@@ -35,6 +38,7 @@ from tre_lightning.tokenizer import (
     check_special_tokens,
     word_tokenizer,
 )
+from tre_lightning.trainer_options import check_limits, check_trainer
 
 
 def check_run(
@@ -60,6 +64,7 @@ def check_run(
         ValueError: naming the field, its value and the fix.
     """
     find_methods(trainer.callbacks)  # type: ignore[attr-defined]
+    check_trainer(trainer)
     check_batches(module, data, trainer.world_size)
     given = module.policy_args
     check_sharding(trainer, adapters=given.lora is not None, cpu_offload=given.cpu_offload)
@@ -68,6 +73,12 @@ def check_run(
         raise ValueError(
             f"trainer.precision={trainer.precision} needs a loss scale, which overflows that are "
             "skipped here would leave too high; use bf16-mixed, bf16-true or 32-true"
+        )
+    ppo = module.ppo_args
+    if ppo.kl_coef > 0.0 and ppo.kl_in == "reward" and ppo.kl_estimator != "k1":
+        rank_zero_warn(
+            f"model.ppo.kl_estimator={ppo.kl_estimator} with model.ppo.kl_in=reward does not pull "
+            "the policy back to the reference; k1 there does, as k2 and k3 do in the loss"
         )
     config = load_config(policy)
     named = policy.tokenizer_source
@@ -92,6 +103,8 @@ def check_run(
         check_critic(policy.critic_model, tokenizer, known)
     data.vocabulary_size = known
     data.check(tokenizer)
+    check_limits(trainer, data)
+    check_monitors(trainer, module, data)
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     new_tokens = module.rollout_args.max_new_tokens
     if context is not None and data.longest_prompt + new_tokens > context:
@@ -133,6 +146,18 @@ def check_critic(model: str, tokenizer: PreTrainedTokenizerBase, known: int | No
     except Exception:  # it needs none
         return
     check_same_words(tokenizer, other, f"{field}={model}")
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that torch and numpy do not both take.
+
+    Raises:
+        ValueError: naming the field, its value and the fix.
+    """
+    if not min_seed_value <= seed <= max_seed_value:
+        raise ValueError(
+            f"seed_everything={seed} must lie between {min_seed_value} and {max_seed_value}"
+        )
 
 
 def check_devices(accelerator: str, devices: object) -> None:

@@ -17,17 +17,25 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 from jsonargparse import Namespace, set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.profilers import Profiler
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from transformers.utils import logging as transformers_logging
 
+from tre_lightning import trainer_options
 from tre_lightning.callbacks.checkpoint import (
     IterationCheckpoint,
     find_checkpoint,
@@ -35,10 +43,16 @@ from tre_lightning.callbacks.checkpoint import (
     saved_run,
 )
 from tre_lightning.callbacks.inspection import Inspection
+from tre_lightning.callbacks.monitors import (
+    MonitorCheck,
+    monitors,
+    others_log,
+    refuse_unknown,
+)
 from tre_lightning.callbacks.progress import RunProgress
 from tre_lightning.callbacks.stop import LAUNCHER, GracefulStop
 from tre_lightning.callbacks.summary import PredictionWriter, RunSummary
-from tre_lightning.checks import check_devices, check_run
+from tre_lightning.checks import check_devices, check_run, check_seed
 from tre_lightning.data.demonstrations import Demonstrations
 from tre_lightning.data.preferences import PreferencePairs
 from tre_lightning.data.prompts import PromptDataModule
@@ -47,10 +61,11 @@ from tre_lightning.layers import read_config, with_layers
 from tre_lightning.memory import keep_freed_memory
 from tre_lightning.policy import PolicyArgs
 from tre_lightning.ppo import PPOModule
-from tre_lightning.reward_model import RewardModelModule
+from tre_lightning.reward_model import PairMetrics, RewardModelModule
 from tre_lightning.rewards.remote import RewardServerError
 from tre_lightning.sft import SFTModule
 from tre_lightning.sharding import check_whole
+from tre_lightning.trainer_options import blame, check_options, check_ppo_callbacks
 from tre_lightning.warm_start import WarmStart, wait_for
 
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
@@ -121,6 +136,7 @@ def _be_quiet() -> None:
     """Silence what says nothing of this run: tips, progress of small files, a known deprecation."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # writes its report so
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -173,6 +189,30 @@ def command_to_resume(words: Sequence[str]) -> str:
     return f"{program} {shlex.join([*kept, '--ckpt_path', 'last'])}"
 
 
+# What a configuration names by class, and the option that holds it.
+_CONFIGURED: dict[type, str] = {
+    Callback: "trainer.callbacks",
+    Logger: "trainer.logger",
+    Profiler: "trainer.profiler",
+    Strategy: "trainer.strategy",
+}
+
+
+def _naming(option: str) -> Callable[..., Any]:
+    """How to build what stands in ``option``: an error says where and of which class."""
+
+    def build(kind: type, /, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return kind(*args, **kwargs)
+        except Exception as error:
+            ours = kind.__module__.startswith("tre_lightning.")  # names its options itself
+            if ours or str(error).startswith(option):
+                raise
+            raise ValueError(f"{option} {kind.__name__}: {error}") from error
+
+    return build
+
+
 def _seed(seed: bool | int) -> int:
     """What Lightning makes of ``seed_everything``: true and false mean 0 here."""
     return 0 if isinstance(seed, bool) else seed
@@ -182,6 +222,7 @@ class _CLI(LightningCLI):
     """LightningCLI with one-line errors, and paths that all derive from the run directory."""
 
     progress_name = "ppo"
+    rules = trainer_options.PPO
     resumed_iteration: int | None = None
 
     def __init__(
@@ -226,6 +267,8 @@ class _CLI(LightningCLI):
         parse = parser.parse_object if isinstance(args, Mapping) else parser.parse_args
         with one_line_errors("; --help lists every option and its type"):
             self.config = parse(args)
+        with one_line_errors():
+            check_seed(self.config[self.config.subcommand].seed_everything)
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning would let the checkpoint's options override the given ones."""
@@ -238,6 +281,7 @@ class _CLI(LightningCLI):
             given.ckpt_path = None
         self.save_config_kwargs = {"given": given}
         with one_line_errors():
+            check_options(self.options.trainer, self.rules)
             check_devices(self.options.trainer.accelerator, self.options.trainer.devices)
             self.fill_in_paths()
 
@@ -264,8 +308,41 @@ class _CLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build module, data and trainer; their checks run here, before any work."""
+        for kind, option in _CONFIGURED.items():
+            self.parser.add_instantiator(_naming(option), kind, subclasses=True)
         with one_line_errors():
             super().instantiate_classes()
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        """Leave out of our callbacks what the flags switch off; name the flag in an error."""
+        given = config["callbacks"] or []
+        given = given if isinstance(given, list) else [given]
+        own = dict(zip(self._parser(self.subcommand).callback_keys, callbacks, strict=True))
+        if config["enable_progress_bar"] is False or any(isinstance(c, ProgressBar) for c in given):
+            own = {key: c for key, c in own.items() if not isinstance(c, ProgressBar)}
+        if self.fast and not any(isinstance(c, Checkpoint) for c in given):
+            config["enable_checkpointing"] = False
+        if config["enable_checkpointing"] is False:
+            saving = Checkpoint | ServerErrorCheckpoint
+            own = {key: c for key, c in own.items() if not isinstance(c, saving)}
+        self.check_callbacks(given, own)
+        try:
+            trainer = super()._instantiate_trainer(config, [*own.values(), *self.more_callbacks()])
+        except Exception as error:
+            raise ValueError(blame(str(error), self.options.trainer)) from error
+        return trainer
+
+    def check_callbacks(self, given: Sequence[Callback], own: Mapping[str, Callback]) -> None:
+        """Raise ValueError for a callback of ``trainer.callbacks`` that cannot work."""
+
+    def more_callbacks(self) -> list[Callback]:
+        """Callbacks without options."""
+        return []
+
+    @property
+    def fast(self) -> bool:
+        """Whether this is a trial of which nothing is kept."""
+        return bool(self.options.trainer.fast_dev_run)
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run; what ends a run though it is no bug is one line and an exit code."""
@@ -287,6 +364,13 @@ class _CLI(LightningCLI):
         except Refused:
             with one_line_errors():
                 raise
+        except MisconfigurationException as error:
+            if os.environ.get("TRE_DEBUG"):
+                raise
+            if code := self._common_code(2):
+                message = one_line(blame(str(error), self.options.trainer))
+                print(f"error: {message}", file=sys.stderr)
+            raise SystemExit(code) from error
         except (RunError, OSError) as error:
             full = disk_full(error)
             if os.environ.get("TRE_DEBUG") or (isinstance(error, OSError) and not full):
@@ -315,6 +399,8 @@ class _CLI(LightningCLI):
         if self.resume_command and self.subcommand == "fit":
             saved = has_run(self.run_dir)
             hint = f"; go on with: {self.resume_command}" if saved else "; nothing was saved yet"
+            if not self.trainer.checkpoint_callbacks:
+                hint = "; nothing was saved (trainer.enable_checkpointing=false)"
         print(f"stopped by {how}{hint}", file=sys.stderr)
 
     @property
@@ -332,6 +418,9 @@ class _CLI(LightningCLI):
 class _TrainingCLI(_CLI):
     """Only ``fit``, which writes one model."""
 
+    rules = trainer_options.SUPERVISED
+    logged: tuple[str, ...]
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Only ``fit``."""
@@ -342,6 +431,9 @@ class _TrainingCLI(_CLI):
         super().instantiate_classes()
         with one_line_errors():
             check_whole(self.trainer)
+            callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+            if not others_log(callbacks):
+                refuse_unknown(monitors(callbacks), self.logged)
 
     def fill_in_paths(self) -> None:
         """Protect an earlier model."""
@@ -357,12 +449,14 @@ class SFTCLI(_TrainingCLI):
     """Supervised training on a task's demonstrations."""
 
     progress_name = "warm start"
+    logged = ("sft/loss",)
 
 
 class RewardCLI(_TrainingCLI):
     """Training of a reward model on pairs of responses."""
 
     progress_name = "reward model"
+    logged = tuple(f"{part}/{name}" for part in ("reward", "val") for name in PairMetrics().means)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the seed of the data; the result is the model, so checkpoints are off by default."""
@@ -407,6 +501,20 @@ class PPOCLI(_CLI):
     """PPO with a warm start where one is asked for."""
 
     warm_start_seconds: float | None = None
+    _trial: AbstractContextManager[Any] = nullcontext()  # the warm start of a fast_dev_run
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run, then drop what a trial made."""
+        with self._trial:
+            super()._run_subcommand(subcommand)
+
+    def check_callbacks(self, given: Sequence[Callback], own: Mapping[str, Callback]) -> None:
+        """Refuse what PPO has already, and what changes updates that it makes itself."""
+        check_ppo_callbacks(given, own)
+
+    def more_callbacks(self) -> list[Callback]:
+        """The look at what callbacks watch."""
+        return [MonitorCheck()]
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add checkpoints, summary, inspection, warm start and the values that must match."""
@@ -434,14 +542,24 @@ class PPOCLI(_CLI):
     def fill_in_paths(self) -> None:
         """Find the checkpoint, protect an earlier run, and name the warm start's directory."""
         if self.options.ckpt_path:
+            if self.fast and self.subcommand == "fit":
+                raise ValueError(
+                    f"ckpt_path={self.options.ckpt_path} cannot go on with trainer.fast_dev_run="
+                    f"{self.options.trainer.fast_dev_run}, which trains anew; leave one of them out"
+                )
             path = find_checkpoint(str(self.options.ckpt_path), self.run_dir)
             self.resumed_run = saved_run(path)
             self.resumed_iteration = int(self.resumed_run["iteration"])
             self.options.ckpt_path = str(path)
-        elif self.subcommand == "fit" and has_run(self.run_dir):
+        elif self.subcommand == "fit" and not self.fast and has_run(self.run_dir):
             raise ValueError(
                 f"trainer.default_root_dir={self.run_dir} already holds a run; continue it with "
                 "--ckpt_path last, or give another directory, or delete this one"
+            )
+        elif self.subcommand == "fit" and not self.fast and (Path(self.run_dir) / "model").exists():
+            raise ValueError(
+                f"trainer.default_root_dir={self.run_dir} already holds the model of a run without "
+                "checkpoints; give another directory, or delete this one"
             )
         super().fill_in_paths()
         self.warm_start: WarmStart | None = None
@@ -458,10 +576,15 @@ class PPOCLI(_CLI):
         data["init_args"].pop("tokenizer", None)
         seed = options.model.seed
         directory = warm_start.directory(policy, data, seed)
+        if self.fast and not (directory / "model").exists():  # one step, and not in the cache
+            warm_start = replace(warm_start, steps=1)
+            self._trial = trial = TemporaryDirectory()
+            directory = Path(trial.name)
         self.warm_start = warm_start
         self.warm_start_dir = directory
         self.warm_start_config = warm_start.config(directory, policy, data, seed)
-        self.warm_start_config["trainer"]["accelerator"] = options.trainer.accelerator
+        for name in ("accelerator", "enable_progress_bar"):
+            self.warm_start_config["trainer"][name] = options.trainer[name]
         model = str(directory / "model")
         policy_options = options.model.policy
         policy_options.model, policy_options.architecture = model, None
@@ -486,7 +609,7 @@ class PPOCLI(_CLI):
             )
         if self.warm_start is None or (self.warm_start_dir / "model").exists():
             return
-        if self.trainer.global_rank > 0:
+        if self.trainer.global_rank > 0 and not self.fast:
             wait_for(self.warm_start_dir / "model")
             return
         started = time.perf_counter()
@@ -497,19 +620,20 @@ class PPOCLI(_CLI):
     def before_fit(self) -> None:
         """Warm start, and the scores before training."""
         self.prepare()
-        fast = self.trainer.fast_dev_run  # type: ignore[attr-defined]
-        if self.resumed_iteration is None and not fast:
+        if self.fast:  # Lightning's limit counts optimiser steps, of which an iteration has many
+            self.trainer.fit_loop.epoch_loop.max_steps = -1
+        elif self.resumed_iteration is None:
             self.trainer.validate(self.model, self.datamodule, verbose=False)
             if self.trainer.received_sigterm:  # fit would forget it
                 raise SIGTERMException
-            checkpoint = cast(IterationCheckpoint, self.config_init[self.subcommand].checkpoint)
             with one_line_errors():
-                checkpoint.check_monitor(self.trainer)
+                for checkpoint in self.trainer.checkpoint_callbacks:
+                    cast(IterationCheckpoint, checkpoint).check_monitor(self.trainer)
 
     def after_fit(self) -> None:
         """Print the table."""
         summary = cast(RunSummary, self.config_init[self.subcommand].summary)
-        if self.trainer.is_global_zero and summary.after:
+        if self.trainer.is_global_zero:
             summary.print_table(self.trainer, self.warm_start_seconds)
 
     before_validate = before_test = before_predict = prepare

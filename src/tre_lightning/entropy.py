@@ -14,7 +14,8 @@ The region is a constant of the gradient: dH/dz_i = -q_i (log q_i + H) inside A,
 and 0 outside.
 
 Deviations from the paper's code: the nucleus is exact (theirs stops at 256 tokens), and ties at its
-edge go to the lower token id. Tokens with a logit of -inf do not exist: they are never in A. |V| is
+edge go to the lower token id. With ``top_k: 1`` a region of one token has entropy 0 and no gradient
+here; theirs gives -log max p. Tokens with a logit of -inf do not exist: they are never in A. |V| is
 the size of the last axis, masked tokens included, so that the scale does not vary by position. A
 row with NaN, or with nothing but -inf, gives NaN.
 
@@ -98,14 +99,21 @@ def entropy_stats(
     return EntropyStats(full, region, region * scale, scale, size, tail_mass)
 
 
-def check_region(top_k: int | None, top_p: float | None) -> None:
-    """Raise ValueError unless exactly one of ``top_k`` >= 1 and 0 < ``top_p`` < 1 is given."""
+def check_region(top_k: int | None, top_p: float | None, owner: str = "") -> None:
+    """Raise ValueError unless exactly one of ``top_k`` >= 1 and 0 < ``top_p`` < 1 is given.
+
+    ``owner`` is where the two are options, for the message.
+    """
     if (top_k is None) == (top_p is None):
-        raise ValueError(f"give exactly one of top_k and top_p, not top_k={top_k}, top_p={top_p}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k={top_k} must be at least 1 token")
+        raise ValueError(
+            f"{owner and owner + ': '}give exactly one of top_k and top_p, not top_k={top_k}, "
+            f"top_p={top_p}"
+        )
+    dot = owner and owner + "."
+    if top_k is not None and not top_k >= 1:
+        raise ValueError(f"{dot}top_k={top_k} must be at least 1 token")
     if top_p is not None and not 0.0 < top_p < 1.0:
-        raise ValueError(f"top_p={top_p} must lie between 0 and 1, both excluded")
+        raise ValueError(f"{dot}top_p={top_p} must lie between 0 and 1, both excluded")
 
 
 def _region(logits: Tensor, top_k: int | None, top_p: float | None) -> tuple[Tensor, Tensor]:

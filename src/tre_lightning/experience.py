@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tre_lightning.advantages import Estimator, estimate, whitened, whitens
 from tre_lightning.distributed import gather_rows
-from tre_lightning.metrics import approx_kl
+from tre_lightning.kl import KLEstimator, kl_estimate
 from tre_lightning.rollout import Rollout
 from tre_lightning.seeding import permutation
 
@@ -107,13 +107,15 @@ def compute_targets(
     gamma: float,
     gae_lambda: float,
     kl_coef: float,
+    kl_estimator: KLEstimator,
     whiten: bool | None,
 ) -> TrainingBatch:
     """Token rewards, advantages and, with a critic, returns.
 
-    ``whiten`` normalises the advantages over the whole batch; None = as the estimator's paper does.
+    ``kl_coef`` is that of a penalty in the reward. ``whiten`` normalises the advantages over the
+    whole batch; None = as the estimator's paper does.
     """
-    rewards = token_rewards(experience, kl_coef)
+    rewards = token_rewards(experience, kl_coef, kl_estimator)
     advantages, returns = estimate(
         estimator,
         rewards,
@@ -129,14 +131,17 @@ def compute_targets(
     return TrainingBatch(**known, rewards=rewards, advantages=advantages, returns=returns)
 
 
-def token_rewards(experience: Experience, kl_coef: float) -> Tensor:
-    """Score at the last token, minus ``kl_coef`` times the k3 KL to the reference, ``[B, T]``."""
+def token_rewards(experience: Experience, kl_coef: float, kl_estimator: KLEstimator) -> Tensor:
+    """Score at the last counted token, minus ``kl_coef`` times the KL to the reference, ``[B, T]``.
+
+    The KL of every counted token by ``kl_estimator``; :mod:`tre_lightning.kl` says what for.
+    """
     mask = experience.response_mask
     rewards = torch.zeros_like(experience.old_logprobs)
-    if experience.ref_logprobs is not None:
-        penalty = approx_kl(experience.ref_logprobs, experience.old_logprobs)
+    if kl_coef != 0.0 and experience.ref_logprobs is not None:
+        penalty = kl_estimate(kl_estimator, experience.old_logprobs, experience.ref_logprobs)
         rewards = torch.where(mask, -kl_coef * penalty, rewards)
-    last = (mask.sum(1) - 1).clamp(min=0).unsqueeze(1)
+    last = mask.long().cumsum(1).argmax(1, keepdim=True)
     scores = experience.scores.nan_to_num(0.0).unsqueeze(1)
     return rewards.scatter_add(1, last, scores.to(rewards) * mask.any(1, keepdim=True))
 

@@ -49,11 +49,12 @@ class LoraArgs:
     bfloat16_base: bool = False
 
     def __post_init__(self) -> None:
-        at_least("policy.lora.rank", self.rank, 1)
-        positive("policy.lora.alpha", self.alpha)
+        at_least("model.policy.lora.rank", self.rank, 1)
+        positive("model.policy.lora.alpha", self.alpha)
         if not self.target_modules:
             raise ValueError(
-                "policy.lora.target_modules is empty; name layers, or leave it out for all-linear"
+                "model.policy.lora.target_modules is empty; name layers, or leave it out for "
+                "all-linear"
             )
 
 

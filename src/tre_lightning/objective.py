@@ -1,4 +1,4 @@
-"""What an update minimises in the policy: the clipped surrogate and the terms of the methods."""
+"""What an update minimises in the policy: the clipped surrogate, KL and the terms of methods."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,8 +9,9 @@ from torch import Tensor
 
 from tre_lightning.args import PPOArgs
 from tre_lightning.experience import TrainingBatch
+from tre_lightning.kl import kl_loss
 from tre_lightning.losses import policy_loss
-from tre_lightning.methods.hooks import POLICY, LossTerm, PolicyOutputs, Tokens
+from tre_lightning.methods.hooks import KL, POLICY, LossTerm, PolicyOutputs, Tokens
 
 
 @dataclass(frozen=True)
@@ -18,20 +19,29 @@ class PolicyObjective:
     """The parts of the policy's loss on the n counted tokens of a micro-batch."""
 
     ppo: PPOArgs
+    kl_coef: float  # of the KL to the reference in the loss; 0 = none there
     coefs: Mapping[LossTerm, float]  # of the terms that are on
     tokens: Tokens
     weights: Mapping[str, Tensor]  # [n] each, by the name of the part; 1 where there is none
 
     @classmethod
-    def of(cls, micro: TrainingBatch, ppo: PPOArgs, coefs: Mapping[LossTerm, float]) -> Self:
-        """That of a micro-batch."""
+    def of(
+        cls,
+        micro: TrainingBatch,
+        ppo: PPOArgs,
+        coefs: Mapping[LossTerm, float],
+        kl_coef: float = 0.0,
+    ) -> Self:
+        """That of a micro-batch; ``kl_coef`` is the KL penalty's, wherever that stands."""
         weights = {name: weight[micro.response_mask] for name, weight in micro.weights.items()}
-        return cls(ppo, coefs, Tokens.of(micro), weights)
+        in_loss = 0.0 if ppo.kl_in == "reward" else kl_coef
+        return cls(ppo, in_loss, coefs, Tokens.of(micro), weights)
 
     @property
     def names(self) -> list[str]:
         """Of the parts, in their order."""
-        return [POLICY, *(term.name for term in self.coefs)]
+        penalty = [KL] if self.kl_coef != 0.0 else []
+        return [POLICY, *penalty, *(term.name for term in self.coefs)]
 
     def __call__(self, rows: slice, outputs: PolicyOutputs) -> Tensor:
         """Each part's loss ``[parts, m]`` of m tokens, coefficients and weights included.
@@ -49,10 +59,16 @@ class PolicyObjective:
             clip_eps_high=self.ppo.clip_eps_high,
             dual_clip=self.ppo.dual_clip,
         )
-        terms = [coef * term.per_token(outputs, tokens) for term, coef in self.coefs.items()]
+        parts = [surrogate]
+        if self.kl_coef != 0.0:
+            old, ref = tokens.old_logprobs, tokens.ref_logprobs
+            assert ref is not None
+            kl = kl_loss(self.ppo.kl_estimator, self.ppo.kl_in, outputs.logprobs, old, ref)
+            parts.append(self.kl_coef * kl)
+        parts += [coef * term.per_token(outputs, tokens) for term, coef in self.coefs.items()]
         return torch.stack(
             [
                 part * self.weights[name][rows] if name in self.weights else part
-                for name, part in zip(self.names, [surrogate, *terms], strict=True)
+                for name, part in zip(self.names, parts, strict=True)
             ]
         )

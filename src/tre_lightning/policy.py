@@ -83,17 +83,18 @@ class PolicyArgs:
     cpu_offload: bool = False
 
     def __post_init__(self) -> None:
-        one_of("policy.critic", self.critic, get_args(Critic))
+        one_of("model.policy.critic", self.critic, get_args(Critic))
         if self.lora is not None:  # a mapping in a saved configuration
             object.__setattr__(self, "lora", options(LoraArgs, self.lora))
         if self.architecture is not None and "model_type" not in self.architecture:
             raise ValueError(
-                "policy.architecture needs a model_type (for example model_type: qwen2), it has "
-                f"{sorted(self.architecture)}"
+                "model.policy.architecture needs a model_type (for example model_type: qwen2), it "
+                f"has {sorted(self.architecture)}"
             )
         if self.critic != "separate" and self.critic_model is not None:
             raise ValueError(
-                f"policy.critic_model={self.critic_model} needs critic: separate, not {self.critic}"
+                f"model.policy.critic_model={self.critic_model} needs model.policy.critic="
+                f"separate, not {self.critic}"
             )
 
     @property

@@ -42,6 +42,7 @@ from tre_lightning.experience import (
 )
 from tre_lightning.head import Head, HeadInput
 from tre_lightning.horizon import total_batches
+from tre_lightning.kl import next_kl_coef
 from tre_lightning.lora import fingerprint, frozen_names, without_adapters
 from tre_lightning.losses import masked_sum, value_loss
 from tre_lightning.methods.hooks import (
@@ -118,6 +119,7 @@ class PPOModule(LightningModule):
         self.seed = seed
         self.iteration = 0  # finished PPO iterations
         self.skipped_in_a_row = 0  # updates that were not finite
+        self.kl_coef = self.ppo_args.kl_coef  # of this iteration
         self._reference: list[ActorCritic] = []  # a list, so that no checkpoint holds it
         self._engine = make_engine(self.rollout_args)
         self._base: str | None = None  # hash of the frozen weights beneath adapters
@@ -131,7 +133,7 @@ class PPOModule(LightningModule):
     # ----- model and optimiser
 
     def configure_model(self) -> None:
-        """Load the policy, its tokenizer, the critic and, for a KL reward, the reference."""
+        """Load the policy, its tokenizer, the critic and, for a KL penalty, the reference."""
         if hasattr(self, "actor_critic"):
             return
         self.actor_critic = ActorCritic.load(self.policy_args, self.seed)
@@ -182,6 +184,7 @@ class PPOModule(LightningModule):
             "shapes": parameter_shapes(self.actor_critic),
             "lora": self._lora_state(),
             "skipped_in_a_row": self.skipped_in_a_row,
+            "kl_coef": None if self.ppo_args.kl_target is None else self.kl_coef,
         }
         if self.policy_args.lora is not None:
             for name in frozen_names(self):
@@ -204,6 +207,9 @@ class PPOModule(LightningModule):
             raise ValueError(f"ckpt_path lacks {min(lost)}; give another checkpoint")
         self.iteration = state["iteration"]
         self.skipped_in_a_row = state.get("skipped_in_a_row", 0)
+        moved = state.get("kl_coef")
+        if moved is not None and self.ppo_args.kl_target is not None:
+            self.kl_coef = moved
 
     def _lora_state(self) -> dict[str, Any] | None:
         lora = self.policy_args.lora
@@ -229,7 +235,8 @@ class PPOModule(LightningModule):
             num_responses=self.rollout_args.num_responses,
             gamma=self.ppo_args.gamma,
             gae_lambda=self.ppo_args.gae_lambda,
-            kl_coef=self.ppo_args.kl_coef,
+            kl_coef=self.kl_coef if self.ppo_args.kl_in == "reward" else 0.0,
+            kl_estimator=self.ppo_args.kl_estimator,
             whiten=self.ppo_args.whiten_advantages,
         )
         for method in methods:
@@ -245,6 +252,9 @@ class PPOModule(LightningModule):
         values = {**self._rollout_metrics.flush(), **self._update_metrics.flush()}
         values |= self._method_values(methods, scales)
         values["policy/lr"] = torch.tensor(share * self.optim_args.lr)
+        if self.kl_coef != 0.0:
+            values["policy/kl_coef"] = torch.tensor(self.kl_coef)
+            self._steer_kl(float(values["rollout/ref_kl"]), len(batch))
         if batch.values is not None:
             values["value/lr"] = torch.tensor(share * self.optim_args.critic_lr)
         values["rollout/seconds"] = torch.tensor(sampled - started)
@@ -259,6 +269,14 @@ class PPOModule(LightningModule):
                     logger.save()
         self.iteration += 1
         return {"entropies": entropies, "response_mask": rollout.response_mask}
+
+    def _steer_kl(self, kl: float, responses: int) -> None:
+        """Set the next iteration's coefficient from the global rollout, on all ranks alike."""
+        ppo = self.ppo_args
+        if ppo.kl_target is not None:
+            self.kl_coef = next_kl_coef(
+                self.kl_coef, kl, target=ppo.kl_target, responses=responses, horizon=ppo.kl_horizon
+            )
 
     def _sample(self, prompts: PromptBatch, how: RolloutArgs | EvaluationArgs) -> Rollout:
         sampling = Sampling(
@@ -473,7 +491,7 @@ class PPOModule(LightningModule):
         terms = loss_terms(methods)
         coefs = {term: coef for term in terms if (coef := term.coef_at(self.iteration)) != 0.0}
         head = self._head(list(coefs))
-        objective = PolicyObjective.of(micro, ppo, coefs)
+        objective = PolicyObjective.of(micro, ppo, coefs, self.kl_coef)
         use = partial(head.loss, labels=micro.response_ids[mask], losses=objective)
         policy, values = self._forward(micro, use, head)
         total = policy.total

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tre_lightning.args import options, positive
+from tre_lightning.args import at_least, options, positive
 from tre_lightning.data.preferences import PairBatch, PreferencePairs
 from tre_lightning.errors import read
 from tre_lightning.metrics import MaskedMean
@@ -106,6 +106,7 @@ class RewardModelModule(LightningModule):
         """
         super().__init__()
         positive("model.lr", lr)
+        at_least("model.final_lr_share", final_lr_share, 0)
         if not centering_coef >= 0.0:
             raise ValueError(f"model.centering_coef={centering_coef} must be 0 (off) or positive")
         self.output_dir = output_dir
@@ -208,7 +209,7 @@ class RewardModelModule(LightningModule):
 
     def on_train_end(self) -> None:
         """Write the model; the directory appears only when it is whole."""
-        if not self.trainer.is_global_zero:
+        if not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         target = Path(self.output_dir)
         target.parent.mkdir(parents=True, exist_ok=True)

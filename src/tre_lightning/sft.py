@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tre_lightning.args import options, positive
+from tre_lightning.args import at_least, options, positive
 from tre_lightning.losses import label_logprobs
 from tre_lightning.optim import decaying_adamw
 from tre_lightning.policy import (
@@ -49,7 +49,8 @@ class SFTModule(LightningModule):
             final_lr_share: share of ``lr`` at the last step, linear in between.
         """
         super().__init__()
-        positive("lr", lr)
+        positive("model.lr", lr)
+        at_least("model.final_lr_share", final_lr_share, 0)
         self.output_dir = output_dir
         self.policy_args = trains_all(options(PolicyArgs, policy))
         self.lr = lr
@@ -119,7 +120,7 @@ class SFTModule(LightningModule):
 
     def on_train_end(self) -> None:
         """Write the model; the directory appears only when it is whole."""
-        if not self.trainer.is_global_zero:
+        if not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         target = Path(self.output_dir)
         with TemporaryDirectory(dir=target.parent, prefix="partial-") as folder:

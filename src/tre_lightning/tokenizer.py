@@ -32,8 +32,8 @@ def word_tokenizer(words: Sequence[str], config: PreTrainedConfig) -> PreTrained
     size = int(config.vocab_size)
     if len(vocabulary) > size:
         raise ValueError(
-            f"policy.architecture.vocab_size={size} is too small for the task's {len(vocabulary)} "
-            "words; raise it"
+            f"model.policy.architecture.vocab_size={size} is too small for the task's "
+            f"{len(vocabulary)} words; raise it"
         )
     vocabulary += [f"<unused{i}>" for i in range(size - len(vocabulary))]
     model = WordLevel(
@@ -49,7 +49,7 @@ def word_tokenizer(words: Sequence[str], config: PreTrainedConfig) -> PreTrained
         reloaded = AutoTokenizer.from_pretrained(directory)(text)["input_ids"]
     if reloaded != tokenizer(text)["input_ids"]:
         raise ValueError(
-            f"policy.architecture.model_type={config.model_type} makes transformers load a "
+            f"model.policy.architecture.model_type={config.model_type} makes transformers load a "
             "tokenizer of its own from the saved model; use another, for example qwen3"
         )
     return tokenizer

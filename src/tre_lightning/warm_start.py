@@ -51,6 +51,7 @@ class WarmStart:
         at_least("warm_start.steps", self.steps, 1)
         at_least("warm_start.batch_size", self.batch_size, 1)
         positive("warm_start.lr", self.lr)
+        at_least("warm_start.final_lr_share", self.final_lr_share, 0)
         unit_share("warm_start.misleading_share", self.misleading_share)
 
     def directory(self, policy: dict[str, Any], data: dict[str, Any], seed: int) -> Path:

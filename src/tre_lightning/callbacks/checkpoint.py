@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_only
@@ -95,10 +96,10 @@ class IterationCheckpoint(Checkpoint):
             self._save(trainer, "best.ckpt")
 
     def check_monitor(self, trainer: Trainer) -> None:
-        """Raise ValueError if the validation that has just ended did not log ``monitor``."""
+        """Refuse a ``monitor`` that the validation which has just ended did not log."""
         logged = [tag for tag in trainer.callback_metrics if tag.startswith(("val/", "val_"))]
         if logged and self.monitor not in logged:
-            raise ValueError(
+            raise MisconfigurationException(
                 f"checkpoint.monitor={self.monitor} is not logged; use one of {', '.join(logged)}"
             )
 

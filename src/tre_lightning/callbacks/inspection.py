@@ -28,7 +28,8 @@ class Inspection(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Group the curves; name the run's hyperparameters, once for a run directory."""
         add_layout(trainer.loggers)
-        if trainer.is_global_zero and not has_run(trainer.default_root_dir):
+        wanted = trainer.enable_autolog_hparams
+        if wanted and trainer.is_global_zero and not has_run(trainer.default_root_dir):
             module, name = cast(PPOModule, pl_module), str(trainer.default_root_dir)
             found, results = hyperparameters(module, trainer), result_tags(module, trainer)
             for writer in _writers(trainer):

@@ -70,7 +70,8 @@ class GracefulStop(Callback):
             self._interrupted_at = self._interrupted_at or time.monotonic()
         self.received = self.received or number
         if first and self._trainer.is_global_zero:
-            _say("stopping when this iteration is finished and saved; Ctrl-C again to end at once")
+            saved = " and saved" if self._trainer.checkpoint_callbacks else ""
+            _say(f"stopping when this iteration is finished{saved}; Ctrl-C again to end at once")
 
     def _end_now(self) -> None:
         kill = getattr(self._trainer.strategy.launcher, "kill", None)

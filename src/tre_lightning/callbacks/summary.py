@@ -30,11 +30,15 @@ class RunSummary(Callback):
         self.export = export
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
+        self.validated = 0  # iterations before the last validation
         self.seconds = 0.0
         self._started = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the scores; the first ones, from before training, stay."""
+        if trainer.sanity_checking:
+            return
+        self.validated = cast(int, pl_module.iteration)
         values = {tag: float(value) for tag, value in trainer.callback_metrics.items()}
         shares = {tag: v for tag, v in values.items() if tag.startswith("val") and "pass@" in tag}
         scores = {tag: v for tag, v in values.items() if re.fullmatch(r"val\w*/score", tag)}
@@ -48,7 +52,7 @@ class RunSummary(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock and export the policy."""
         self.seconds += time.perf_counter() - self._started
-        if not self.export:
+        if not self.export or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         module = cast(PPOModule, pl_module)
         directory = self.model_dir(trainer)
@@ -75,13 +79,19 @@ class RunSummary(Callback):
     def state_dict(self) -> dict[str, Any]:
         """The scores, and the seconds trained so far."""
         running = time.perf_counter() - self._started
-        return {"before": self.before, "after": self.after, "seconds": self.seconds + running}
+        return {
+            "before": self.before,
+            "after": self.after,
+            "seconds": self.seconds + running,
+            "validated": self.validated,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the scores and seconds of the resumed run."""
         self.before = state_dict["before"]
         self.after = state_dict["after"]
         self.seconds = state_dict["seconds"]
+        self.validated = state_dict.get("validated", 0)
 
     @staticmethod
     def model_dir(trainer: Trainer) -> Path:
@@ -90,17 +100,25 @@ class RunSummary(Callback):
 
     def print_table(self, trainer: Trainer, warm_start_seconds: float | None) -> None:
         """Print what changed, where everything lies, and how to look at it."""
-        table = Table("held-out prompts", "before", "after")
-        for tag, after in self.after.items():
+        module = cast(PPOModule, trainer.lightning_module)
+        last = self.validated == module.iteration  # else the run ended before a validation
+        after = "after" if last else f"after iteration {self.validated} of {module.iteration}"
+        table = Table("held-out prompts", "before", after)
+        for tag, score in self.after.items():
             before = self.before.get(tag)
-            table.add_row(tag, "" if before is None else f"{before:.3f}", f"{after:.3f}")
+            table.add_row(tag, "" if before is None else f"{before:.3f}", f"{score:.3f}")
         console = Console()
-        console.print(table)
+        if self.after:
+            console.print(table)
         trained = f"trained {self.seconds:.0f} s"
         if warm_start_seconds is not None:
             trained += f" after a warm start of {warm_start_seconds:.0f} s"
         run_dir = trainer.default_root_dir
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return console.print(f"{trained}\ntrainer.fast_dev_run: nothing was kept")
         console.print(f"{trained}\nlogs         {run_dir}", soft_wrap=True, highlight=False)
+        if not trainer.checkpoint_callbacks:
+            console.print("checkpoints  none (trainer.enable_checkpointing=false)", soft_wrap=True)
         if self.export:
             console.print(
                 f"model        {self.model_dir(trainer)}", soft_wrap=True, highlight=False
@@ -119,7 +137,7 @@ class PredictionWriter(BasePredictionWriter):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Start with an empty file."""
-        if stage == "predict":
+        if stage == "predict" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             path = self.path(trainer)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("")
@@ -135,12 +153,15 @@ class PredictionWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Append the records of a batch."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         with self.path(trainer).open("a") as file:
             file.writelines(json.dumps(record) + "\n" for record in prediction)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say where they are."""
-        print(f"predictions  {self.path(trainer)}")
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            print(f"predictions  {self.path(trainer)}")
 
     @staticmethod
     def path(trainer: Trainer) -> Path:

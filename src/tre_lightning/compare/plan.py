@@ -91,8 +91,11 @@ class Plan:
         if not self.seeds:
             raise ValueError("seeds is empty; give one or more, such as [11, 12, 13]")
         for name, seeds in (("seeds", self.seeds), ("sweep_seeds", self.sweep_seeds)):
-            if len(set_of(seeds)) < len(seeds) or min(seeds, default=0) < 0:
-                raise ValueError(f"{name}={seeds} has a negative or repeated number; drop it")
+            if len(set_of(seeds)) < len(seeds) or not all(0 <= s < 2**32 for s in seeds):
+                raise ValueError(
+                    f"{name}={seeds} has a negative, repeated or too large number (2**32 and on); "
+                    "drop it"
+                )
         if both := sorted(set_of(self.seeds) & set_of(self.sweep_seeds)):
             raise ValueError(
                 f"sweep_seeds and seeds share {both}; a value is reported on other seeds than "

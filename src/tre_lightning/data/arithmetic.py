@@ -44,17 +44,22 @@ class ArithmeticSpec:
     def __post_init__(self) -> None:
         """Validate the fields."""
         if not 1 <= self.max_value <= _LARGEST:
-            raise ValueError(f"max_value={self.max_value}; use an int from 1 to {_LARGEST}")
+            raise ValueError(
+                f"data.arithmetic.max_value={self.max_value}; use an int from 1 to {_LARGEST}"
+            )
         for name, (low, high), least, most in (
             ("count", self.count, 3, _MAX_NUMBERS),
             ("number_range", self.number_range, 0, self.max_value),
         ):
             if not least <= low <= high <= most:
                 raise ValueError(
-                    f"{name}={low, high}; use (min, max) with {least} <= min <= max <= {most}"
+                    f"data.arithmetic.{name}={low, high}; use (min, max) with {least} <= min <= "
+                    f"max <= {most}"
                 )
         if not (set(self.operations) <= set("+-*") and 1 < len(set(self.operations)) < 4):
-            raise ValueError(f"operations={self.operations!r}; use two or three of '+-*'")
+            raise ValueError(
+                f"data.arithmetic.operations={self.operations!r}; use two or three of '+-*'"
+            )
 
     def vocabulary(self) -> list[str]:
         """Every word of the problems and worked responses."""

@@ -41,9 +41,9 @@ class Demonstrations(LightningDataModule):
         super().__init__()
         if not isinstance(task, Demonstrates):
             raise ValueError(f"{type(task).__name__} has no demonstration() to learn from")
-        at_least("warm_start.steps", steps, 1)
-        at_least("warm_start.batch_size", batch_size, 1)
-        unit_share("warm_start.misleading_share", misleading_share)
+        at_least("data.steps", steps, 1)
+        at_least("data.batch_size", batch_size, 1)
+        unit_share("data.misleading_share", misleading_share)
         self.task: Demonstrates = task
         self.prompts = task
         self.steps = steps

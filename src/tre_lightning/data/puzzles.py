@@ -52,11 +52,12 @@ class PuzzleSpec:
         """Validate the fields."""
         if not (_is_int(self.max_intermediate) and 1 <= self.max_intermediate <= _LARGEST):
             raise ValueError(
-                f"max_intermediate={_show(self.max_intermediate)}; use an int from 1 to {_LARGEST}"
+                f"data.puzzles.max_intermediate={_show(self.max_intermediate)}; use an int from 1 "
+                f"to {_LARGEST}"
             )
-        _check_range("count", self.count, 2, MAX_NUMBERS)
-        _check_range("number_range", self.number_range, 1, self.max_intermediate)
-        _check_range("target_range", self.target_range, 1, self.max_intermediate)
+        _check_range("data.puzzles.count", self.count, 2, MAX_NUMBERS)
+        _check_range("data.puzzles.number_range", self.number_range, 1, self.max_intermediate)
+        _check_range("data.puzzles.target_range", self.target_range, 1, self.max_intermediate)
         operations: object = self.operations
         if not (
             isinstance(operations, str)
@@ -64,7 +65,9 @@ class PuzzleSpec:
             and set(operations) <= set("+-*/")
             and len(set(operations)) == len(operations)
         ):
-            raise ValueError(f"operations={_show(operations)}; use some of '+-*/', each once")
+            raise ValueError(
+                f"data.puzzles.operations={_show(operations)}; use some of '+-*/', each once"
+            )
 
 
 class _Step(NamedTuple):

@@ -52,12 +52,15 @@ class AdaptiveEntropy(LossTerm):
         """
         super().__init__(name, coef)
         if not target > 0.0:
-            raise ValueError(f"{name}: target={target} must be above 0 nats; 0.2 is the paper's")
+            raise ValueError(
+                f"{self.where}.target={target} must be above 0 nats; 0.2 is the paper's"
+            )
         if not delta >= 0.0:
-            raise ValueError(f"{name}: delta={delta} must be 0 (constant) or positive")
+            raise ValueError(f"{self.where}.delta={delta} must be 0 (constant) or positive")
         if max_coef is not None and not max_coef >= coef:
             raise ValueError(
-                f"{name}: max_coef={max_coef} must be at least coef={coef}; raise it or give none"
+                f"{self.where}.max_coef={max_coef} must be at least coef={coef}; raise it or give "
+                "none"
             )
         self.target = target
         self.delta = delta

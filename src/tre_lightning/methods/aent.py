@@ -68,22 +68,29 @@ class AEnt(LossTerm):
         """
         super().__init__(name, coef)
         if not 0.0 <= clamp_p < 1.0:
-            raise ValueError(f"{name}: clamp_p={clamp_p} must lie in [0, 1); 0.3 is the author's")
+            raise ValueError(
+                f"{self.where}.clamp_p={clamp_p} must lie in [0, 1); 0.3 is the author's"
+            )
         if not 0.0 <= low <= high:
-            raise ValueError(f"{name}: low={low} must lie between 0 and high={high} nats; lower it")
+            raise ValueError(
+                f"{self.where}.low={low} must lie between 0 and high={high} nats; lower it"
+            )
         if not step >= 0.0:
-            raise ValueError(f"{name}: step={step} must be 0 (a constant coefficient) or positive")
+            raise ValueError(
+                f"{self.where}.step={step} must be 0 (a constant coefficient) or positive"
+            )
         if not 0.0 <= coef_min <= coef_max:
             raise ValueError(
-                f"{name}: coef_min={coef_min} must lie between 0 and coef_max={coef_max}; lower it"
+                f"{self.where}.coef_min={coef_min} must lie between 0 and coef_max={coef_max}; "
+                "lower it"
             )
         if coef != 0.0 and not coef_min <= coef <= coef_max:
             raise ValueError(
-                f"{name}: coef={coef} must be 0 (off) or within coef_min={coef_min} and "
+                f"{self.where}.coef={coef} must be 0 (off) or within coef_min={coef_min} and "
                 f"coef_max={coef_max}; widen them"
             )
-        if warmup < 0:
-            raise ValueError(f"{name}: warmup={warmup} must be at least 0 PPO iterations")
+        if not warmup >= 0:
+            raise ValueError(f"{self.where}.warmup={warmup} must be at least 0 PPO iterations")
         self.clamp_p = clamp_p
         self.low = low
         self.high = high

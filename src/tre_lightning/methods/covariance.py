@@ -13,9 +13,9 @@ first update of an iteration), and means and shares are over the global minibatc
 micro-batches nor devices change the choice.
 """
 
-import torch
 from torch import Tensor
 
+from tre_lightning.advantages import centred
 from tre_lightning.experience import TrainingBatch
 from tre_lightning.methods.hooks import LinearSchedule, LossTerm, Method, PolicyOutputs, Tokens
 from tre_lightning.methods.selection import check_share, share_of, top
@@ -24,10 +24,10 @@ from tre_lightning.seeding import uniforms
 
 def covariances(batch: TrainingBatch) -> Tensor:
     """Each counted token's part in the covariance, nats x advantage, ``[B, T]``; 0 elsewhere."""
-    mask = batch.response_mask
-    logprobs, advantages = batch.old_logprobs[mask], batch.advantages[mask]
-    parts = (logprobs - logprobs.mean()) * (advantages - advantages.mean())
-    return torch.zeros_like(mask, dtype=parts.dtype).masked_scatter(mask, parts)
+    mask = batch.response_mask.flatten()
+    logprobs, _ = centred(batch.old_logprobs.flatten(), mask)
+    advantages, _ = centred(batch.advantages.flatten(), mask)
+    return (logprobs * advantages).view_as(batch.advantages).to(batch.advantages.dtype)
 
 
 class KLCov(LossTerm):
@@ -66,7 +66,7 @@ class KLCov(LossTerm):
             name: name in the logs.
         """
         super().__init__(name, coef)
-        check_share(f"{name}: share", share, "coef=0 switches it off")
+        check_share(f"{self.where}.share", share, "coef=0 switches it off")
         self.share = share
 
     def per_token(self, outputs: PolicyOutputs, tokens: Tokens) -> Tensor:
@@ -115,9 +115,9 @@ class ClipCov(Method):
         """
         super().__init__(name)
         if not 0.0 <= share <= 1.0:
-            raise ValueError(f"{name}: share={share} must lie in [0, 1]; 0 switches it off")
+            raise ValueError(f"{self.where}.share={share} must lie in [0, 1]; 0 switches it off")
         if not low < high:
-            raise ValueError(f"{name}: low={low} must be below high={high}; widen the band")
+            raise ValueError(f"{self.where}.low={low} must be below high={high}; widen the band")
         self.share = share
         self.low = low
         self.high = high

@@ -39,11 +39,11 @@ class EntropyAdvantage(Method):
         """
         super().__init__(name)
         if not alpha >= 0.0:
-            raise ValueError(f"{name}: alpha={alpha} must be 0 (off) or positive; try 0.1")
+            raise ValueError(f"{self.where}.alpha={alpha} must be 0 (off) or positive; try 0.1")
         if not kappa > 1.0:
             raise ValueError(
-                f"{name}: kappa={kappa} must be above 1, or the bonus could turn an advantage's "
-                "sign; 2 is usual"
+                f"{self.where}.kappa={kappa} must be above 1, or the bonus could turn an "
+                "advantage's sign; 2 is usual"
             )
         self.alpha = alpha
         self.kappa = kappa

@@ -51,10 +51,10 @@ class ForkingTokens(Method):
             name: name in the logs.
         """
         super().__init__(name)
-        check_share(f"{name}: share", share, "0.2 is the paper's")
+        check_share(f"{self.where}.share", share, "0.2 is the paper's")
         if average_over not in get_args(Divisor):
             raise ValueError(
-                f"{name}: average_over={average_over!r} is unknown; use 'all' or 'selected'"
+                f"{self.where}.average_over={average_over!r} is unknown; use 'all' or 'selected'"
             )
         self.share = share
         self.average_over = average_over

@@ -34,8 +34,8 @@ from tre_lightning.entropy import EntropyStats
 from tre_lightning.experience import TrainingBatch
 from tre_lightning.ops.region import Region
 
-POLICY = "policy"
-_TAKEN = (POLICY, "value", "total")  # loss/<name> in the logs
+POLICY, KL = "policy", "kl"
+_TAKEN = (POLICY, KL, "value", "total")  # loss/<name> in the logs
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class LinearSchedule:
     def __post_init__(self) -> None:
         if self.iterations < 1:
             raise ValueError(
-                f"schedule.iterations={self.iterations} must be at least 1 PPO iteration"
+                f"LinearSchedule.iterations={self.iterations} must be at least 1 PPO iteration"
             )
 
     def at(self, iteration: int) -> float:
@@ -91,6 +91,7 @@ class Tokens:
     advantages: Tensor  # [n] float32
     positions: Tensor  # [n] int64, 0 = first token of its response
     observed: Mapping[str, Tensor]  # [n, ...] each, what ``observe`` kept, by the method's name
+    ref_logprobs: Tensor | None = None  # [n] float32, under the reference, where there is one
 
     def __getitem__(self, rows: slice) -> "Tokens":
         return Tokens(
@@ -98,6 +99,7 @@ class Tokens:
             self.advantages[rows],
             self.positions[rows],
             {name: kept[rows] for name, kept in self.observed.items()},
+            None if self.ref_logprobs is None else self.ref_logprobs[rows],
         )
 
     @classmethod
@@ -109,6 +111,7 @@ class Tokens:
             batch.advantages[mask],
             torch.arange(mask.shape[1], device=mask.device).expand_as(mask)[mask],
             {name: kept[mask] for name, kept in batch.observed.items()},
+            None if batch.ref_logprobs is None else batch.ref_logprobs[mask],
         )
 
 
@@ -138,6 +141,11 @@ class Method(Callback):
     def state_key(self) -> str:
         """Two methods of one class are told apart by their names."""
         return f"{type(self).__qualname__}[{self.name}]"
+
+    @property
+    def where(self) -> str:
+        """Where its options stand, for messages: ``trainer.callbacks Class[name]``."""
+        return f"trainer.callbacks {self.state_key}"
 
     def observe(self, outputs: PolicyOutputs, reference: PolicyOutputs | None) -> Tensor | None:
         """What to keep of every token as the policy that sampled sees it, ``[n, ...]``; no grad.
@@ -189,7 +197,9 @@ class LossTerm(Method, ABC):
         super().__init__(name)
         ends = (coef.start, coef.end) if isinstance(coef, LinearSchedule) else (coef,)
         if not all(value >= 0.0 for value in ends):
-            raise ValueError(f"{name}: coef={coef} must be 0 (off) or positive; use a number >= 0")
+            raise ValueError(
+                f"{self.where}.coef={coef} must be 0 (off) or positive; use a number >= 0"
+            )
         self.coef = coef
 
     def coef_at(self, iteration: int) -> float:
@@ -226,10 +236,14 @@ def find_methods(callbacks: Sequence[Callback]) -> list[Method]:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(
-                f"{names.count(name)} methods are named {name!r}; give each its own name"
+                f"trainer.callbacks: {names.count(name)} methods are named {name!r}; give each its "
+                "own name"
             )
         if name in _TAKEN:
-            raise ValueError(f"a method is named {name!r}, as loss/{name} is; give it another name")
+            raise ValueError(
+                f"trainer.callbacks: a method is named {name!r}, as loss/{name} is; give it "
+                "another name"
+            )
     return methods
 
 

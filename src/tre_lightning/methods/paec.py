@@ -67,15 +67,16 @@ class PAEC(LossTerm):
             name: name in the logs.
         """
         super().__init__(name, coef)
-        check_region(None, top_p)
-        check_share(f"{name}: share", share, "coef=0 switches it off")
+        check_region(None, top_p, self.where)
+        check_share(f"{self.where}.share", share, "coef=0 switches it off")
         if not 0.0 <= mix <= 1.0:
-            raise ValueError(f"{name}: mix={mix} must lie in [0, 1]; 0.5 weighs both alike")
-        if anchor_iterations < 1:
+            raise ValueError(f"{self.where}.mix={mix} must lie in [0, 1]; 0.5 weighs both alike")
+        if not anchor_iterations >= 1:
             raise ValueError(
-                f"{name}: anchor_iterations={anchor_iterations} must be at least 1 PPO iteration"
+                f"{self.where}.anchor_iterations={anchor_iterations} must be at least 1 "
+                "PPO iteration"
             )
-        check_share(f"{name}: floor_share", floor_share, "1 = the anchor")
+        check_share(f"{self.where}.floor_share", floor_share, "1 = the anchor")
         self.region = Region(top_p=top_p)
         self.regions = (self.region,)
         self.observed_regions = (_TWO,)

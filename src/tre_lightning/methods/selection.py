@@ -18,6 +18,21 @@ def share_of(count: int, share: float, *, up: bool = False) -> int:
     return min(count, max(1, math.ceil(exact) if up else math.floor(exact)))
 
 
+def above_quantile(values: Tensor, mask: Tensor, share: float) -> Tensor:
+    """The tokens above the 1 - ``share`` quantile of their own response, ``[B, T]`` bool.
+
+    The quantile is interpolated, as numpy's; what equals it is not above: of a single token, or of
+    equal ones, there is none. What stands outside the mask (NaN included) does not count.
+    """
+    ordered = values.double().masked_fill(~mask, math.inf).sort(-1).values
+    last = (mask.sum(-1, keepdim=True) - 1).clamp(min=0)
+    place = ((1.0 - share) * last.double()).mul(1e6).round().div(1e6)  # 0.8 * 5 may miss 4
+    below = ordered.gather(-1, place.long())
+    above = ordered.gather(-1, (place.long() + 1).minimum(last))
+    quantile = below + (above - below) * (place - place.floor())
+    return mask & (values > quantile)
+
+
 def top(values: Tensor, mask: Tensor, count: int) -> Tensor:
     """The ``count`` True entries of ``mask`` with the largest values, ``[B, T]`` bool.
 

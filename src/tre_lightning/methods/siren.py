@@ -1,15 +1,18 @@
 """SIREN: hold the entropy of the most uncertain tokens at its initial value."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from tre_lightning.args import one_of
 from tre_lightning.entropy import check_region
 from tre_lightning.experience import TrainingBatch
 from tre_lightning.methods.hooks import LinearSchedule, LossTerm, PolicyOutputs, Tokens
-from tre_lightning.methods.selection import check_share, share_of, top
+from tre_lightning.methods.selection import above_quantile, check_share, share_of, top
 from tre_lightning.ops.region import Region
+
+Within = Literal["rollout", "response"]
 
 
 class SIREN(LossTerm):
@@ -25,6 +28,14 @@ class SIREN(LossTerm):
 
     The authors' script has beta 0.005, top_p 0.8 and tau 0.8: ``coef`` 0.005, ``share`` 0.2.
 
+    ``within`` says among which tokens the quantile and the mean are taken. ``rollout``, our choice:
+    the ceil(share * n) highest of the n of a global minibatch (of the rollout for mean and anchor),
+    and the mean over them, every token alike. ``response``, the authors': the tokens above the tau
+    quantile of their own response, the mean over these in each response, and then over responses,
+    every response alike; a response without such a token (it has one token, or all are equal)
+    counts as 0. The authors' first commits took the anchor from one micro-batch; since the commit
+    5cb224d (December 2025) it is this mean at the first step, over the whole first rollout.
+
     A square of a mean is no sum over tokens. The term is its linearisation at the policy that
     sampled: coefficient 2 * beta * (mean - anchor), times the mean of H over the chosen tokens.
     The gradient is that of the square at the first update of an iteration; within the iteration
@@ -32,12 +43,11 @@ class SIREN(LossTerm):
     anchor, negative below, and 0 in the first iteration, which measures the anchor.
     ``loss/siren`` is this linear term, not the square.
 
-    Deviations: the mean behind the coefficient and the anchor is over the global rollout; the
-    authors take one micro-batch of one device (how they measure the anchor could not be recovered).
-    The chosen tokens are ceil(share * n) of the n of a global minibatch (of the rollout for mean
-    and anchor), from the entropies of the policy that sampled; the authors take the quantile within
-    each response, from the policy in training. The nucleus holds the token that crosses ``top_p``,
-    as everywhere here; in the authors' code it does not, and stops at 10000 tokens.
+    Deviations: ``within`` is ``rollout`` unless set. The mean behind the coefficient is over the
+    global rollout; the authors take one micro-batch of one device. The tokens are chosen by the
+    entropies of the policy that sampled; the authors' by those of the policy in training. The
+    nucleus holds the token that crosses ``top_p``, as everywhere here; in the authors' code it does
+    not, and stops at 10000 tokens.
     """
 
     def __init__(
@@ -45,6 +55,7 @@ class SIREN(LossTerm):
         coef: float | LinearSchedule = 0.005,
         top_p: float = 0.8,
         share: float = 0.2,
+        within: Within = "rollout",
         name: str = "siren",
     ) -> None:
         """Set strength and masks.
@@ -53,14 +64,18 @@ class SIREN(LossTerm):
             coef: beta, >= 0, or a schedule over iterations; 0 = off.
             top_p: mass of the nucleus, above 0 and below 1.
             share: share of the tokens, those of highest entropy, above 0 and at most 1.
+            within: what the share and the means are of: the whole ``rollout``, or each
+                ``response``, as in the authors' code.
             name: name in the logs.
         """
         super().__init__(name, coef)
-        check_region(None, top_p)
-        check_share(f"{name}: share", share, "coef=0 switches it off")
+        check_region(None, top_p, self.where)
+        check_share(f"{self.where}.share", share, "coef=0 switches it off")
+        one_of(f"{self.where}.within", within, get_args(Within))
         self.region = Region(top_p=top_p)
         self.regions = (self.region,)
         self.share = share
+        self.within = within
         self.anchor: float | None = None  # nats
         self.entropy = 0.0  # of the chosen tokens of the rollout, nats
 
@@ -70,9 +85,11 @@ class SIREN(LossTerm):
 
     def adapt(self, batch: TrainingBatch) -> None:
         """Measure the mean entropy of the chosen tokens; the first one is the anchor."""
-        entropies = batch.observed[self.name][self._peaks(batch)]
-        if len(entropies):
-            self.entropy = entropies.double().mean().item()
+        weights = self._mean_weights(batch)
+        if weights.any():
+            chosen = weights > 0.0
+            entropies = batch.observed[self.name][chosen].double()
+            self.entropy = (weights[chosen] * entropies).sum().item()
             self.anchor = self.entropy if self.anchor is None else self.anchor
 
     def coef_at(self, iteration: int) -> float:
@@ -85,10 +102,9 @@ class SIREN(LossTerm):
         return outputs.entropy(self.region).region
 
     def token_weights(self, minibatch: TrainingBatch) -> Tensor:
-        """Tokens / chosen at the chosen, else 0, ``[B, T]``: makes the mean one over the chosen."""
-        peaks = self._peaks(minibatch)
-        scale = int(minibatch.response_mask.sum()) / max(1, int(peaks.sum()))
-        return peaks.to(minibatch.advantages) * scale
+        """Number of tokens x weight in the mean, ``[B, T]``: makes the mean one over the chosen."""
+        weights = self._mean_weights(minibatch) * minibatch.response_mask.sum()
+        return weights.to(minibatch.advantages)
 
     def logged(self) -> Mapping[str, float]:
         """The anchor, and the mean entropy that is held at it, nats."""
@@ -102,8 +118,14 @@ class SIREN(LossTerm):
         """Go on with the anchor of the run."""
         self.anchor = state_dict["anchor"]
 
-    def _peaks(self, batch: TrainingBatch) -> Tensor:
-        """The tokens of highest entropy, ``[B, T]`` bool."""
-        mask = batch.response_mask
-        count = share_of(int(mask.sum()), self.share, up=True)
-        return top(batch.observed[self.name], mask, count)
+    def _mean_weights(self, batch: TrainingBatch) -> Tensor:
+        """Weight of each token in the mean entropy, ``[B, T]`` float64; 0 at what is not chosen."""
+        entropies, mask = batch.observed[self.name], batch.response_mask
+        if self.within == "response":
+            peaks = above_quantile(entropies, mask, self.share)
+            responses = mask.any(1).sum()
+            parts = peaks.sum(1, keepdim=True) * responses
+        else:
+            peaks = top(entropies, mask, share_of(int(mask.sum()), self.share, up=True))
+            parts = peaks.sum()
+        return peaks.double() / parts.clamp(min=1)

@@ -48,15 +48,15 @@ class TrustRegionEntropy(LossTerm):
             name: name in the logs.
         """
         super().__init__(name, coef)
-        one_of(f"{name}.region_of", region_of, get_args(Owner))
-        at_least(f"{name}.max_size", max_size, 1)
-        at_least(f"{name}.min_size", min_size, 1)
+        one_of(f"{self.where}.region_of", region_of, get_args(Owner))
+        at_least(f"{self.where}.max_size", max_size, 1)
+        at_least(f"{self.where}.min_size", min_size, 1)
         for end in ("start", "end"):
-            check_region(_tokens(_end(top_k, end)), _end(top_p, end))
+            check_region(_tokens(_end(top_k, end)), _end(top_p, end), self.where)
         if min_size > 1 and (top_p is None or region_of != "current"):
             raise ValueError(
-                f"{name}.min_size={min_size} is for the nucleus of the current policy; give top_p "
-                "and region_of: current, or leave it at 1"
+                f"{self.where}.min_size={min_size} is for the nucleus of the current policy; "
+                "give top_p and region_of: current, or leave it at 1"
             )
         self.top_k, self.top_p = top_k, top_p
         self.rescale = rescale

@@ -46,6 +46,7 @@ class RewardModelScorer:
         batch_size: int = 64,
         max_length: int | None = None,
         dtype: Dtype = "float32",
+        prefix: str = "data.reward.",
     ) -> None:
         """Read the configuration; the weights are loaded when they are first needed.
 
@@ -54,21 +55,23 @@ class RewardModelScorer:
             batch_size: texts in a forward pass.
             max_length: longest text, tokens; a longer one gets NaN. None = the model's context.
             dtype: of the weights.
+            prefix: of the options' names in messages.
 
         Raises:
             ValueError: if there is no such model or it has not exactly one label.
         """
-        at_least("reward.batch_size", batch_size, 1)
+        at_least(f"{prefix}batch_size", batch_size, 1)
         if max_length is not None:
-            at_least("reward.max_length", max_length, 1)
+            at_least(f"{prefix}max_length", max_length, 1)
         if dtype not in get_args(Dtype):
-            raise ValueError(f"reward.dtype={dtype} is unknown; use one of {get_args(Dtype)}")
-        config = read("reward.model", model, AutoConfig.from_pretrained)
+            raise ValueError(f"{prefix}dtype={dtype} is unknown; use one of {get_args(Dtype)}")
+        config = read(f"{prefix}model", model, AutoConfig.from_pretrained)
         if config.num_labels != 1:
             raise ValueError(
-                f"reward.model={model} has {config.num_labels} labels; give a sequence classifier "
-                "with one (num_labels: 1)"
+                f"{prefix}model={model} has {config.num_labels} labels; give a sequence "
+                "classifier with one (num_labels: 1)"
             )
+        self.prefix = prefix
         self.name = model
         self.batch_size = batch_size
         self.max_length = max_length
@@ -79,7 +82,7 @@ class RewardModelScorer:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The reward model's own tokenizer."""
-        return read("reward.model", self.name, load_tokenizer)
+        return read(f"{self.prefix}model", self.name, load_tokenizer)
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -91,7 +94,7 @@ class RewardModelScorer:
         # Weights made in inference mode, as during a validation, could not be moved afterwards.
         with torch.inference_mode(False):
             model, info = read(
-                "reward.model",
+                f"{self.prefix}model",
                 self.name,
                 lambda name: AutoModelForSequenceClassification.from_pretrained(
                     name, dtype=getattr(torch, self.dtype), output_loading_info=True
@@ -99,8 +102,8 @@ class RewardModelScorer:
             )
         if missing := sorted(info["missing_keys"]):
             raise ValueError(
-                f"reward.model={self.name} has no weights for {', '.join(missing[:3])}; give a "
-                "trained sequence classifier, not a language model"
+                f"{self.prefix}model={self.name} has no weights for {', '.join(missing[:3])}; "
+                "give a trained sequence classifier, not a language model"
             )
         if model.config.get_text_config().pad_token_id is None:
             name = f"reward.model={self.name}"

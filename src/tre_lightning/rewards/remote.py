@@ -66,11 +66,11 @@ class RemoteScorer:
             ValueError: for an address or option that cannot work.
         """
         _check_url(url)
-        positive("reward.timeout_s", timeout_s)
-        at_least("reward.retries", retries, 0)
-        at_least("reward.batch_size", batch_size, 1)
+        positive("data.reward.timeout_s", timeout_s)
+        at_least("data.reward.retries", retries, 0)
+        at_least("data.reward.batch_size", batch_size, 1)
         if not backoff_s >= 0.0:
-            raise ValueError(f"reward.backoff_s={backoff_s} must be 0 or more")
+            raise ValueError(f"data.reward.backoff_s={backoff_s} must be 0 or more")
         self.url = url
         self.timeout_s = timeout_s
         self.retries = retries
@@ -103,7 +103,8 @@ class RemoteScorer:
                 last = str(error)
         self._fail(
             f"{last} ({self.retries + 1} attempts)",
-            "check that the server runs and can be reached from here, or raise reward.timeout_s",
+            "check that the server runs and can be reached from here, or raise "
+            "data.reward.timeout_s",
         )
 
     def _post(self, body: bytes, count: int) -> bytes:
@@ -245,11 +246,12 @@ def _check_url(url: str) -> None:
         good = False
     if not good or any(character <= " " or character > "~" for character in url):
         raise ValueError(
-            f"reward.url={url!r} is no http or https address; give one like http://127.0.0.1:8765"
+            f"data.reward.url={url!r} is no http or https address; give one like "
+            "http://127.0.0.1:8765"
         )
     if parts.username is not None:
         raise ValueError(
-            "reward.url holds a user name or password, which are not sent; leave them out"
+            "data.reward.url holds a user name or password, which are not sent; leave them out"
         )
 
 

@@ -153,7 +153,7 @@ def serve(
     Raises:
         ValueError: if the model cannot be loaded or the address cannot be bound.
     """
-    scorer = RewardModelScorer(model, batch_size, max_length, dtype)
+    scorer = RewardModelScorer(model, batch_size, max_length, dtype, prefix="--")
     scorer.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with RewardServer(scorer, host, port) as server:
         scorer.score(["Hello"], ["Hello"])  # loads the weights

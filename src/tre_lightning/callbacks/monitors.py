@@ -1,0 +1,99 @@
+"""A metric that a callback watches must be logged: else it would stop or save nothing."""
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from tre_lightning.callbacks.checkpoint import IterationCheckpoint
+from tre_lightning.data.prompts import PromptDataModule
+from tre_lightning.diagnostics import EvaluationMetrics
+from tre_lightning.methods import Method
+from tre_lightning.ppo import PPOModule
+
+_TRAINING = ("entropy/", "loss/", "policy/", "rollout/", "value/")
+
+
+class MonitorCheck(Callback):
+    """Looks after the first iteration, which logs what depends on methods and options."""
+
+    _checked = False
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Refuse what is watched and not among the metrics of an iteration."""
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        if not self._checked and not others_log(callbacks):
+            known = [tag for tag in trainer.callback_metrics if not of_validation(tag)]
+            refuse_unknown(
+                (watched for watched in monitors(callbacks) if not of_validation(watched[1])), known
+            )
+        self._checked = True
+
+
+def check_monitors(trainer: Trainer, module: PPOModule, data: PromptDataModule) -> None:
+    """Refuse before any work what neither a validation of these sets nor an iteration logs.
+
+    Raises:
+        MisconfigurationException: naming the option and the metrics that there are.
+    """
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    if others_log(callbacks):
+        return
+    validates = trainer.limit_val_batches != 0
+    tags = validation_tags(module, data) if validates else []
+    watched = [
+        (flag, monitor)
+        for flag, monitor in monitors(callbacks)
+        if (validates if flag == "checkpoint.monitor" else not monitor.startswith(_TRAINING))
+    ]
+    refuse_unknown(watched, tags)
+
+
+def validation_tags(module: PPOModule, data: PromptDataModule) -> list[str]:
+    """What a validation of these data may log; majority@k only where a response has an answer."""
+    metrics = EvaluationMetrics(module.evaluation_args.num_responses)
+    answers = type(data).answers is not PromptDataModule.answers
+    names = [
+        tag
+        for tag in metrics.tags
+        if not tag.endswith("_se")
+        and (data.binary_scores or tag not in metrics.passes)
+        and (answers or tag != metrics.majority)
+    ]
+    return [f"{split}/{name}" for split in data.heldout_prompts("val") for name in names]
+
+
+def monitors(callbacks: Sequence[Callback]) -> Iterator[tuple[str, str]]:
+    """The option and the metric of every callback that watches one."""
+    for callback in callbacks:
+        monitor = getattr(callback, "monitor", None)
+        if isinstance(monitor, str):
+            ours = isinstance(callback, IterationCheckpoint)
+            where = "checkpoint" if ours else f"trainer.callbacks {type(callback).__name__}"
+            yield f"{where}.monitor", monitor
+
+
+def refuse_unknown(watched: Iterable[tuple[str, str]], known: Collection[str]) -> None:
+    """Raise MisconfigurationException for the first metric that is not among the known ones."""
+    for flag, monitor in watched:
+        if monitor not in known:
+            there = f"use one of {', '.join(known)}" if known else "no validation runs"
+            raise MisconfigurationException(f"{flag}={monitor} is not logged; {there}")
+
+
+def of_validation(tag: str) -> bool:
+    """Whether a validation logs this metric."""
+    return tag.startswith(("val/", "val_"))
+
+
+def others_log(callbacks: Sequence[Callback]) -> bool:
+    """Whether there is a callback that may log metrics which nobody here knows."""
+    return any(
+        type(callback).__module__.partition(".")[0] not in ("lightning", "tre_lightning")
+        and not isinstance(callback, Method)
+        for callback in callbacks
+    )
