@@ -373,7 +373,7 @@ def test_a_number_outside_the_vocabulary_is_refused(
         runs.run(tmp_path / "run", changes={"data.init_args.eval_file": str(puzzles)})
     assert stopped.value.code == 2
     message = capsys.readouterr().err
-    assert "'3 31 = 28 :' holds a word that the tokenizer does not know" in message
+    assert f"{puzzles}:1: the prompt '3 31 = 28 :' holds a word that the tokenizer" in message
     assert not (tmp_path / "run").exists()
 
 

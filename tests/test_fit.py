@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import shutil
 import statistics
 from collections.abc import Iterator
@@ -162,8 +163,10 @@ def test_validate_test_and_predict_from_a_checkpoint(
     for tag, values in by_prompt.items():
         assert float(scores[tag]) == pytest.approx(sum(values) / 5), tag
         assert errors[f"{tag}_se"] == pytest.approx(statistics.stdev(values) / 5**0.5), tag
-    unused = ["<unused" in response for record in records for response in record["responses"]]
-    share = sum(unused) / len(unused)
+    textless = re.compile("<(unused|pad|unk)")
+    responses = [response for record in records for response in record["responses"]]
+    share = sum(bool(textless.search(response)) for response in responses) / len(responses)
+    assert not any("<eos>" in response for response in responses)  # it ends a response
     assert 0.0 < share < 1.0 and float(scores["test/invalid_share"]) == pytest.approx(share)
     assert errors.keys() == {f"{tag}_se" for tag in by_prompt} | {"test/response_length_se"}
     assert runs.scalars(run_dir) == curves  # the curves of the training are as they were

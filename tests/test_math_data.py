@@ -344,6 +344,30 @@ def test_a_long_prompt_anywhere_in_a_file_is_an_error(
         data.check(words)
 
 
+def test_an_error_about_a_prompt_names_its_row_and_shows_its_end(
+    tmp_path: Path, words: PreTrainedTokenizerBase
+) -> None:
+    """The beginning is the same for all prompts of a chat."""
+    templated = copy.deepcopy(words)
+    templated.chat_template = "{% for m in messages %}a b {{ m.content }}{% endfor %}"
+    rows = [{"problem": "a b c"}, {"problem": "a " * 300 + "z"}, {"problem": "a %"}]
+    held_out = write(tmp_path / "b.jsonl", [{"problem": "x", "answer": 1}])
+    for row, said in ((rows[1], "a a z'"), (rows[2], "'a %'")):
+        file = write(tmp_path / "a.jsonl", [{**r, "answer": 1} for r in (rows[0], row)])
+        for tokenizer in (words, templated):
+            data = MathDataModule(train_file=file, eval_file=held_out, instruction="")
+            data.max_prompt_length = 99
+            with pytest.raises(ValueError, match=re.escape(f"{file}:2: the prompt ")) as raised:
+                data.check(tokenizer)
+            assert said in str(raised.value) and len(str(raised.value)) < 450
+    templated.chat_template = (
+        "{% for m in messages %}{% if 'c' in m.content %}{{ raise_exception('no c') }}"
+        "{% endif %}{{ m.content }}{% endfor %}"
+    )
+    with pytest.raises(ValueError, match=re.escape(f"{file}:1: the prompt 'a b c': ")):
+        MathDataModule(train_file=file, eval_file=held_out, instruction="").check(templated)
+
+
 def test_dropping_leaves_something(tmp_path: Path, words: PreTrainedTokenizerBase) -> None:
     data = lengths(tmp_path, long_prompts="drop", max_prompt_length=1)
     with pytest.raises(ValueError, match=r"too short for all 2 prompts of data\.eval_file"):

@@ -28,7 +28,6 @@ from tre_lightning.policy import (
     parameter_shapes,
     response_positions,
     sequence_inputs,
-    unused_tokens,
 )
 from tre_lightning.rollout import PromptBatch, Rollout, generate
 from tre_lightning.tokenizer import word_tokenizer
@@ -392,9 +391,3 @@ def test_the_architecture_is_not_used_up(architecture: dict[str, Any]) -> None:
     args = PolicyArgs(architecture=architecture)
     load_language_model(args)
     assert load_language_model(args).config.hidden_size == 16
-
-
-def test_tokens_that_only_fill_the_vocabulary_are_unused() -> None:
-    config = AutoConfig.for_model("llama", vocab_size=8)
-    tokenizer = word_tokenizer(["one", "<two>"], config)  # 0 to 2 are special
-    assert sorted(unused_tokens(tokenizer)) == [5, 6, 7]

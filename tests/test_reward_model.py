@@ -38,12 +38,12 @@ from tre_lightning.data.preferences import (
     synthetic_prompt,
     synthetic_vocabulary,
 )
+from tre_lightning.encoding import pad
 from tre_lightning.policy import PolicyArgs
 from tre_lightning.reward_model import PairMetrics, RewardModelModule, preference_loss
 from tre_lightning.rewards.preference import (
     RewardModelScorer,
     encode,
-    pad,
     scalar_scores,
 )
 from tre_lightning.tokenizer import word_tokenizer
@@ -207,7 +207,7 @@ def test_without_a_template_a_text_is_a_transcript_with_an_end(
     assert [words(row, speaker_tokenizer) for row in rows] == [
         "Human: bread Assistant: thanks <eos>",
         "Human: bread Assistant: rain Human: stars Assistant: <eos>",
-        "System: chess Human: bread Assistant: thanks <eos>",  # one end, not two
+        "System: chess Human: bread Assistant: thanks <unk> <unk> <eos>",  # it stays text
     ]
     assert encode(speaker_tokenizer, [], []) == []
 
@@ -535,7 +535,8 @@ def test_too_long_pairs_are_left_out_and_counted(
     counts = [int(record.getMessage().split()[2]) for record in caplog.records]
     assert sum(counts) == 10 and "longer than data.max_length=6" in caplog.text
     data.max_length = 4
-    with pytest.raises(ValueError, match=r"data\.max_length=4 is too short for all 15 train pairs"):
+    assert len(val.margin) == 15  # as many as are asked for, of those that are short enough
+    with pytest.raises(ValueError, match=r"data\.max_length=4 is too short for all 30 pairs"):
         data.encode(tokenizer, pad_token_id=0)
 
 

@@ -172,7 +172,7 @@ def no_end(tokenizer: PreTrainedTokenizerBase) -> None:
     [
         (pad_added, r"model\.policy\.tokenizer=.*: its pad_token '\[PAD\]' has the id 48"),
         (end_added, r"model\.policy\.tokenizer=.*: its eos_token '\[END\]' has the id 48"),
-        (turn_added, r"the prompt '\[TURN\] .*: its token '\[TURN\]' has the id 48"),
+        (turn_added, r"the prompt '.*: its token '\[TURN\]' has the id 48"),
         (no_end, r"model\.policy\.tokenizer=.* has no eos_token"),
     ],
 )

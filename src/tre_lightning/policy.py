@@ -490,11 +490,6 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     return sorted({int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None})
 
 
-def unused_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that only fill a vocabulary up: those named ``<unused...>``."""
-    return [i for word, i in tokenizer.get_vocab().items() if word.startswith("<unused")]
-
-
 def parameter_shapes(module: nn.Module) -> dict[str, list[int]]:
     """Shape of every parameter by name."""
     return {name: list(p.shape) for name, p in module.named_parameters()}

@@ -31,6 +31,7 @@ from tre_lightning.args import (
 )
 from tre_lightning.diagnostics import Evaluations, RolloutMetrics, UpdateMetrics
 from tre_lightning.distributed import agreed, highest, world
+from tre_lightning.encoding import textless_tokens
 from tre_lightning.engines import Sampling, corrected, make_engine
 from tre_lightning.entropy import EntropyStats
 from tre_lightning.experience import (
@@ -66,7 +67,6 @@ from tre_lightning.policy import (
     parameter_shapes,
     refuse_other_model,
     sequence_inputs,
-    unused_tokens,
 )
 from tre_lightning.rollout import PromptBatch, Rollout
 from tre_lightning.sharding import shards, whole
@@ -294,23 +294,23 @@ class PPOModule(LightningModule):
         )
 
     def _texts(self, rollout: Rollout) -> list[str]:
-        rows = zip(
-            rollout.response_ids.tolist(), rollout.response_mask.sum(1).tolist(), strict=True
-        )
+        """The responses without the token that ended them and the padding behind it."""
+        counted = _before_the_end(rollout).sum(1).tolist()
+        rows = zip(rollout.response_ids.tolist(), counted, strict=True)
         ids = [row[:length] for row, length in rows]
-        return list(self.tokenizer.batch_decode(ids, skip_special_tokens=True))
+        return list(self.tokenizer.batch_decode(ids, skip_special_tokens=False))
 
     def _invalid(self, rollout: Rollout) -> Tensor:
         """Whether a response has a token that stands for no text, ``[B]`` bool."""
         ids = rollout.response_ids
-        unused = torch.tensor(self._unused, device=ids.device)
-        invalid = (ids >= len(self.tokenizer)) | torch.isin(ids, unused)
-        return (invalid & rollout.response_mask).any(1)
+        textless = torch.tensor(self._textless, device=ids.device)
+        invalid = (ids >= len(self.tokenizer)) | torch.isin(ids, textless)
+        return (invalid & _before_the_end(rollout)).any(1)
 
     @cached_property
-    def _unused(self) -> list[int]:
+    def _textless(self) -> list[int]:
         # Reading the vocabulary takes long, and validation asks at every batch.
-        return unused_tokens(self.tokenizer)
+        return textless_tokens(self.tokenizer, getattr(self._task, "own_text", ""))
 
     @property
     def _sharded(self) -> bool:
@@ -561,6 +561,13 @@ class PPOModule(LightningModule):
         scores = self._score(texts, prompts)
         self._task.scorer_timeouts()  # not those of the next iteration
         return rollout, texts, scores
+
+
+def _before_the_end(rollout: Rollout) -> Tensor:
+    """Response tokens but for the one that ended the response, ``[B, T]`` bool."""
+    mask = rollout.response_mask
+    places = torch.arange(mask.shape[1], device=mask.device)
+    return mask & (places < (mask.sum(1) - rollout.finished.long()).unsqueeze(1))
 
 
 def _spread(values: Tensor, mask: Tensor) -> Tensor:

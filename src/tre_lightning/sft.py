@@ -1,6 +1,5 @@
 """Supervised training on demonstrations, as a LightningModule."""
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tre_lightning.args import at_least, options, positive
+from tre_lightning.data.demonstrations import DemonstrationBatch, Demonstrations
 from tre_lightning.losses import label_logprobs
 from tre_lightning.optim import decaying_adamw
 from tre_lightning.policy import (
@@ -24,7 +24,7 @@ from tre_lightning.policy import (
     trains_all,
 )
 from tre_lightning.reading import vocabulary_size
-from tre_lightning.tokenizer import check_known, check_special_tokens, word_tokenizer
+from tre_lightning.tokenizer import check_special_tokens, word_tokenizer
 
 
 class SFTModule(LightningModule):
@@ -60,8 +60,10 @@ class SFTModule(LightningModule):
 
     def configure_model(self) -> None:
         """Load or build the model; a new architecture without a tokenizer gets the task's words."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, Demonstrations)
         if hasattr(self, "policy"):
-            return
+            return data.encode(self.tokenizer)
         self.policy = load_language_model(self.policy_args).train()
         with refusing(self.policy_args.name):
             check_reading(self.policy)
@@ -73,19 +75,19 @@ class SFTModule(LightningModule):
             name, known = f"model.policy.tokenizer={source}", vocabulary_size(self.policy.config)
             check_special_tokens(self.tokenizer, known, name)
         else:
-            words = self.trainer.datamodule.vocabulary()  # type: ignore[attr-defined]
-            self.tokenizer = word_tokenizer(words, self.policy.config)
+            self.tokenizer = word_tokenizer(data.vocabulary(), self.policy.config)
         for name in ("eos_token_id", "pad_token_id"):
             setattr(self.policy.config, name, getattr(self.tokenizer, name))
             setattr(self.policy.generation_config, name, getattr(self.tokenizer, name))
+        data.encode(self.tokenizer)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW, decaying linearly."""
         return decaying_adamw(self.policy, self.trainer, self.lr, self.final_lr_share)
 
-    def training_step(self, batch: Sequence[tuple[str, str]], batch_idx: int) -> Tensor:
+    def training_step(self, batch: DemonstrationBatch, batch_idx: int) -> Tensor:
         """Mean cross-entropy of the response tokens and the end token, nats."""
-        ids, attention, response = self.encode(batch)
+        ids, attention, response = batch
         # No response token lies before the shortest prompt's end: no logits there.
         first = int(response.any(0).int().argmax())
         keep = torch.arange(first - 1, ids.shape[1] - 1, device=ids.device)
@@ -95,28 +97,8 @@ class SFTModule(LightningModule):
         counted = response[:, first:]
         logprobs = label_logprobs(logits[counted], ids[:, first:][counted])
         loss = -logprobs.mean()
-        self.log("sft/loss", loss, batch_size=len(batch))
+        self.log("sft/loss", loss, batch_size=len(ids))
         return loss
-
-    def encode(self, batch: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor, Tensor]:
-        """Token ids, attention mask and response mask (bool), each ``[B, T]``, padded right."""
-        prompts = self.tokenizer([prompt for prompt, _ in batch])["input_ids"]
-        answers = self.tokenizer([response for _, response in batch], add_special_tokens=False)[
-            "input_ids"
-        ]
-        end = [int(self.tokenizer.eos_token_id)]
-        width = max(len(p) + len(a) + 1 for p, a in zip(prompts, answers, strict=True))
-        ids = torch.full((len(batch), width), int(self.tokenizer.pad_token_id))
-        attention = torch.zeros(len(batch), width, dtype=torch.bool)
-        response = torch.zeros_like(attention)
-        for row, (p, a) in enumerate(zip(prompts, answers, strict=True)):
-            tokens = p + a + end
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            attention[row, : len(tokens)] = True
-            response[row, len(p) : len(tokens)] = True
-            known = vocabulary_size(self.policy.config)
-            check_known(tokens, self.tokenizer, known, f"the demonstration {batch[row]}: its token")
-        return ids.to(self.device), attention.to(self.device), response.to(self.device)
 
     def on_train_end(self) -> None:
         """Write the model; the directory appears only when it is whole."""

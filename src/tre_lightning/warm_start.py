@@ -22,6 +22,7 @@ _IRRELEVANT = (
     "reward",
     "timeout",
     "workers",
+    "strict",
 )
 _WAIT_SECONDS = 3600.0
 

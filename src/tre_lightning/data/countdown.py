@@ -27,12 +27,13 @@ from tre_lightning.data.puzzles import (
     read_puzzle,
     worked_solution,
 )
-from tre_lightning.data.sources import read_rows
-from tre_lightning.rewards.countdown import Format, final_expression, score_countdown
+from tre_lightning.data.sources import Source, read_rows, warn_of_unscorable
+from tre_lightning.rewards.countdown import LARGEST, Format, final_expression, score_countdown
 from tre_lightning.rollout import PromptBatch
 from tre_lightning.seeding import derived_seed
 
 _DRAWS_A_PUZZLE = 20  # draws for each held-out puzzle before the ranges count as too narrow
+_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _log = logging.getLogger(__name__)
 _INSTRUCTIONS = {
     "think_answer": (
@@ -55,6 +56,8 @@ class CountdownDataModule(PromptDataModule):
     what is held out is taken out of the training file, and its number is logged.
     """
 
+    own_text = " ".join(_TAGS)
+
     def __init__(
         self,
         puzzles: PuzzleSpec = PuzzleSpec(),
@@ -67,6 +70,9 @@ class CountdownDataModule(PromptDataModule):
         train_size: int | None = None,
         val_size: int = 256,
         test_size: int = 1024,
+        strict: bool = False,
+        train_name: str | None = None,
+        eval_name: str | None = None,
         **kwargs: Any,
     ) -> None:
         """Keep the options; files are read by :meth:`check`.
@@ -87,6 +93,12 @@ class CountdownDataModule(PromptDataModule):
                 validation puzzles are generated.
             val_size: validation puzzles.
             test_size: test puzzles.
+            strict: as the authors of TRE score, nothing but white space may stand between
+                ``</think>`` and the answer, and nothing behind the answer; else the last answer
+                behind the thought counts, whatever stands around it.
+            train_name: configuration of ``train_file`` where it is a dataset of the hub that has
+                several.
+            eval_name: configuration of ``eval_file``.
             kwargs: options of :class:`PromptDataModule`.
         """
         super().__init__(**kwargs)
@@ -103,9 +115,10 @@ class CountdownDataModule(PromptDataModule):
         self.format: Format = format
         self.instruct = instruct
         self.files = {
-            "train_file": (train_file, train_split),
-            "eval_file": (eval_file, eval_split),
+            "train_file": Source(train_file, train_split, train_name),
+            "eval_file": Source(eval_file, eval_split, eval_name),
         }
+        self.strict = strict
         self.train_size = train_size
         self.sizes = {"val": val_size, "test": test_size}
 
@@ -145,6 +158,7 @@ class CountdownDataModule(PromptDataModule):
                     prompts.extras[i // n]["numbers"],
                     prompts.extras[i // n]["target"],
                     format=self.format,
+                    strict=self.strict,
                 )
                 for i, response in enumerate(responses)
             ]
@@ -156,7 +170,10 @@ class CountdownDataModule(PromptDataModule):
             found: list[str | None] = list(responses)
         else:
             think = self.format == "think_answer"
-            found = [final_expression(response, think=think) for response in responses]
+            found = [
+                final_expression(response, think=think, strict=self.strict)
+                for response in responses
+            ]
         return [" ".join(re.findall(r"[0-9]+|[^0-9\s]", text or "")) or None for text in found]
 
     def demonstration(self, index: int, misleading: bool) -> tuple[str, str]:
@@ -170,13 +187,13 @@ class CountdownDataModule(PromptDataModule):
         steps = None if misleading else worked_solution(puzzle, self.puzzles, rng)
         if steps is None:
             _, steps = random_derivation(self.puzzles, puzzle.numbers, rng)
-        prompt = self._prompt(puzzle)
-        return self.render(prompt), steps if self.format == "steps" else as_answer(steps)
+        text = self._prompt(puzzle).text
+        return text, steps if self.format == "steps" else as_answer(steps)
 
     def vocabulary(self) -> list[str]:
         """Every word of the prompts and worked responses, numbers as words."""
         largest = max(self.puzzles.max_intermediate, self.puzzles.number_range[1])
-        tags = ["<think>", "</think>", "<answer>", "</answer>", "(", ")"]
+        tags = [*_TAGS, "(", ")"]
         symbols = [*self.puzzles.operations, "=", ",", ":"]
         return [*symbols, *(tags if self.format != "steps" else []), *map(str, range(largest + 1))]
 
@@ -210,7 +227,8 @@ class CountdownDataModule(PromptDataModule):
                 f"Combine the numbers {numbers}, each exactly once, with + - * / and brackets "
                 f"into an expression that equals {puzzle.target}. {_INSTRUCTIONS[self.format]}"
             )
-        return Prompt(text, {"numbers": puzzle.numbers, "target": puzzle.target})
+        extra = {"numbers": puzzle.numbers, "target": puzzle.target}
+        return Prompt(text, extra, puzzle.where)
 
     # ----- puzzles of files
 
@@ -251,14 +269,20 @@ class CountdownDataModule(PromptDataModule):
 
     def _load(self, name: str) -> list[Puzzle]:
         """The puzzles of a file, as many as are asked for."""
-        source, split = self.files[name]
+        source, split, configuration = self.files[name]
         if source is None:
             return []
         wanted = None
         if name == "train_file" and self.train_size is not None:
             wanted = self.train_size + self.sizes["test"] + self.sizes["val"]
-        rows = islice(read_rows(f"data.{name}", source, split), wanted)
+        rows = islice(read_rows(f"data.{name}", source, split, configuration), wanted)
         puzzles = [read_puzzle(row, where) for where, row in rows]
+        out_of_reach = [
+            f"{puzzle.where}: target={puzzle.target} has more digits than a step may have"
+            for puzzle in puzzles
+            if self.format == "steps" and abs(puzzle.target) > LARGEST
+        ]
+        warn_of_unscorable(f"data.{name}", source, out_of_reach, len(puzzles))
         if not puzzles:
             raise ValueError(
                 f"data.{name}={source} holds no puzzle; add rows like "

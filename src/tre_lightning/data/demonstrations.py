@@ -1,15 +1,27 @@
 """Worked responses of a task, for a supervised warm start."""
 
 from collections.abc import Iterator
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
+import torch
 from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from tre_lightning.args import at_least, unit_share
 from tre_lightning.data.prompts import PromptDataModule
+from tre_lightning.encoding import pad
 from tre_lightning.seeding import uniforms
 
-Demonstration = tuple[str, str]  # prompt and response as text
+Demonstration = tuple[str, str]  # text of the prompt, without a chat template, and the response
+
+
+class DemonstrationBatch(NamedTuple):
+    """Prompts and responses side by side, padded on the right."""
+
+    input_ids: Tensor  # [B, T] int64
+    attention_mask: Tensor  # [B, T] bool, True = a real token
+    response_mask: Tensor  # [B, T] bool, True = of the response, the end token included
 
 
 @runtime_checkable
@@ -54,13 +66,18 @@ class Demonstrations(LightningDataModule):
         """The task's closed vocabulary."""
         return self.prompts.vocabulary()
 
+    def encode(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Tokenize with this tokenizer, as the task does its prompts; the module calls it."""
+        self.pad_token_id = int(tokenizer.pad_token_id)
+        self.prompts.use(tokenizer)
+
     def train_dataloader(self) -> "DemonstrationLoader":
         """All the batches, once."""
         return DemonstrationLoader(self)
 
 
 class DemonstrationLoader:
-    """Batches of (prompt, response) texts."""
+    """Batches of tokenized prompts and responses."""
 
     def __init__(self, source: Demonstrations) -> None:
         """``source`` says how many and how large."""
@@ -69,12 +86,19 @@ class DemonstrationLoader:
     def __len__(self) -> int:
         return self._source.steps
 
-    def __iter__(self) -> Iterator[list[Demonstration]]:
+    def __iter__(self) -> Iterator[DemonstrationBatch]:
         source = self._source
         for step in range(source.steps):
             first = step * source.batch_size
             draws = uniforms(1, source.batch_size, "misleading", source.prompts.seed, step)[0]
-            yield [
+            shown = [
                 source.task.demonstration(first + i, bool(draw < source.misleading_share))
                 for i, draw in enumerate(draws)
             ]
+            rows = source.prompts.demonstration_ids(shown)
+            ids, mask = pad([prompt + response for prompt, response in rows], source.pad_token_id)
+            asked = torch.tensor([[len(prompt)] for prompt, _ in rows])
+            attention = mask.bool()
+            yield DemonstrationBatch(
+                ids, attention, attention & (torch.arange(ids.shape[1]) >= asked)
+            )

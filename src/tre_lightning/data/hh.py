@@ -25,7 +25,6 @@ from tre_lightning.chat import (
     ChatPrompt,
     Messages,
     as_messages,
-    in_template,
     transcript,
 )
 from tre_lightning.data.preferences import (
@@ -35,7 +34,7 @@ from tre_lightning.data.preferences import (
     synthetic_vocabulary,
 )
 from tre_lightning.data.prompts import Prompt, PromptDataModule
-from tre_lightning.data.sources import read_rows
+from tre_lightning.data.sources import Source, read_rows, warn_of_unscorable
 from tre_lightning.rewards.preference import Dtype, PreferenceScorer, RewardModelScorer
 from tre_lightning.rewards.remote import RemoteScorer
 from tre_lightning.rollout import PromptBatch
@@ -117,6 +116,9 @@ class PreferenceDataModule(PromptDataModule):
         train_size: int | None = None,
         val_size: int = 256,
         test_size: int = 512,
+        train_name: str | None = None,
+        eval_name: str | None = None,
+        exclude_name: str | None = None,
         **kwargs: Any,
     ) -> None:
         """Keep the options; files are read by :meth:`check`.
@@ -134,6 +136,10 @@ class PreferenceDataModule(PromptDataModule):
             train_size: training prompts (paper: 7500); none = all that are left.
             val_size: validation prompts.
             test_size: test prompts (paper: 5000).
+            train_name: configuration of ``train_file`` where it is a dataset of the hub that has
+                several.
+            eval_name: configuration of ``eval_file``.
+            exclude_name: configuration of ``exclude_file``.
             kwargs: options of :class:`PromptDataModule`; ``long_prompts: drop`` leaves long prompts
                 out before the sizes are cut.
         """
@@ -151,9 +157,9 @@ class PreferenceDataModule(PromptDataModule):
                 )
         self.reward = reward
         self.files = {
-            "train_file": (train_file, train_split),
-            "eval_file": (eval_file, eval_split),
-            "exclude_file": (exclude_file, exclude_split),
+            "train_file": Source(train_file, train_split, train_name),
+            "eval_file": Source(eval_file, eval_split, eval_name),
+            "exclude_file": Source(exclude_file, exclude_split, exclude_name),
         }
         self.sizes = {"train": train_size, "val": val_size, "test": test_size}
         self.excluded = 0  # prompts that were left out because exclude_file has them
@@ -178,7 +184,7 @@ class PreferenceDataModule(PromptDataModule):
             ValueError: if a file or the reward model cannot be read, or prompts are too few.
             RewardServerError: if the server does not answer.
         """
-        self._tokenizer = tokenizer
+        self.use(tokenizer)
         if not self.synthetic:
             self._from_files = self._read_files()
         super().check(tokenizer)
@@ -200,12 +206,10 @@ class PreferenceDataModule(PromptDataModule):
         """The training prompts of a file; those held out are looked at anyway."""
         return {} if self.synthetic else {"train_file": self._from_files["train"]}
 
-    def render(self, prompt: Prompt) -> str:
-        """The prompt's messages in the tokenizer's chat template, else the transcript."""
-        tokenizer = self._tokenizer
-        if tokenizer is None or tokenizer.chat_template is None:
-            return prompt.text
-        return in_template(tokenizer, prompt.extra["messages"], "policy", ask=True)
+    def messages(self, prompt: Prompt) -> Messages:
+        """The prompt's messages."""
+        found = prompt.extra.get("messages")
+        return as_messages(prompt.text) if found is None else list(found)
 
     def score(self, responses: Sequence[str], prompts: PromptBatch) -> Tensor:
         """The reward model's scores, ``[len(prompts) * n]`` float32; NaN = could not be scored.
@@ -235,7 +239,7 @@ class PreferenceDataModule(PromptDataModule):
             )
         pair = synthetic_pair(self._synthetic(index), self.seed)
         response = pair.rejected if misleading else pair.chosen
-        return self.render(_prompt(pair.prompt)), response
+        return _prompt(pair.prompt).text, response
 
     def vocabulary(self) -> list[str]:
         """Every word of the synthetic prompts and responses."""
@@ -295,22 +299,32 @@ class PreferenceDataModule(PromptDataModule):
         )
         return sets
 
-    def _load(self, name: str) -> dict[str, Messages]:
+    def _load(self, name: str) -> dict[str, Prompt]:
         """The different prompts of a file by their content."""
-        source, split = self.files[name]
+        source, split, configuration = self.files[name]
         if source is None:
             return {}
-        read = [read_prompt(row, where) for where, row in read_rows(f"data.{name}", source, split)]
-        prompts = {json.dumps(messages): messages for messages in read if messages is not None}
+        prompts: dict[str, Prompt] = {}
+        blank: list[str] = []
+        total = 0
+        for where, row in read_rows(f"data.{name}", source, split, configuration):
+            total += 1
+            messages = read_prompt(row, where)
+            if messages is None:
+                continue
+            if not messages[-1]["content"].strip():
+                blank.append(f"{where}: the last message is empty")
+            prompts.setdefault(json.dumps(messages), _prompt(messages, where))
         if not prompts:
             raise ValueError(f"data.{name}={source} holds no prompt; give another")
+        warn_of_unscorable(f"data.{name}", source, blank, total)
         return prompts
 
-    def _in_order(self, name: str, prompts: Mapping[str, Messages]) -> list[Prompt]:
+    def _in_order(self, name: str, prompts: Mapping[str, Prompt]) -> list[Prompt]:
         """The prompts in an order that depends on the seed, without long ones to be dropped."""
         keys = sorted(prompts)  # whatever their order in the file
         order = permutation(len(keys), name, self.seed).tolist()
-        shuffled = [_prompt(prompts[keys[place]]) for place in order]
+        shuffled = [prompts[keys[place]] for place in order]
         return shuffled if self.long_prompts == "error" else self.fitting(name, shuffled)
 
     def _cut(
@@ -349,9 +363,9 @@ def read_prompt(row: Mapping[str, Any], where: str) -> Messages | None:
     return [{k: v.encode(errors="replace").decode() for k, v in m.items()} for m in messages]
 
 
-def _prompt(prompt: ChatPrompt) -> Prompt:
+def _prompt(prompt: ChatPrompt, where: str = "") -> Prompt:
     messages = as_messages(prompt)
-    return Prompt(transcript(messages) + ASSISTANT, {"messages": messages})
+    return Prompt(transcript(messages) + ASSISTANT, {"messages": messages}, where)
 
 
 def _set(text: str) -> str:

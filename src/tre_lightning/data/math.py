@@ -1,9 +1,10 @@
 r"""MATH: problems with one right answer, which a response gives in its last ``\boxed{...}``.
 
-A row of a file or of a dataset of the hub has ``problem`` (text) and one of these, the first one
-where it has both; other columns are ignored:
+A row of a file or of a dataset of the hub has ``problem`` (text; ``question`` where there is none)
+and one of these, the first one where it has both; other columns are ignored:
 
-* ``answer``: the right answer as LaTeX without ``\boxed``, or a number;
+* ``answer``: the right answer as LaTeX without ``\boxed``, or a number; or a worked solution that
+  ends with ``#### 1,234``, the form of GSM8K;
 * ``solution``: a worked solution, whose last ``\boxed{...}`` is the right answer.
 
 Without files the problems are those of :mod:`tre_lightning.data.arithmetic`.
@@ -11,10 +12,13 @@ Without files the problems are those of :mod:`tre_lightning.data.arithmetic`.
 
 import logging
 import random
+import re
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from decimal import Decimal
 from functools import cached_property
-from typing import Any
+from numbers import Number
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +27,14 @@ from transformers import PreTrainedTokenizerBase
 from tre_lightning.args import at_least, positive
 from tre_lightning.data.arithmetic import ArithmeticSpec, Problem, generate, mistaken, worked
 from tre_lightning.data.prompts import Prompt, PromptDataModule
-from tre_lightning.data.sources import Row, read_rows, text_of
+from tre_lightning.data.sources import (
+    Row,
+    Source,
+    number_text,
+    read_rows,
+    text_of,
+    warn_of_unscorable,
+)
 from tre_lightning.rewards.math import MathScorer, boxed_answers, last_boxed
 from tre_lightning.rewards.mathematics.forms import Named, Value
 from tre_lightning.rewards.mathematics.limits import MAX_CHARS
@@ -35,7 +46,15 @@ INSTRUCTION = "Let's think step by step and output the final answer within \\box
 
 _DRAWS_A_PROBLEM = 20  # for each held-out arithmetic problem before there count as too few
 _DEFAULT_ARITHMETIC = ArithmeticSpec()
+# How programs write a small or large number; an e of LaTeX has no sign and two digits behind it.
+_SCIENTIFIC = re.compile(r"[-+]?[0-9]+(\.[0-9]+)?[eE][-+][0-9]{2,3}")
 _log = logging.getLogger(__name__)
+
+
+class _Row(NamedTuple):
+    problem: str
+    gold: str
+    where: str  # the file and row
 
 
 class MathDataModule(PromptDataModule):
@@ -59,6 +78,9 @@ class MathDataModule(PromptDataModule):
         instruction: str = INSTRUCTION,
         workers: int = 2,
         timeout: float = 3.0,
+        train_name: str | None = None,
+        eval_name: str | None = None,
+        test_name: str | None = None,
         **kwargs: Any,
     ) -> None:
         """Keep the options; files are read by :meth:`check`.
@@ -77,6 +99,10 @@ class MathDataModule(PromptDataModule):
             instruction: text after each problem; may be empty.
             workers: processes of the scorer on each device's process; started when first needed.
             timeout: seconds that the scorer may take for an answer, which else scores 0.
+            train_name: configuration of ``train_file`` where it is a dataset of the hub that has
+                several, such as ``main`` of GSM8K.
+            eval_name: configuration of ``eval_file``.
+            test_name: configuration of ``test_file``.
             kwargs: options of :class:`PromptDataModule`.
         """
         super().__init__(**kwargs)
@@ -93,9 +119,9 @@ class MathDataModule(PromptDataModule):
                 f"data.test_file={test_file} needs data.train_file and data.eval_file; give them"
             )
         self.files = {
-            "train_file": (train_file, train_split),
-            "eval_file": (eval_file, eval_split),
-            "test_file": (test_file, test_split),
+            "train_file": Source(train_file, train_split, train_name),
+            "eval_file": Source(eval_file, eval_split, eval_name),
+            "test_file": Source(test_file, test_split, test_name),
         }
         self.arithmetic = arithmetic
         self.sizes = {"val": val_size, "test": test_size}
@@ -109,6 +135,11 @@ class MathDataModule(PromptDataModule):
     def synthetic(self) -> bool:
         """Whether the problems are generated."""
         return self.files["train_file"][0] is None
+
+    @property
+    def own_text(self) -> str:  # type: ignore[override]
+        """The instruction."""
+        return self.instruction
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Use this tokenizer; refuse files that cannot be read and a scorer that cannot work.
@@ -156,7 +187,7 @@ class MathDataModule(PromptDataModule):
         rng = random.Random(derived_seed("demonstration", self.seed, index))
         right = worked(problem, self.arithmetic)
         work = mistaken(problem, self.arithmetic, rng) if misleading or right is None else right
-        return self.render(self._generated(problem)), work.text
+        return self._generated(problem).text, work.text
 
     def vocabulary(self) -> list[str]:
         """Every word of the generated problems, the instruction and the worked responses."""
@@ -217,15 +248,15 @@ class MathDataModule(PromptDataModule):
     @cached_property
     def _from_files(self) -> dict[str, list[Prompt]]:
         """Problems by file, those held out taken out of the training problems."""
-        found = {name: self._load(name) for name, (source, _) in self.files.items() if source}
+        found = {name: self._load(name) for name, source in self.files.items() if source.file}
         held_out = {
-            _key(problem)
+            _key(row.problem)
             for name, rows in found.items()
             if name != "train_file"
-            for problem, _ in rows
+            for row in rows
         }
-        unseen = [row for row in found["train_file"] if _key(row[0]) not in held_out]
-        source = self.files["train_file"][0]
+        unseen = [row for row in found["train_file"] if _key(row.problem) not in held_out]
+        source = self.files["train_file"].file
         if not unseen:
             raise ValueError(
                 f"data.train_file={source} holds no problem that is not held out; give another file"
@@ -237,20 +268,23 @@ class MathDataModule(PromptDataModule):
             )
         found["train_file"] = unseen
         return {
-            name: [Prompt(self._instructed(problem), {"gold": gold}) for problem, gold in rows]
+            name: [
+                Prompt(self._instructed(row.problem), {"gold": row.gold}, row.where) for row in rows
+            ]
             for name, rows in found.items()
         }
 
-    def _load(self, name: str) -> list[tuple[str, str]]:
+    def _load(self, name: str) -> list[_Row]:
         """Problems and golds of a file."""
-        source, split = self.files[name]
+        source, split, configuration = self.files[name]
         assert source is not None
-        rows: list[tuple[str, str]] = []
+        rows: list[_Row] = []
         dropped: Counter[str] = Counter()
-        for where, row in read_rows(f"data.{name}", source, split):
+        found = read_rows(f"data.{name}", source, split, configuration, decimals=True)
+        for where, row in found:
             problem, golds = read_problem(row, where)
             if len(golds) == 1:
-                rows.append((problem, golds[0]))
+                rows.append(_Row(problem, golds[0], where))
             else:
                 dropped["several answers" if golds else "no answer"] += 1
         if dropped:
@@ -261,6 +295,12 @@ class MathDataModule(PromptDataModule):
             )
         if not rows:
             raise ValueError(f"data.{name}={source} holds no problem with one answer; give another")
+        unread = [
+            f"{row.where}: the answer {row.gold[-80:]!r} is not read as mathematics"
+            for row in rows
+            if not readable(row.gold)
+        ]
+        warn_of_unscorable(f"data.{name}", source, unread, len(rows))
         return rows
 
 
@@ -270,14 +310,34 @@ def read_problem(row: Row, where: str) -> tuple[str, list[str]]:
     Raises:
         ValueError: if the row has not the columns above; the message starts with ``where``.
     """
-    problem = _plain(text_of(row, "problem", where)).strip()
+    asked = "problem" not in row and isinstance(row.get("question"), str)
+    column = "question" if asked else "problem"
+    problem = _plain(text_of(row, column, where)).strip()
     if "answer" not in row and "solution" not in row:
         text_of(row, "answer", where)  # raises
     answer, solution = (_text(row, name, where) for name in ("answer", "solution"))
     if answer:
-        return problem, [answer]
+        return problem, [_gold(answer)]
     different = {"".join(gold.split()): gold.strip() for gold in boxed_answers(solution)}
     return problem, [gold for gold in different.values() if gold]
+
+
+def _gold(answer: str) -> str:
+    """The answer in a column, without a box, and without what GSM8K and programs write for it."""
+    answer = (last_boxed(answer) or answer).strip()
+    _, found, end = answer.rpartition("####")
+    if found:
+        answer = end.strip()
+        if re.fullmatch(r"[-+$]*[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?", answer):
+            answer = answer.replace(",", "")
+    if _SCIENTIFIC.fullmatch(answer):
+        return number_text(Decimal(answer)) or answer
+    return answer
+
+
+def readable(gold: str) -> bool:
+    """Whether the scorer reads the gold; else it equals nothing but the same text."""
+    return len(gold) <= MAX_CHARS and read(gold.strip(), thousands=True) is not None
 
 
 def normal_form(answer: str) -> Hashable:
@@ -297,11 +357,17 @@ def normal_form(answer: str) -> Hashable:
 def _text(row: Row, name: str, where: str) -> str:
     """Text or number in a column, empty where there is none."""
     value = row.get(name)
-    if value is None or value != value:  # NaN is how tables write "none"
+    if isinstance(value, str):
+        return _plain(value).strip()
+    if value is None or (isinstance(value, Number) and value != value):  # NaN: a table's "none"
         return ""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError(f"{where}: {name}={str(value)[:80]!r} is neither text nor a number")
-    return _plain(str(value)).strip()
+    text = number_text(value)
+    if text is None:
+        raise ValueError(
+            f"{where}: {name}={str(value)[:80]!r} is neither text nor a finite number; write the "
+            "answer as text"
+        )
+    return text
 
 
 def _plain(text: str) -> str:

@@ -27,7 +27,8 @@ from tre_lightning.args import at_least
 from tre_lightning.chat import ASSISTANT, HUMAN, ChatPrompt, as_messages
 from tre_lightning.data.batches import share, spans
 from tre_lightning.data.sources import read_rows
-from tre_lightning.rewards.preference import encode, pad
+from tre_lightning.encoding import pad
+from tre_lightning.rewards.preference import encode
 from tre_lightning.seeding import derived_seed, permutation
 from tre_lightning.tokenizer import check_known
 
@@ -120,7 +121,7 @@ def _pick(rng: random.Random, options: Sequence[str]) -> str:
 # ----- pairs from files and datasets
 
 
-def load_pairs(source: str, split: str = "train") -> list[Pair]:
+def load_pairs(source: str, split: str = "train", name: str | None = None) -> list[Pair]:
     """Pairs of a local ``.jsonl`` or ``.parquet`` file, or of a dataset of the hub.
 
     Rows without a difference to learn (equal responses, or transcripts that differ before the last
@@ -131,7 +132,7 @@ def load_pairs(source: str, split: str = "train") -> list[Pair]:
             left.
     """
     pairs, dropped = [], 0
-    for where, row in read_rows("data.source", source, split):
+    for where, row in read_rows("data.source", source, split, name):
         pair = read_pair(row, where)
         if pair is None:
             dropped += 1
@@ -210,6 +211,7 @@ class PreferencePairs(LightningDataModule):
         max_length: int = 512,
         val_size: int = 256,
         seed: int = 42,
+        name: str | None = None,
     ) -> None:
         """Keep the options.
 
@@ -220,8 +222,10 @@ class PreferencePairs(LightningDataModule):
             synthetic_size: synthetic pairs, those for validation included.
             batch_size: pairs a batch, over all devices.
             max_length: longest text (prompt and response), tokens; longer pairs are left out.
-            val_size: pairs held out for validation, at least; all pairs of a prompt stay together.
+            val_size: pairs held out for validation, at least, once the too long ones are left out;
+                all pairs of a prompt stay together.
             seed: of the synthetic pairs, their order and the choice of the validation pairs.
+            name: configuration of a dataset of the hub that has several.
         """
         super().__init__()
         named = {
@@ -234,12 +238,14 @@ class PreferencePairs(LightningDataModule):
             at_least(f"data.{name}", value, 1)
         self.source = source
         self.split = split
+        self.name = name
         self.synthetic_size = synthetic_size
         self.batch_size = batch_size
         self.max_length = max_length
         self.val_size = val_size
         self.seed = seed
-        self.pairs: dict[str, list[Pair]] = {}  # by train and val
+        self._all: list[Pair] = []
+        self.pairs: dict[str, list[Pair]] = {}  # by train and val, once they are encoded
         self._encoded: dict[str, list[_Encoded]] = {}
 
     def vocabulary(self) -> list[str]:
@@ -252,20 +258,14 @@ class PreferencePairs(LightningDataModule):
         return synthetic_vocabulary()
 
     def setup(self, stage: str | None = None) -> None:
-        """Read or make the pairs and hold some out."""
-        if self.pairs:
+        """Read or make the pairs."""
+        if self._all:
             return
         if self.source is None:
-            pairs = [synthetic_pair(index, self.seed) for index in range(self.synthetic_size)]
+            self._all = [synthetic_pair(index, self.seed) for index in range(self.synthetic_size)]
         else:
-            pairs = load_pairs(self.source, self.split)
-        train, val = split_by_prompt(pairs, self.val_size, self.seed)
-        if not train:
-            raise ValueError(
-                f"data.val_size={self.val_size} leaves none of {len(pairs)} pairs to train on; "
-                "lower it"
-            )
-        self.pairs = {"train": train, "val": val}
+            self._all = load_pairs(self.source, self.split, self.name)
+        self._split(self._all)  # refuses what cannot work before a model is loaded
 
     def encode(
         self,
@@ -273,29 +273,42 @@ class PreferencePairs(LightningDataModule):
         pad_token_id: int,
         vocabulary_size: int | None = None,
     ) -> None:
-        """Turn the pairs into token ids and leave out those that are too long; the module calls it.
+        """Turn the pairs into token ids, leave out those that are too long, and hold some out.
+
+        The module calls it.
 
         Raises:
-            ValueError: if no training or no validation pair is short enough, or one holds a token
-                beyond the model's ``vocabulary_size``.
+            ValueError: if no pair is short enough, or none is left to train on.
         """
         self.pad_token_id = pad_token_id
-        for name, pairs in self.pairs.items():
-            encoded = list(_encode(tokenizer, pairs))
-            fitting = [pair for pair in encoded if max(map(len, pair[:2])) <= self.max_length]
-            if len(fitting) < len(encoded):
-                _log.warning(
-                    "left out %d of %d %s pairs longer than data.max_length=%d tokens",
-                    *(len(encoded) - len(fitting), len(encoded), name, self.max_length),
-                )
-            if not fitting:
-                raise ValueError(
-                    f"data.max_length={self.max_length} is too short for all {len(encoded)} {name} "
-                    "pairs; raise it"
-                )
-            ids = (int(row.max()) for pair in fitting for row in pair[:2])
-            check_known(ids, tokenizer, vocabulary_size, f"a {name} pair: its token")
-            self._encoded[name] = fitting
+        encoded = [*_encode(tokenizer, self._all)]
+        fits = [max(map(len, pair[:2])) <= self.max_length for pair in encoded]
+        if not all(fits):
+            _log.warning(
+                "left out %d of %d pairs longer than data.max_length=%d tokens",
+                *(fits.count(False), len(fits), self.max_length),
+            )
+        if not any(fits):
+            raise ValueError(
+                f"data.max_length={self.max_length} is too short for all {len(fits)} pairs; "
+                "raise it"
+            )
+        largest = (int(ids.max()) for pair in encoded for ids in pair[:2])
+        check_known(largest, tokenizer, vocabulary_size, "a pair: its token")
+        pairs = [pair for pair, fit in zip(self._all, fits, strict=True) if fit]
+        train, val = self._split(pairs)
+        ids = {id(pair): row for pair, row in zip(self._all, encoded, strict=True)}
+        self.pairs = {"train": train, "val": val}
+        self._encoded = {name: [ids[id(p)] for p in part] for name, part in self.pairs.items()}
+
+    def _split(self, pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
+        train, val = split_by_prompt(pairs, self.val_size, self.seed)
+        if not train:
+            raise ValueError(
+                f"data.val_size={self.val_size} leaves none of {len(pairs)} pairs to train on; "
+                "lower it"
+            )
+        return train, val
 
     def train_dataloader(self) -> "PairLoader":
         """The training pairs, in another order every epoch."""

@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tre_lightning.args import at_least
-from tre_lightning.chat import in_template
+from tre_lightning.chat import Messages, in_template
 from tre_lightning.data.batches import share, spans
+from tre_lightning.encoding import Conversation, encode_conversations, encode_texts, pad
 from tre_lightning.policy import load_tokenizer
 from tre_lightning.rollout import PromptBatch
 from tre_lightning.seeding import permutation
@@ -24,15 +25,20 @@ from tre_lightning.tokenizer import check_known, unknown_word
 
 _CHECKED_TRAIN_PROMPTS = 256  # prompts of the endless training stream whose length is checked first
 _ENCODED_AT_ONCE = 1024  # prompts
+_SHOWN = 160  # characters at the end of a prompt that an error message shows
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and what the scorer needs to judge a response to it."""
+    """A prompt and what the scorer needs to judge a response to it.
+
+    ``where`` is the file and row that it comes from, for error messages; empty if from none.
+    """
 
     text: str
     extra: Mapping[str, Any] = field(default_factory=dict)
+    where: str = ""
 
 
 class PromptDataModule(LightningDataModule, ABC):
@@ -40,6 +46,10 @@ class PromptDataModule(LightningDataModule, ABC):
 
     binary_scores = True
     """Whether a score is 1 for right and 0 for wrong, so that pass@k means something."""
+
+    own_text = ""
+    """What the task itself writes: special tokens in it, such as ``<answer>``, are tokens in its
+    prompts, and stand for text in responses. Special tokens that the data hold stay text."""
 
     def __init__(
         self,
@@ -156,9 +166,13 @@ class PromptDataModule(LightningDataModule, ABC):
                 raise ValueError("data.tokenizer is not set; give a directory or hub name")
             self.check(load_tokenizer(self.tokenizer_source))
 
+    def use(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Tokenize with this tokenizer; nothing is checked."""
+        self._tokenizer = tokenizer
+
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Use this tokenizer; refuse data that cannot be read and prompts that are too long."""
-        self._tokenizer = tokenizer
+        self.use(tokenizer)
         files = self.file_prompts()
         if self.long_prompts == "drop":
             if not files:
@@ -176,19 +190,21 @@ class PromptDataModule(LightningDataModule, ABC):
             prompts += listed
         self.longest_prompt = 0
         for start in range(0, len(prompts), _ENCODED_AT_ONCE):
-            texts, ids, mask = self._encode(prompts[start : start + _ENCODED_AT_ONCE])
-            self.longest_prompt = max(self.longest_prompt, ids.shape[1])
-            unknown = ((ids == tokenizer.unk_token_id) & mask).any(1)
-            for row in unknown.nonzero().flatten().tolist():
-                word = unknown_word(tokenizer, texts[row])
+            some = prompts[start : start + _ENCODED_AT_ONCE]
+            rows = self._encode(some)
+            self.longest_prompt = max(self.longest_prompt, *map(len, rows))
+            for prompt, ids in zip(some, rows, strict=True):
+                if tokenizer.unk_token_id not in ids:
+                    continue
+                word = unknown_word(tokenizer, self.render(prompt))
                 if word is None:
                     continue
                 fix = "widen the ranges of the task's numbers or drop the prompt"
-                if word not in prompts[start + row].text:
+                if word not in prompt.text:
                     fix = "its chat template writes it: give a tokenizer whose template fits it"
                 raise ValueError(
-                    f"the prompt {texts[row][:80]!r} holds a word that the tokenizer does not "
-                    f"know, {word[:40]!r}; {fix}"
+                    f"{_named(prompt)} holds a word that the tokenizer does not know, "
+                    f"{word[:40]!r}; {fix}"
                 )
 
     def fitting(self, name: str, prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -204,8 +220,7 @@ class PromptDataModule(LightningDataModule, ABC):
         kept: list[Prompt] = []
         for start in range(0, len(prompts), _ENCODED_AT_ONCE):
             some = prompts[start : start + _ENCODED_AT_ONCE]
-            lengths = self._tokenized(some)[2].sum(1).tolist()
-            fits = (length <= self.max_prompt_length for length in lengths)
+            fits = (len(ids) <= self.max_prompt_length for ids in self.prompt_ids(some))
             kept += [prompt for prompt, fit in zip(some, fits, strict=True) if fit]
         if prompts and not kept:
             raise ValueError(
@@ -245,12 +260,49 @@ class PromptDataModule(LightningDataModule, ABC):
 
     # ----- batches
 
+    def messages(self, prompt: Prompt) -> Messages:
+        """What a chat template is filled with."""
+        return [{"role": "user", "content": prompt.text}]
+
     def render(self, prompt: Prompt) -> str:
         """The prompt in the tokenizer's chat template, where it has one."""
         if self._tokenizer is None or self._tokenizer.chat_template is None:
             return prompt.text
-        messages = [{"role": "user", "content": prompt.text}]
-        return in_template(self._tokenizer, messages, "policy", ask=True)
+        return in_template(self._tokenizer, self.messages(prompt), "policy", ask=True)
+
+    def prompt_ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Token ids of prompts, as the policy reads them in training, tests and demonstrations."""
+        rows = [Conversation(self.messages(prompt), prompt.text) for prompt in prompts]
+        try:
+            return encode_conversations(self._known, rows, "policy", ask=True, own=self.own_text)
+        except ValueError:  # of the chat template; say of which prompt
+            for prompt in prompts:
+                try:
+                    self.render(prompt)
+                except ValueError as error:
+                    raise ValueError(f"{_named(prompt)}: {error}") from error
+            raise
+
+    def demonstration_ids(
+        self, demonstrations: Sequence[tuple[str, str]]
+    ) -> list[tuple[list[int], list[int]]]:
+        """Token ids of the prompts and of the responses, these with the end token."""
+        prompts, responses = zip(*demonstrations, strict=True)
+        asked = self.prompt_ids([Prompt(text) for text in prompts])
+        answered = encode_texts(self._known, responses, own=self.own_text)
+        end = int(self._known.eos_token_id)
+        return [(p, [*a, end]) for p, a in zip(asked, answered, strict=True)]
+
+    def _given(self, prompts: Sequence[Prompt]) -> list[str]:
+        """The text of prompts without what a chat template adds."""
+        if self._known.chat_template is None:
+            return [prompt.text for prompt in prompts]
+        return [" ".join(m["content"] for m in self.messages(prompt)) for prompt in prompts]
+
+    @property
+    def _known(self) -> PreTrainedTokenizerBase:
+        assert self._tokenizer is not None, "setup() comes first"
+        return self._tokenizer
 
     def _train_batch(self, iteration: int) -> PromptBatch:
         rank, ranks = self._world()
@@ -280,11 +332,12 @@ class PromptDataModule(LightningDataModule, ABC):
     def _batch(
         self, prompts: list[Prompt], split: str, index: int, first_row: int, total_rows: int
     ) -> PromptBatch:
-        texts, ids, mask = self._encode(prompts)
+        rows = self._encode(prompts)
+        ids, mask = pad(rows, int(self._known.pad_token_id), "left")
         return PromptBatch(
             prompt_ids=ids,
-            prompt_mask=mask,
-            texts=texts,
+            prompt_mask=mask.bool(),
+            texts=tuple(map(self.render, prompts)),
             extras=tuple(prompt.extra for prompt in prompts),
             split=split,
             index=index,
@@ -292,36 +345,32 @@ class PromptDataModule(LightningDataModule, ABC):
             total_rows=total_rows,
         )
 
-    def _encode(self, prompts: Sequence[Prompt]) -> tuple[tuple[str, ...], Tensor, Tensor]:
-        texts, ids, mask = self._tokenized(prompts)
-        if ids.shape[1] > self.max_prompt_length:
-            row = int(mask.sum(1).argmax())
-            raise ValueError(
-                f"data.max_prompt_length={self.max_prompt_length} is too short for the prompt "
-                f"{texts[row][:80]!r} of {int(mask[row].sum())} tokens; raise it or drop the prompt"
-            )
-        row = int(ids.amax(1).argmax())
-        what = f"the prompt {texts[row][:80]!r}: its token"
-        assert self._tokenizer is not None
-        check_known(ids[row].tolist(), self._tokenizer, self.vocabulary_size, what)
-        return texts, ids, mask
-
-    def _tokenized(self, prompts: Sequence[Prompt]) -> tuple[tuple[str, ...], Tensor, Tensor]:
-        tokenizer = self._tokenizer
-        assert tokenizer is not None, "setup() comes first"
-        texts = tuple(self.render(prompt) for prompt in prompts)
-        # A chat template writes the special tokens itself.
-        encoded = tokenizer(
-            list(texts),
-            padding=True,
-            return_tensors="pt",
-            add_special_tokens=tokenizer.chat_template is None,
-        )
-        return texts, encoded["input_ids"], encoded["attention_mask"].bool()
+    def _encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Ids of prompts that are neither empty nor too long."""
+        rows = self.prompt_ids(prompts)
+        for prompt, ids in zip(prompts, rows, strict=True):
+            if len(ids) > self.max_prompt_length:
+                raise ValueError(
+                    f"data.max_prompt_length={self.max_prompt_length} is too short for "
+                    f"{_named(prompt)} of {len(ids)} tokens; raise it or drop the prompt"
+                )
+            if not ids:
+                raise ValueError(f"{_named(prompt)} has no token; drop the prompt")
+            what = f"{_named(prompt)}: its token"
+            assert self._tokenizer is not None
+            check_known(ids, self._tokenizer, self.vocabulary_size, what)
+        return rows
 
     def _world(self) -> tuple[int, int]:
         trainer = self.trainer
         return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+
+
+def _named(prompt: Prompt) -> str:
+    """The prompt in an error message: where it stands, and its end, which tells it from others."""
+    text = prompt.text
+    end = repr(text) if len(text) <= _SHOWN else f"that ends in {text[-_SHOWN:]!r}"
+    return f"{prompt.where}: the prompt {end}" if prompt.where else f"the prompt {end}"
 
 
 class IterationLoader:

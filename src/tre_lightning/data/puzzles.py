@@ -9,7 +9,7 @@ import hashlib
 import random
 import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, TypeGuard
 
 from tre_lightning.data.draws import MAX_DRAWS, SPLITS, below, between, split_of_hash
@@ -25,6 +25,7 @@ class Puzzle:
 
     numbers: tuple[int, ...]
     target: int
+    where: str = field(default="", compare=False)  # the file and row
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ def read_puzzle(row: Mapping[str, object], where: str) -> Puzzle:
     _check_numbers(f"{where}: nums", numbers)
     if not _is_int(target):
         raise ValueError(f"{where}: target={_show(target)} is not an int; write an int")
-    return Puzzle(tuple(numbers), target)
+    return Puzzle(tuple(numbers), target, where)
 
 
 def _derive(

@@ -166,7 +166,7 @@ class WalkDataModule(PromptDataModule):
         rng = random.Random(derived_seed("walk_demonstration", self.seed, index))
         walk = generate_walk(self.walks, "train", index, self.seed)
         stray = below(rng, self.walks.steps) if misleading else None
-        return self.render(self._prompt(walk)), random_steps(self.walks, walk, rng, stray)
+        return self._prompt(walk).text, random_steps(self.walks, walk, rng, stray)
 
     def vocabulary(self) -> list[str]:
         """Every word of the prompts and walks."""

@@ -15,6 +15,8 @@ from typing import Literal, TypeGuard, get_args
 
 Format = Literal["think_answer", "answer", "steps"]
 
+LARGEST = 999_999_999  # that is read in a response
+
 _MAX_DIGITS = 9
 _MAX_DEPTH = 64
 _SPACE = " \t\r\n"
@@ -34,14 +36,17 @@ def score_countdown(
     *,
     format: Format = "think_answer",
     max_chars: int = 16384,
+    strict: bool = False,
 ) -> float:
     """Score one response: 1.0 if it solves the puzzle in the given format, else 0.0.
 
-    Formats, each tag at most once and only whitespace after the last one:
+    Formats:
 
-    * ``"think_answer"``: ``<think>...</think>``, then at the end ``<answer>EXPR</answer>``. The
-      opening ``<think>`` may be missing, because a chat prompt often ends in it.
-    * ``"answer"``: anything, then ``<answer>EXPR</answer>``.
+    * ``"think_answer"``: a thought that ends with ``</think>``, then ``<answer>EXPR</answer>``. Of
+      several answers the last one behind the last ``</think>`` counts; tags that the thought
+      mentions do not, nor does a thought that is begun and not ended. The opening ``<think>`` may
+      be missing, because a chat prompt often ends in it.
+    * ``"answer"``: the same, and there need be no thought.
     * ``"steps"``: nothing but steps ``3 * 4 = 12 , 12 + 5 = 17``. A step takes two numbers from
       the pool (given numbers and earlier results) and puts back its result, an integer, maybe
       negative. The pool must end as the target alone, so a puzzle of one number scores 0.
@@ -56,6 +61,8 @@ def score_countdown(
         target: the value to reach.
         format: what the response must look like.
         max_chars: a longer response scores 0.0.
+        strict: only white space may stand between thought and answer, and behind the answer (the
+            authors of TRE).
 
     Raises:
         ValueError: for a wrong argument other than the text of the response.
@@ -65,7 +72,7 @@ def score_countdown(
         return 0.0
     if format == "steps":
         return float(_steps_reach(response, numbers, target))
-    expression = final_expression(response, think=format == "think_answer")
+    expression = final_expression(response, think=format == "think_answer", strict=strict)
     tokens = None if expression is None else _tokens(expression)
     if tokens is None or sorted(t for t in tokens if isinstance(t, int)) != sorted(numbers):
         return 0.0
@@ -101,30 +108,30 @@ def _show(value: object) -> str:
     return " ".join(reprlib.repr(value).split())
 
 
-def _only(text: str, tag: str) -> int:
-    """Position of the one occurrence of the tag, -1 if there is none or more than one."""
-    first = text.find(tag)
-    return first if first == text.rfind(tag) else -1
-
-
-def final_expression(response: str, *, think: bool) -> str | None:
-    """What stands inside ``<answer> </answer>``, as it is written, in linear time.
+def final_expression(response: str, *, think: bool, strict: bool = False) -> str | None:
+    """What stands inside the final ``<answer> </answer>``, as it is written, in linear time.
 
     Args:
         response: the generated text; any string is safe.
-        think: whether ``<think>...</think>`` must come before it (format ``"think_answer"``).
+        think: whether a thought must come before it (format ``"think_answer"``).
+        strict: as of :func:`score_countdown`.
 
     Returns:
         None where the tags are not those of :func:`score_countdown`. The text itself is not read.
     """
-    start, end = _only(response, "<answer>"), _only(response, "</answer>")
-    if start < 0 or end < start or response[end + len("</answer>") :].strip(_SPACE):
+    _, thought, rest = response.rpartition("</think>")
+    if think and not thought:
         return None
-    if think:
-        opening, closing = response.find("<think>"), _only(response, "</think>")
-        if not opening < closing < start or opening != response.rfind("<think>"):
-            return None
-    return response[start + len("<answer>") : end]
+    start = rest.rfind("<answer>", 0, max(rest.rfind("</answer>"), 0))
+    if start < 0:
+        return None
+    before = rest[:start]
+    expression, _, behind = rest[start + len("<answer>") :].partition("</answer>")
+    if think and "<think>" in before:  # a thought that does not end
+        return None
+    if strict and (behind.strip(_SPACE) or (thought and before.strip(_SPACE))):
+        return None
+    return expression
 
 
 def _tokens(expression: str) -> list[int | str] | None:

@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from tre_lightning.args import at_least
-from tre_lightning.chat import ChatPrompt, as_messages, in_template, transcript
+from tre_lightning.chat import ChatPrompt, as_messages, transcript
+from tre_lightning.encoding import Conversation, encode_conversations, pad, tokens_around
 from tre_lightning.errors import read
 from tre_lightning.policy import load_tokenizer
 from tre_lightning.reading import vocabulary_size
@@ -158,45 +159,26 @@ def encode(
     r"""Token ids of each prompt with its response, as a reward model reads them.
 
     Without a chat template the text is ``\n\nHuman: ...\n\nAssistant: ...`` (other roles by their
-    own name, white space around a message stripped) and the end token follows it.
+    own name, white space around a message stripped) between the tokens that the tokenizer puts
+    around a text, and the end token follows it. Control tokens that are written in a message stay
+    text: a response cannot end its turn twice.
 
     Raises:
         ValueError: for a prompt that is neither text nor messages, or that the chat template
             refuses.
     """
-    templated = tokenizer.chat_template is not None
-    texts = []
+    conversations = []
     for prompt, response in zip(prompts, responses, strict=True):
         messages = [*as_messages(prompt), {"role": "assistant", "content": response}]
-        if templated:
-            text = in_template(tokenizer, messages, "reward model")
-        else:
-            text = transcript(messages)
-        texts.append(text.encode(errors="replace").decode())  # no lone surrogates
-    if not texts:
-        return []
-    # A chat template writes the special tokens itself.
-    encoded = tokenizer(texts, add_special_tokens=not templated, verbose=False)["input_ids"]
-    rows = cast(list[list[int]], encoded)
+        conversations.append(Conversation(messages, transcript(messages)))
+    rows = encode_conversations(tokenizer, conversations, "reward model", ask=False)
+    if tokenizer.chat_template is not None:
+        return rows
+    _, behind = tokens_around(tokenizer)
     end = tokenizer.eos_token_id
-    if not templated and end is not None:
-        rows = [row if row[-1:] == [end] else [*row, int(end)] for row in rows]
-    return rows
-
-
-def pad(rows: Sequence[Sequence[int] | Tensor], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask (both int64) ``[B, T]``, padded on the right.
-
-    Sequence classifiers of transformers take the score at the last token that is not
-    ``pad_token_id``, so it must be the one of their configuration; then padding changes nothing,
-    also where it is the end token, which just is never the one that counts.
-    """
-    ids = torch.full((len(rows), max(map(len, rows))), pad_token_id)
-    mask = torch.zeros_like(ids)
-    for number, row in enumerate(rows):
-        ids[number, : len(row)] = torch.as_tensor(row)
-        mask[number, : len(row)] = 1
-    return ids, mask
+    if end is not None and behind[-1:] != [end]:
+        behind = [*behind, int(end)]
+    return [[*row, *behind] for row in rows]
 
 
 def scalar_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
