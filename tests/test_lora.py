@@ -89,6 +89,38 @@ def test_named_layers_only(policy: PreTrainedModel) -> None:
     assert a.shape == (3, 16)
 
 
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "phimoe", "qwen3_moe"])
+def test_experts_and_routers_stay_frozen(model_type: str, architecture: dict[str, Any]) -> None:
+    # Neither is a linear layer here: all experts are one tensor, a router picks and does not add.
+    options = {**architecture, **EXPERTS, "model_type": model_type, "moe_intermediate_size": 8}
+    policy = load_language_model(PolicyArgs(architecture=options))
+    args = PolicyArgs(model="m", lora=LoraArgs(rank=2))
+    model = ActorCritic.build(args, policy, None)
+    model.try_out(args)
+    mask = torch.ones_like(IDS, dtype=torch.bool)
+    source, _ = model(IDS, mask, mask[:, 1:], lambda source: source)
+    source.hidden.sum().backward()
+    trained = {name: p.grad for name, p in policy.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 2 * 4 and all(".self_attn." in name for name in trained)
+    assert all(gradient is not None for gradient in trained.values())
+
+
+@pytest.mark.parametrize(
+    ("model_type", "names"),
+    [("mixtral", ["w1", "w2", "w3"]), ("mixtral", ["experts"]), ("phimoe", ["router"])],
+)
+def test_named_experts_and_routers_are_refused(
+    model_type: str, names: list[str], architecture: dict[str, Any]
+) -> None:
+    options = {**architecture, **EXPERTS, "model_type": model_type}
+    policy = load_language_model(PolicyArgs(architecture=options))
+    with pytest.raises(ValueError, match=r"model\.policy\.lora\.target_modules=\['"):
+        add_adapters(policy, LoraArgs(rank=2, target_modules=names), *KEY)
+
+
 def test_an_adapter_adds_alpha_over_rank_times_b_a(policy: PreTrainedModel) -> None:
     layer = policy.model.layers[0].mlp.up_proj
     x = torch.randn(4, 16, generator=torch.manual_seed(0))

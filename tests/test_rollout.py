@@ -13,13 +13,13 @@ import runs
 from tre_lightning.args import RolloutArgs
 from tre_lightning.engines import in_process
 from tre_lightning.policy import PolicyArgs, load_language_model
+from tre_lightning.reading import positions, reading
 from tre_lightning.rollout import (
     PromptBatch,
     Rollout,
     concatenate,
     generate,
     pick_tokens,
-    positions,
 )
 
 MakePrompts = Callable[[Sequence[int]], PromptBatch]
@@ -351,6 +351,7 @@ def passes(model: PreTrainedModel) -> list[tuple[int, int]]:
     def note(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
         made.append(tuple(kwargs["input_ids"].shape))
 
+    reading(model)  # its passes do not count
     model.register_forward_pre_hook(note, with_kwargs=True)
     return made
 
@@ -408,7 +409,7 @@ def test_a_prompt_is_read_once_and_no_more_rows_are_sampled_than_allowed(
 def test_the_mode_is_that_of_before(
     policy: PreTrainedModel, make_prompts: MakePrompts, training: bool, fails: bool
 ) -> None:
-    policy.train(training)
+    reading(policy.train(training))
     seen: list[bool] = []
 
     def note(module: PreTrainedModel, _: Any) -> None:

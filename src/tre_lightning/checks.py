@@ -9,7 +9,13 @@ from lightning.fabric.utilities.seed import max_seed_value, min_seed_value
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.utilities import rank_zero_warn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from tre_lightning.callbacks.checkpoint import check_states, warn
 from tre_lightning.callbacks.monitors import check_monitors
@@ -26,8 +32,14 @@ from tre_lightning.policy import (
     refuse_other_model,
 )
 from tre_lightning.ppo import PPOModule
+from tre_lightning.reading import vocabulary_size
 from tre_lightning.sharding import check_sharding, shards
-from tre_lightning.tokenizer import word_tokenizer
+from tre_lightning.tokenizer import (
+    check_known,
+    check_same_words,
+    check_special_tokens,
+    word_tokenizer,
+)
 from tre_lightning.trainer_options import check_limits, check_trainer
 
 
@@ -72,8 +84,6 @@ def check_run(
             "the policy back to the reference; k1 there does, as k2 and k3 do in the loss"
         )
     config = load_config(policy)
-    if policy.critic_model is not None:
-        read("model.policy.critic_model", policy.critic_model, AutoConfig.from_pretrained)
     named = policy.tokenizer_source
     if named is None and not makes_tokenizer:
         raise ValueError(
@@ -86,11 +96,16 @@ def check_run(
             "model.policy.lora needs weights to freeze; give model.policy.model or a warm_start, "
             "not model.policy.architecture alone"
         )
-    data.check(
-        word_tokenizer(data.vocabulary(), config)
-        if named is None
-        else read("model.policy.tokenizer", named, load_tokenizer)
-    )
+    if named is None:
+        tokenizer = word_tokenizer(data.vocabulary(), config)
+    else:
+        tokenizer = read("model.policy.tokenizer", named, load_tokenizer)
+    known = vocabulary_size(config)
+    check_special_tokens(tokenizer, known, f"model.policy.tokenizer={named}")
+    if policy.critic_model is not None:
+        check_critic(policy.critic_model, tokenizer, known)
+    data.vocabulary_size = known
+    data.check(tokenizer)
     check_limits(trainer, data)
     check_monitors(trainer, module, data)
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -101,10 +116,39 @@ def check_run(
             f"{data.longest_prompt} tokens exceed the model's context of {context} tokens; lower "
             "it or drop long prompts"
         )
-    if saved_shapes is not None or lora is not None:
+    try:
         shapes = expected_shapes(replace(policy, lora=lora), config)
-        if saved_shapes is not None:
-            refuse_other_model(shapes, saved_shapes)
+    except Exception as error:  # a model may raise anything at what it does not like
+        if str(error).startswith("model.policy."):
+            raise
+        raise ValueError(
+            f"{policy.name} cannot be built; change its configuration, or give another model "
+            f"({type(error).__name__}: {str(error)[:200]})"
+        ) from error
+    if saved_shapes is not None:
+        refuse_other_model(shapes, saved_shapes)
+
+
+def check_critic(model: str, tokenizer: PreTrainedTokenizerBase, known: int | None) -> None:
+    """Refuse a ``critic_model`` that cannot read what the policy says.
+
+    Args:
+        model: its directory or hub name.
+        tokenizer: the policy's.
+        known: tokens that the policy knows; None = not known.
+
+    Raises:
+        ValueError: naming the field, its value and the fix.
+    """
+    field = "model.policy.critic_model"
+    size = vocabulary_size(read(field, model, AutoConfig.from_pretrained))
+    said = (i for i in tokenizer.get_vocab().values() if known is None or i < known)
+    check_known(said, tokenizer, size, f"{field}={model}: the policy's token")
+    try:
+        other = load_tokenizer(model)
+    except Exception:  # it needs none
+        return
+    check_same_words(tokenizer, other, f"{field}={model}")
 
 
 def check_length(trainer: Trainer) -> None:

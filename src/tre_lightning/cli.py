@@ -64,7 +64,7 @@ from tre_lightning.checks import (
 from tre_lightning.data.demonstrations import Demonstrations
 from tre_lightning.data.preferences import PreferencePairs
 from tre_lightning.data.prompts import PromptDataModule
-from tre_lightning.errors import RunError, disk_full, one_line, one_line_errors
+from tre_lightning.errors import Refused, RunError, disk_full, one_line, one_line_errors
 from tre_lightning.horizon import has_end
 from tre_lightning.layers import read_config, with_layers
 from tre_lightning.memory import keep_freed_memory
@@ -158,6 +158,8 @@ def _be_quiet() -> None:
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     warnings.filterwarnings("ignore", message=".*infer the batch indices")  # nothing needs them
+    # Policy and critic stay in it; see ActorCritic.train.
+    warnings.filterwarnings("ignore", message="Found .* in eval mode at the start of training")
     # The metrics that are logged have been synchronised.
     warnings.filterwarnings("ignore", message=".*in distributed setting to accumulate the metric")
 
@@ -423,6 +425,9 @@ class _CLI(LightningCLI):
                 raise
             self._say_stopped("Ctrl-C")
             raise SystemExit(130) from stopped
+        except Refused:
+            with one_line_errors():
+                raise
         except MisconfigurationException as error:
             if os.environ.get("TRE_DEBUG"):
                 raise

@@ -39,6 +39,10 @@ class RunError(RuntimeError):
     of_all_ranks = False
 
 
+class Refused(ValueError):
+    """A mistake in the configuration that shows only on the loaded model."""
+
+
 class ScoreError(RunError):
     """The scorer gave an infinite score."""
 

@@ -24,6 +24,7 @@ from tre_lightning.ops.functions import (
     fused_linear_token_stats,
     token_stats,
 )
+from tre_lightning.reading import trunk_of
 
 TokenLosses = Callable[[slice, PolicyOutputs], Tensor]
 
@@ -128,6 +129,7 @@ def plain_head(model: PreTrainedModel) -> nn.Linear | None:
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
         return None
+    trunk = trunk_of(model)
     seen: dict[str, Tensor] = {}
 
     def enlarge(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -145,6 +147,7 @@ def plain_head(model: PreTrainedModel) -> nn.Linear | None:
     finally:
         for hook in hooks:
             hook.remove()
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    hidden = trunk(input_ids=ids, use_cache=False).last_hidden_state
     same = torch.equal(logits.float(), seen["output"].float())
-    return head if same and torch.allclose(hidden, seen["input"]) else None
+    reads = hidden.shape == seen["input"].shape and torch.allclose(hidden, seen["input"])
+    return head if same and reads else None

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from peft.tuners.lora import Linear
 
 _ADAPTER = "default"
+_LINEAR = (nn.Linear, Conv1D)
 _SAMPLED = 1024  # numbers of each frozen parameter in the fingerprint
 
 
@@ -36,7 +37,8 @@ class LoraArgs:
         rank: rows of A and columns of B.
         alpha: numerator of the factor in front of them.
         target_modules: names of the layers that get adapters (q_proj, v_proj, ...); ``all-linear``
-            = every linear layer but the head.
+            = every linear layer but the head. Experts and routers that a mixture of experts keeps
+            in other forms (one tensor of all experts) stay frozen.
         bfloat16_base: hold the frozen weights in bfloat16, half the memory; the adapters and the
             value head keep the type that ``trainer.precision`` says.
     """
@@ -71,22 +73,36 @@ def add_adapters(model: PreTrainedModel, args: LoraArgs, *key: int | str) -> Non
         raise ValueError(
             "model.policy.lora needs the package peft; pip install 'tre-lightning[lora]'"
         ) from error
+    named = f"model.policy.lora.target_modules={args.target_modules}"
+    head = model.get_output_embeddings()
+    targets = args.target_modules
+    if targets == "all-linear":  # peft's own would name experts and routers of other forms too
+        targets = [
+            name
+            for name, layer in model.named_modules()
+            if type(layer) in _LINEAR and layer is not head
+        ]
     config = LoraConfig(
         r=args.rank,
         lora_alpha=args.alpha,
         lora_dropout=0.0,
-        target_modules=args.target_modules,
+        target_modules=targets,
         # Layers of gpt2 keep their weights transposed; peft would find out, with a warning.
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in model.modules()),
     )
-    named = f"model.policy.lora.target_modules={args.target_modules}"
-    head = model.get_output_embeddings()
     try:
-        inject_adapter_in_model(config, model, _ADAPTER)
+        # In a folder of its own, or peft would take names for those of an older transformers.
+        inject_adapter_in_model(config, nn.ModuleDict({"model": model}), _ADAPTER)
     except ValueError as error:
         raise ValueError(f"{named} does not fit the model: {error}") from error
-    # The embedding shares its weights with the head in many models.
-    others = [m for m in model.modules() if isinstance(m, LoraLayer) and not isinstance(m, Linear)]
+    # The embedding shares its weights with the head in many models; a router may be more than a
+    # linear layer.
+    others = [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, LoraLayer)
+        and not (isinstance(layer, Linear) and type(layer.get_base_layer()) in _LINEAR)
+    ]
     if others or model.get_output_embeddings() is not head:
         raise ValueError(f"{named} names the head or a layer that is not linear; leave it out")
     numbers = generator(*key)

@@ -1,9 +1,10 @@
 """The policy (a Hugging Face causal language model) and its critic."""
 
 import copy
+import logging
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
@@ -19,13 +20,23 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tre_lightning.args import one_of, options
 from tre_lightning.distributed import world
-from tre_lightning.errors import read
+from tre_lightning.errors import Refused, read
 from tre_lightning.head import HeadInput, plain_head
 from tre_lightning.lora import LoraArgs, add_adapters, has_adapters, merged_state_dict
-from tre_lightning.rollout import Rollout, positions
+from tre_lightning.reading import (
+    hidden_states,
+    is_noisy,
+    laid_out,
+    reading,
+    takes,
+    trunk_of,
+    vocabulary_size,
+)
+from tre_lightning.rollout import Rollout
 from tre_lightning.sharding import (
     gathered_layers,
     is_sharded,
@@ -35,6 +46,7 @@ from tre_lightning.sharding import (
 )
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 Critic: TypeAlias = Literal["separate", "shared", "none"]
 
@@ -86,6 +98,14 @@ class PolicyArgs:
             )
 
     @property
+    def name(self) -> str:
+        """How a message names the model."""
+        if self.model is not None:
+            return f"model.policy.model={self.model}"
+        kind = None if self.architecture is None else self.architecture["model_type"]
+        return f"model.policy.architecture.model_type={kind}"
+
+    @property
     def tokenizer_source(self) -> str | None:
         """Directory or hub name of the tokenizer; None while no model is named."""
         return self.tokenizer or self.model
@@ -121,14 +141,57 @@ class ActorCritic(nn.Module):
         self.critic = critic
         self._head: list[nn.Linear | None] = []  # a list, so that it is no second parameter
         self._offloaded = False
-        hidden = (critic or policy).config.get_text_config().hidden_size
-        self.value_head = nn.Linear(hidden, 1) if has_values else None
+        self._critic_vocabulary = vocabulary_size((critic or policy).config) or 2**31
+        width = _hidden_width((critic or policy).config)
+        self.value_head = nn.Linear(width, 1) if has_values else None
         if self.value_head is not None:
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
             trained = next(p for p in policy.parameters() if p.requires_grad)
             self.value_head.to(dtype=trained.dtype)
-        self.train()  # from_pretrained leaves it in eval mode, which Lightning warns of
+        self.train()
+
+    def train(self, mode: bool = True) -> "ActorCritic":
+        """Set the mode of the value head; policy and critic stay in evaluation mode.
+
+        What training mode adds to them is noise (dropout, layers left out, jitter or draws of a
+        router), and a probability ratio must not carry it. The exception are layers that checkpoint
+        their gradients, which they do in training mode only.
+        """
+        super().train(mode)
+        for model in filter(None, (self.policy, self.critic)):
+            model.eval()
+            for layer in model.modules():
+                if isinstance(layer, GradientCheckpointingLayer):
+                    layer.training = mode and layer.gradient_checkpointing
+        return self
+
+    def try_out(self, args: PolicyArgs) -> None:
+        """See how policy and critic read, on a few tokens; with whole weights.
+
+        Raises:
+            Refused: if one of the two cannot be trained here.
+        """
+        with refusing(args.name):
+            check_reading(self.policy)
+            if self.head is not None or (self.critic is None and self.value_head is not None):
+                reading(trunk_of(self.policy))
+        name = args.name
+        if args.critic_model is not None:
+            name = f"model.policy.critic_model={args.critic_model}"
+        with refusing(name):
+            trunk = trunk_of(self.policy) if self.critic is None else self.critic
+            for model in filter(None, (self.policy, self.critic)):
+                if is_noisy(model):
+                    raise Refused(
+                        f"{type(model).__name__} draws random numbers in a training pass, which a "
+                        "probability ratio must not carry; switch them off in its configuration"
+                    )
+            if self.value_head is not None and reading(trunk).width != self.value_head.in_features:
+                raise Refused(
+                    f"the last hidden states of {type(trunk).__name__} have {reading(trunk).width} "
+                    f"numbers, not {self.value_head.in_features} as its configuration says"
+                )
 
     @property
     def head(self) -> nn.Linear | None:
@@ -175,7 +238,7 @@ class ActorCritic(nn.Module):
             seed: of the adapters.
         """
         if args.critic == "separate" and critic is None:
-            trunk = cast(PreTrainedModel, policy.base_model)
+            trunk = trunk_of(policy)
             # Frozen weights serve both.
             shared = {} if args.lora is None else {id(p): p for p in trunk.parameters()}
             critic = copy.deepcopy(trunk, shared)
@@ -214,7 +277,9 @@ class ActorCritic(nn.Module):
         if self.value_head is None:
             return use(source), None
         if self.critic is not None:
-            hidden = self.critic(**_inputs(input_ids, mask)).last_hidden_state
+            # Its table may lack rows that stand for no token; the others' are checked before.
+            known = input_ids.clamp(max=self._critic_vocabulary - 1)
+            hidden = hidden_states(self.critic, known, mask)
         kept = hidden[:, response_positions(mask, counted)].to(self.value_head.weight.dtype)
         values = self.value_head(kept).squeeze(-1)
         return use(source), values.float()
@@ -231,6 +296,8 @@ class ActorCritic(nn.Module):
     def shard(self, device_type: str, precision: str, *, cpu_offload: bool = False) -> None:
         """Shard the weights over all ranks, as :func:`tre_lightning.sharding.shard` says."""
         _ = self.head  # found by a trial, which needs whole weights
+        for model in filter(None, (self.policy, trunk_of(self.policy), self.critic)):
+            reading(model)
         shard(self, device_type, precision, "_with_policy", cpu_offload=cpu_offload)
         self._offloaded = cpu_offload
 
@@ -280,27 +347,30 @@ def head_input(
 
     Arguments as of :meth:`ActorCritic.forward`; ``head`` None asks for the logits.
     """
-    keep, inputs = response_positions(mask, counted), _inputs(input_ids, mask)
-    if head is None:
-        out = policy(**inputs, logits_to_keep=keep, output_hidden_states=True)
-        return HeadInput(logits=out.logits[counted]), out.hidden_states[-1]
-    hidden = policy.base_model(**inputs).last_hidden_state
-    return HeadInput(hidden=hidden[:, keep][counted], head=head), hidden
+    keep = response_positions(mask, counted)
+    if head is not None:
+        hidden = hidden_states(trunk_of(policy), input_ids, mask)
+        return HeadInput(hidden=hidden[:, keep][counted], head=head), hidden
+    layout = laid_out(policy, input_ids, mask)
+    alone = layout.shift is None and takes(policy, "logits_to_keep")  # no logits but these
+    seen: list[Tensor] = []
+    hook = trunk_of(policy).register_forward_hook(
+        lambda module, args, output: seen.append(output.last_hidden_state)
+    )
+    try:
+        logits = policy(**layout.inputs, **({"logits_to_keep": keep} if alone else {})).logits
+    finally:
+        hook.remove()
+    logits = logits if alone else layout.back(logits, keep)
+    if not seen:  # a model that calls its trunk's parts itself
+        return HeadInput(logits=logits[counted]), hidden_states(trunk_of(policy), input_ids, mask)
+    return HeadInput(logits=logits[counted]), layout.back(seen[0])
 
 
 def response_positions(mask: Tensor, counted: Tensor) -> Tensor:
     """Columns whose outputs predict the T response tokens: each one's predecessor, ``[T]``."""
     end = mask.shape[1] - 1
     return torch.arange(end - counted.shape[1], end, device=mask.device)
-
-
-def _inputs(input_ids: Tensor, mask: Tensor) -> dict[str, Any]:
-    return {
-        "input_ids": input_ids,
-        "attention_mask": mask.long(),
-        "position_ids": positions(mask),
-        "use_cache": False,
-    }
 
 
 def sequence_inputs(rollout: Rollout) -> tuple[Tensor, Tensor]:
@@ -363,11 +433,45 @@ def checkpoint_gradients(model: PreTrainedModel) -> None:
 
 
 def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The configuration with every dropout at 0: a probability ratio must not carry its noise."""
+    """The configuration, and those of its parts, with every dropout at 0.
+
+    Evaluation mode switches it off, but for layers that checkpoint their gradients.
+    """
     for name, value in vars(config).items():
-        if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
+        if isinstance(value, PreTrainedConfig):
+            without_dropout(value)
+        elif isinstance(value, float) and "drop" in name:
             setattr(config, name, 0.0)
     return config
+
+
+def _hidden_width(config: PreTrainedConfig) -> int:
+    """Numbers of a last hidden state; OPT may have a width of its own for them."""
+    text = config.get_text_config()
+    return int(getattr(text, "word_embed_proj_dim", None) or text.hidden_size)
+
+
+@contextmanager
+def refusing(name: str) -> Iterator[None]:
+    """Have a refusal begin with the option that names the model."""
+    try:
+        yield
+    except Refused as error:
+        raise Refused(f"{name}: {error}; give another model") from error
+
+
+def check_reading(model: PreTrainedModel) -> None:
+    """Try out how a policy reads; say so where it will sample slowly.
+
+    Raises:
+        Refused: see :func:`tre_lightning.reading.reading`.
+    """
+    if not reading(model).cached:
+        _log.warning(
+            "%s has no decoding state that says what whole passes say (of rows of unequal length): "
+            "each sampled token costs a pass over its whole row",
+            type(model).__name__,
+        )
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:

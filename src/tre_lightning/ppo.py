@@ -139,6 +139,7 @@ class PPOModule(LightningModule):
         if hasattr(self, "actor_critic"):
             return
         self.actor_critic = ActorCritic.load(self.policy_args, self.seed)
+        self.actor_critic.try_out(self.policy_args)
         source = self.policy_args.tokenizer_source
         if source is None:
             raise ValueError(

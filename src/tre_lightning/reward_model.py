@@ -28,8 +28,9 @@ from tre_lightning.policy import (
     load_tokenizer,
     trains_all,
 )
+from tre_lightning.reading import vocabulary_size
 from tre_lightning.rewards.preference import context_length, scalar_scores, set_pad_token
-from tre_lightning.tokenizer import word_tokenizer
+from tre_lightning.tokenizer import check_special_tokens, word_tokenizer
 
 
 def preference_loss(
@@ -148,7 +149,8 @@ class RewardModelModule(LightningModule):
                 f"data.max_length={data.max_length} exceeds the model's context of {context} "
                 "tokens; lower it"
             )
-        data.encode(self.tokenizer, int(self.tokenizer.pad_token_id))
+        known = vocabulary_size(self.model.config)
+        data.encode(self.tokenizer, int(self.tokenizer.pad_token_id), known)
 
     def _load(self, data: PreferencePairs) -> None:
         config = load_config(self.policy_args)
@@ -159,6 +161,8 @@ class RewardModelModule(LightningModule):
             word_tokenizer(data.vocabulary(), config) if source is None else load_tokenizer(source)
         )
         self.tokenizer.padding_side = "right"
+        field = f"model.policy.tokenizer={source}"
+        check_special_tokens(self.tokenizer, vocabulary_size(config), field)
         set_pad_token(config, int(self.tokenizer.pad_token_id))
         kind, options = AutoModelForSequenceClassification, {"dtype": torch.float32}
         name = self.policy_args.model

@@ -1,21 +1,20 @@
-"""prompts -> rollout: batched sampling with a key-value cache.
+"""prompts -> rollout: batched sampling, a token at a time.
 
 Every sampled token consumes one uniform number that belongs to its row, so responses do not depend
 on how rows are laid out over batches and devices.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from tre_lightning.kv_cache import growing_cache
+from tre_lightning.reading import Cached, Whole, eval_mode, start_decoding
 
 # Finished rows leave the batch when at most this share of it is running. Leaving copies the cache.
 MOST_RUNNING = 7 / 8
@@ -170,7 +169,7 @@ def generate(
         for chosen in order.split(num_prompts):
             ids, mask = prompts.prompt_ids[chosen], prompts.prompt_mask[chosen]
             # One pass over each prompt serves all its responses.
-            read = _Decoding.start(model, ids, mask)
+            read = start_decoding(model, ids, mask)
             pieces = torch.arange(len(ids), device=device).repeat_interleave(n).split(size)
             numbers = by_prompt[chosen.to(uniforms.device)].flatten(0, 1).split(size)
             for piece, uniform in zip(pieces, numbers, strict=True):
@@ -206,58 +205,9 @@ def concatenate(parts: Sequence[Rollout], pad_token_id: int) -> Rollout:
     return parts[0].map(joined)
 
 
-@dataclass
-class _Decoding:
-    """R rows, and what the model has made of their C tokens so far."""
-
-    cache: DynamicCache
-    mask: Tensor  # [R, C] bool, True = a real token
-    next_position: Tensor  # [R, 1] int64
-    logits: Tensor  # [R, V] of the next token
-
-    @classmethod
-    def start(cls, model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor) -> Self:
-        """Read prompts, ``[R, P]``, padded on the left."""
-        used = prompt_mask.any(0)  # these prompts may be shorter than others of their batch
-        ids, mask = prompt_ids[:, used], prompt_mask[:, used]
-        cache = growing_cache(model.config)
-        logits = _next_logits(model, cache, ids, mask, positions(mask))
-        return cls(cache, mask, mask.sum(-1, keepdim=True), logits)
-
-    def read(self, model: PreTrainedModel, tokens: Tensor, counted: Tensor) -> None:
-        """Read one token of each row, ``[R]``; those not ``counted`` (``[R]`` bool) are padding."""
-        self.mask = torch.cat([self.mask, counted.unsqueeze(1)], dim=1)
-        self.logits = _next_logits(
-            model, self.cache, tokens.unsqueeze(1), self.mask, self.next_position
-        )
-        self.next_position = self.next_position + 1
-
-    def take(self, rows: Tensor) -> None:
-        """Keep these rows, ``[R']`` int64, in this order; a row may be kept several times."""
-        # Of the cache's methods the one that knows every kind of layer.
-        self.cache.reorder_cache(rows)  # type: ignore[arg-type]
-        self.mask, self.logits = self.mask[rows], self.logits[rows]
-        self.next_position = self.next_position[rows]
-
-
-def _next_logits(
-    model: PreTrainedModel, cache: DynamicCache, ids: Tensor, mask: Tensor, position_ids: Tensor
-) -> Tensor:
-    out = model(
-        input_ids=ids,
-        attention_mask=mask.long(),
-        position_ids=position_ids,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    logits: Tensor = out.logits[:, -1]
-    return logits
-
-
 def _respond(
     model: PreTrainedModel,
-    decoding: _Decoding,
+    decoding: Cached | Whole,
     uniforms: Tensor,
     eos: Tensor,
     pad_token_id: int,
@@ -290,19 +240,3 @@ def _respond(
         decoding.read(model, token, running)
     longest = int(response_mask.any(0).sum())
     return response[:, :longest], response_mask[:, :longest], finished, logprobs[:, :longest]
-
-
-@contextmanager
-def eval_mode(model: PreTrainedModel) -> Iterator[None]:
-    """In training mode, layers that checkpoint their gradients drop the cache."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
-def positions(mask: Tensor) -> Tensor:
-    """Position ids of a left-padded batch, ``[B, T] bool -> [B, T] int64``; padding gets 0."""
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)

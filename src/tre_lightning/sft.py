@@ -16,12 +16,15 @@ from tre_lightning.losses import label_logprobs
 from tre_lightning.optim import decaying_adamw
 from tre_lightning.policy import (
     PolicyArgs,
+    check_reading,
     checkpoint_gradients,
     load_language_model,
     load_tokenizer,
+    refusing,
     trains_all,
 )
-from tre_lightning.tokenizer import word_tokenizer
+from tre_lightning.reading import vocabulary_size
+from tre_lightning.tokenizer import check_special_tokens, word_tokenizer
 
 
 class SFTModule(LightningModule):
@@ -62,11 +65,15 @@ class SFTModule(LightningModule):
         if hasattr(self, "policy"):
             return data.encode(self.tokenizer)
         self.policy = load_language_model(self.policy_args).train()
+        with refusing(self.policy_args.name):
+            check_reading(self.policy)
         if self.policy_args.gradient_checkpointing:
             checkpoint_gradients(self.policy)
         source = self.policy_args.tokenizer_source
         if source is not None:
             self.tokenizer = load_tokenizer(source)
+            name, known = f"model.policy.tokenizer={source}", vocabulary_size(self.policy.config)
+            check_special_tokens(self.tokenizer, known, name)
         else:
             self.tokenizer = word_tokenizer(data.vocabulary(), self.policy.config)
         for name in ("eos_token_id", "pad_token_id"):

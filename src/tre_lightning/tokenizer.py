@@ -1,6 +1,6 @@
-"""A word-level tokenizer for policies from scratch, saved as any Hugging Face tokenizer is."""
+"""A word-level tokenizer for policies from scratch, and whether a tokenizer fits a model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from tempfile import TemporaryDirectory
 
 from tokenizers import Tokenizer
@@ -12,6 +12,8 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+
+from tre_lightning.errors import Refused
 
 SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
 
@@ -51,3 +53,79 @@ def word_tokenizer(words: Sequence[str], config: PreTrainedConfig) -> PreTrained
             "tokenizer of its own from the saved model; use another, for example qwen3"
         )
     return tokenizer
+
+
+def check_special_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    size: int | None,
+    name: str,
+    needed: Sequence[str] = ("eos_token", "pad_token"),
+) -> None:
+    """Refuse a tokenizer that lacks a special token, or has one that the model lacks.
+
+    Args:
+        tokenizer: as it is used, with a pad token where it has an end token.
+        size: tokens that the model knows; None = not known.
+        name: the option that names the tokenizer, and its value.
+        needed: the special tokens that are used.
+
+    Raises:
+        Refused: naming the token and the fix.
+    """
+    for kind in needed:
+        number = getattr(tokenizer, f"{kind}_id")
+        if number is None:
+            raise Refused(f"{name} has no {kind}; set {kind} in its tokenizer_config.json")
+        check_known([number], tokenizer, size, f"{name}: its {kind}")
+
+
+def check_known(
+    ids: Iterable[int], tokenizer: PreTrainedTokenizerBase, size: int | None, what: str
+) -> None:
+    """Refuse ids outside of a model's table of tokens; ``what`` holds them.
+
+    Raises:
+        Refused: naming the token and the fix.
+    """
+    largest = max(ids, default=0)
+    if size is not None and largest >= size:
+        raise Refused(
+            f"{what} {tokenizer.convert_ids_to_tokens(largest)!r} has the id {largest}, and the "
+            f"model knows {size} tokens (0 to {size - 1}); give a tokenizer that fits the model, "
+            "or save the model after model.resize_token_embeddings(len(tokenizer))"
+        )
+
+
+def check_same_words(
+    tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, name: str
+) -> None:
+    """Refuse another model, ``name``, whose tokenizer gives a common token another id.
+
+    Raises:
+        Refused: naming the token and the fix.
+    """
+    theirs = other.get_vocab()
+    for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
+        if theirs.get(token, number) != number:
+            raise Refused(
+                f"{name} reads other ids than the policy: {token!r} is {theirs[token]} there and "
+                f"{number} here; give a model with the policy's tokenizer"
+            )
+
+
+def unknown_word(tokenizer: PreTrainedTokenizerBase, text: str) -> str | None:
+    """What a text holds first that the tokenizer does not know; None = nothing.
+
+    The unknown token itself is known: a text or a chat template may write it out, and the tokenizer
+    may put it around a text where it stands for begin and end too (as GPT-2's does).
+    """
+    if not tokenizer.is_fast:  # there are no places in the text
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        written = text.count(str(tokenizer.unk_token))
+        return text[:80] if ids.count(tokenizer.unk_token_id) > written else None
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    for number, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        word = text[start:end].strip()
+        if number == tokenizer.unk_token_id and word not in ("", tokenizer.unk_token):
+            return word
+    return None

@@ -30,6 +30,7 @@ from tre_lightning.data.sources import read_rows
 from tre_lightning.encoding import pad
 from tre_lightning.rewards.preference import encode
 from tre_lightning.seeding import derived_seed, permutation
+from tre_lightning.tokenizer import check_known
 
 _ENCODED_AT_ONCE = 1024  # pairs
 _log = logging.getLogger(__name__)
@@ -266,7 +267,12 @@ class PreferencePairs(LightningDataModule):
             self._all = load_pairs(self.source, self.split, self.name)
         self._split(self._all)  # refuses what cannot work before a model is loaded
 
-    def encode(self, tokenizer: PreTrainedTokenizerBase, pad_token_id: int) -> None:
+    def encode(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        pad_token_id: int,
+        vocabulary_size: int | None = None,
+    ) -> None:
         """Turn the pairs into token ids, leave out those that are too long, and hold some out.
 
         The module calls it.
@@ -287,6 +293,8 @@ class PreferencePairs(LightningDataModule):
                 f"data.max_length={self.max_length} is too short for all {len(fits)} pairs; "
                 "raise it"
             )
+        largest = (int(ids.max()) for pair in encoded for ids in pair[:2])
+        check_known(largest, tokenizer, vocabulary_size, "a pair: its token")
         pairs = [pair for pair, fit in zip(self._all, fits, strict=True) if fit]
         train, val = self._split(pairs)
         ids = {id(pair): row for pair, row in zip(self._all, encoded, strict=True)}

@@ -22,6 +22,7 @@ from tre_lightning.encoding import Conversation, encode_conversations, encode_te
 from tre_lightning.policy import load_tokenizer
 from tre_lightning.rollout import PromptBatch
 from tre_lightning.seeding import permutation
+from tre_lightning.tokenizer import check_known, unknown_word
 
 _CHECKED_TRAIN_PROMPTS = 256  # prompts of the endless training stream whose length is checked first
 _ENCODED_AT_ONCE = 1024  # prompts
@@ -90,6 +91,7 @@ class PromptDataModule(LightningDataModule, ABC):
         self.seed = seed
         self.long_prompts = long_prompts
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self.vocabulary_size: int | None = None  # tokens that the policy knows, where that is known
         self._order: tuple[int, list[int]] = (-1, [])  # a pass over a file's prompts, their order
         self.fingerprint: str | None = None  # of the first training prompts, once checked
         self._train_loader = IterationLoader(self._train_batch, iterations_per_epoch, batch_size)
@@ -195,13 +197,19 @@ class PromptDataModule(LightningDataModule, ABC):
             some = prompts[start : start + _ENCODED_AT_ONCE]
             rows = self._encode(some)
             self.longest_prompt = max(self.longest_prompt, *map(len, rows))
-            # The chat template may write the token for unknown words itself.
-            for prompt, ids in zip(some, encode_texts(tokenizer, self._given(some)), strict=True):
-                if tokenizer.unk_token_id in ids:
-                    raise ValueError(
-                        f"{_named(prompt)} holds a word that the tokenizer does not know; widen "
-                        "the ranges of the task's numbers or drop the prompt"
-                    )
+            for prompt, ids in zip(some, rows, strict=True):
+                if tokenizer.unk_token_id not in ids:
+                    continue
+                word = unknown_word(tokenizer, self.render(prompt))
+                if word is None:
+                    continue
+                fix = "widen the ranges of the task's numbers or drop the prompt"
+                if word not in prompt.text:
+                    fix = "its chat template writes it: give a tokenizer whose template fits it"
+                raise ValueError(
+                    f"{_named(prompt)} holds a word that the tokenizer does not know, "
+                    f"{word[:40]!r}; {fix}"
+                )
 
     def fitting(self, name: str, prompts: Sequence[Prompt]) -> list[Prompt]:
         """Those of no more than ``max_prompt_length`` tokens; says how many are left out.
@@ -355,6 +363,9 @@ class PromptDataModule(LightningDataModule, ABC):
                 )
             if not ids:
                 raise ValueError(f"{_named(prompt)} has no token; drop the prompt")
+            what = f"{_named(prompt)}: its token"
+            assert self._tokenizer is not None
+            check_known(ids, self._tokenizer, self.vocabulary_size, what)
         return rows
 
     def _world(self) -> tuple[int, int]:

@@ -19,7 +19,8 @@ from packaging.version import Version
 from transformers import GenerationConfig, PreTrainedModel
 
 from tre_lightning.engines.base import Sampling, prompt_tokens, rollout_of
-from tre_lightning.rollout import PromptBatch, Rollout, eval_mode
+from tre_lightning.reading import eval_mode
+from tre_lightning.rollout import PromptBatch, Rollout
 from tre_lightning.seeding import derived_seed
 
 if TYPE_CHECKING:

@@ -25,6 +25,8 @@ from tre_lightning.chat import ChatPrompt, as_messages, transcript
 from tre_lightning.encoding import Conversation, encode_conversations, pad, tokens_around
 from tre_lightning.errors import read
 from tre_lightning.policy import load_tokenizer
+from tre_lightning.reading import vocabulary_size
+from tre_lightning.tokenizer import check_known, check_special_tokens
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -76,6 +78,7 @@ class RewardModelScorer:
         self.max_length = max_length
         self.dtype = dtype
         self._device = torch.device("cpu")
+        self._vocabulary_size = vocabulary_size(config)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -104,6 +107,8 @@ class RewardModelScorer:
                 "give a trained sequence classifier, not a language model"
             )
         if model.config.get_text_config().pad_token_id is None:
+            name = f"reward.model={self.name}"
+            check_special_tokens(self.tokenizer, self._vocabulary_size, name, ("pad_token",))
             set_pad_token(model.config, int(self.tokenizer.pad_token_id))
         model.config.use_cache = False
         return cast(PreTrainedModel, model.eval().requires_grad_(False).to(self._device))
@@ -130,6 +135,8 @@ class RewardModelScorer:
             return scores
         model = self.model
         rows = encode(self.tokenizer, prompts, responses)
+        what = f"reward.model={self.name}: its token"
+        check_known(map(max, filter(None, rows)), self.tokenizer, self._vocabulary_size, what)
         limit = self.max_length or context_length(model.config, self.tokenizer)
         # Texts of like length share a batch; the longest first, where memory is needed most.
         order = [i for i, row in enumerate(rows) if limit is None or len(row) <= limit]
