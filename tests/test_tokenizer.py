@@ -135,7 +135,7 @@ def test_a_template_may_write_the_tokens_for_unknown_and_padding(
     policy = {"model": saved("model", change)}
     short = ("--trainer.max_epochs=1", "--data.init_args.iterations_per_epoch=1")
     cli = runs.run(tmp_path / "run", *short, changes={"model.policy": policy, "warm_start": None})
-    batch = cli.datamodule._train_batch(0)
+    batch = cli.datamodule._train_batch(0, 0)
     tokenizer = cli.model.tokenizer
     for ids, mask, text in zip(batch.prompt_ids, batch.prompt_mask, batch.texts, strict=True):
         # What the template writes is read, whatever id it has.
@@ -184,6 +184,18 @@ def test_a_token_beyond_the_table_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert re.match(f"error: {reason}", refusal(tmp_path, capsys, model=saved("model", change)))
+
+
+def test_a_demonstration_with_a_token_beyond_the_table_is_refused() -> None:
+    spec = {k: tuple(v) if isinstance(v, list) else v for k, v in PUZZLES.items()}
+    task = runs.PlusCountdown(puzzles=PuzzleSpec(**spec), format="steps", instruct=False)
+    task.use(word_tokenizer(task.vocabulary(), CONFIG))
+    shown = [task.demonstration(0, misleading=False)]
+    asked, answered = task.demonstration_ids(shown)[0]
+    task.vocabulary_size = max(answered)  # the largest id is one too large
+    assert max(asked) <= max(answered)
+    with pytest.raises(Refused, match=r"a demonstration: its token .* has the id"):
+        task.demonstration_ids(shown)
 
 
 def test_a_critic_of_fewer_or_other_tokens_is_refused(

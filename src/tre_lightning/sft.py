@@ -79,6 +79,7 @@ class SFTModule(LightningModule):
         for name in ("eos_token_id", "pad_token_id"):
             setattr(self.policy.config, name, getattr(self.tokenizer, name))
             setattr(self.policy.generation_config, name, getattr(self.tokenizer, name))
+        data.prompts.vocabulary_size = vocabulary_size(self.policy.config)
         data.encode(self.tokenizer)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:

@@ -294,10 +294,16 @@ class PromptDataModule(LightningDataModule, ABC):
     def demonstration_ids(
         self, demonstrations: Sequence[tuple[str, str]]
     ) -> list[tuple[list[int], list[int]]]:
-        """Token ids of the prompts and of the responses, these with the end token."""
+        """Token ids of the prompts and of the responses, these with the end token.
+
+        Raises:
+            Refused: for a token that the model does not know.
+        """
         prompts, responses = zip(*demonstrations, strict=True)
         asked = self.prompt_ids([Prompt(text) for text in prompts])
         answered = encode_texts(self._known, responses, own=self.own_text)
+        largest = map(max, filter(None, (*asked, *answered)))
+        check_known(largest, self._known, self.vocabulary_size, "a demonstration: its token")
         end = int(self._known.eos_token_id)
         return [(p, [*a, end]) for p, a in zip(asked, answered, strict=True)]
 
