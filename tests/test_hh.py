@@ -302,7 +302,7 @@ def serving(server: Any) -> Iterator[str]:
 def test_both_ways_give_the_same_scores(words: PreTrainedTokenizerBase, reward_dir: str) -> None:
     task = PreferenceDataModule(RewardArgs(model=reward_dir, batch_size=3), batch_size=2)
     task.check(words)
-    batch = task._train_batch(0)
+    batch = task._train_batch(0, 0)
     assert isinstance(batch, PromptBatch)
     responses = ["well , bread", "stupid", "", " ".join(["rain"] * 100)]
     scores = task.score(responses, batch)
