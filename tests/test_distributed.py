@@ -33,7 +33,7 @@ def test_two_processes_train_as_one(tmp_path: Path, estimator: dict[str, Any]) -
     flags = ["--trainer.strategy=ddp", "--trainer.devices=2"]
     flags.append(f"--warm_start.cache_dir={tmp_path}/warm_starts")  # made by the first process only
     words = runs.words(tmp_path / "two", precision, *flags, changes=changes)
-    with runs.process(words) as process:
+    with runs.process(words, fresh=True) as process:
         printed, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0, printed[-3000:]
 
