@@ -504,9 +504,9 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     flags = (KL, "--trainer.max_epochs=1", "--model.ppo.num_minibatches=1")
     runs.run(tmp_path / "one", *flags, changes=changes)
     two = ("--trainer.devices=2", "--trainer.strategy=ddp")
-    with runs.process(runs.words(tmp_path / "two", *flags, *two, changes=changes)) as process:
-        printed, _ = process.communicate(timeout=120.0)
-    assert process.returncode == 0, printed[-3000:]
+    words = runs.words(tmp_path / "two", *flags, *two, changes=changes)
+    codes, printed = runs.command_on_ranks(words)
+    assert codes == [0, 0], printed[-3000:]
     one, both = runs.weights(tmp_path / "one"), runs.weights(tmp_path / "two")
     assert runs.distance(one, both) < 1e-5
     assert (tmp_path / "two" / "model" / "README.md").exists()

@@ -4,7 +4,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -197,7 +196,7 @@ def test_a_failing_update_loses_its_iteration_only(tmp_path: Path) -> None:
 @contextmanager
 def process_held(
     run_dir: Path, batch: str, changes: dict[str, Any]
-) -> Iterator[tuple["subprocess.Popen[str]", Path]]:
+) -> Iterator[tuple[runs.Process, Path]]:
     """A process that scores a batch until the file that comes with it is deleted."""
     hold = run_dir.with_name("hold")
     words = runs.words(run_dir, changes=changes)

@@ -4,9 +4,6 @@ import copy
 import json
 import logging
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+import runs
 from tre_lightning.chat import as_messages
 from tre_lightning.data.preferences import (
     Pair,
@@ -47,8 +45,6 @@ from tre_lightning.rewards.preference import (
     scalar_scores,
 )
 from tre_lightning.tokenizer import word_tokenizer
-
-torch.set_num_threads(1)  # so small a model gains nothing from threads
 
 ARCHITECTURE = {
     "model_type": "qwen3",
@@ -712,20 +708,8 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     one.mkdir()
     two.mkdir()
     train(1, one)
-    script = two / "train.py"
-    script.write_text(
-        f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from pathlib import Path\nfrom test_reward_model import train\n"
-        f"train(2, Path({str(two)!r}))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,  # a deadlock must fail, not hang
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    codes, printed = runs.ranks(lambda rank: train(2, two))
+    assert codes == [0, 0], printed[-3000:]
     (weights, numbers), (other_weights, other_numbers) = (
         torch.load(directory / "end.pt", weights_only=True) for directory in (one, two)
     )
