@@ -78,6 +78,10 @@ def test_a_method_is_added_as_its_page_says(
     assert "loss/confidence" in runs.scalars(Path(cli.trainer.default_root_dir))
 
 
+def test_it_is_short_enough_to_be_read() -> None:
+    assert len(README.split()) <= 1200
+
+
 def test_targets_of_make_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target, *_ in of("make"):
