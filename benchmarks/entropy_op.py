@@ -32,11 +32,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional
 
-from tre_lightning.ops import (
-    Region,
-    fused_linear_logprobs_and_entropy,
-    logprobs_and_entropy,
-)
+from tre_lightning.ops import Region, fused_linear_logprobs_and_entropy, logprobs_and_entropy
 from tre_lightning.ops.functions import fused_linear_loss
 
 REGIONS = {"TRE-K": Region(top_k=2), "TRE-P": Region(top_p=0.99), "full": Region()}

@@ -234,11 +234,11 @@ def run_ours(
     from lightning.pytorch.utilities import disable_possible_user_warnings
 
     from tre_lightning.args import OptimArgs, PPOArgs, RolloutArgs
+    from tre_lightning.batches import PromptBatch
     from tre_lightning.data.prompts import Prompt, PromptDataModule
     from tre_lightning.memory import keep_freed_memory
     from tre_lightning.policy import PolicyArgs
     from tre_lightning.ppo import PPOModule
-    from tre_lightning.rollout import PromptBatch
 
     keep_freed_memory()
     disable_possible_user_warnings()

@@ -33,9 +33,9 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
+from tre_lightning.batches import PromptBatch
 from tre_lightning.engines import ContinuousBatching, InProcess, RolloutEngine, Sampling
 from tre_lightning.kv_cache import growing_cache
-from tre_lightning.rollout import PromptBatch
 from tre_lightning.seeding import generator
 
 PAD = 0

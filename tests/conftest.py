@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from tre_lightning.batches import PromptBatch
 from tre_lightning.policy import ActorCritic, PolicyArgs, load_language_model
-from tre_lightning.rollout import PromptBatch
 from tre_lightning.tokenizer import word_tokenizer
 
 # So small a model gains nothing from threads, and loses much where other processes want the cores.

@@ -26,10 +26,10 @@ from tensorboard.util import tensor_util
 from torch import Tensor
 
 from tre_lightning import cli
+from tre_lightning.batches import PromptBatch
 from tre_lightning.cli import main
 from tre_lightning.data import CountdownDataModule
 from tre_lightning.methods import EntropyBonus, PolicyOutputs, Tokens
-from tre_lightning.rollout import PromptBatch
 
 # The warm start of all these runs is trained once a session.
 _cache = tempfile.TemporaryDirectory(prefix="tre_lightning_tests_")

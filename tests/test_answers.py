@@ -5,10 +5,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tre_lightning.batches import PromptBatch
 from tre_lightning.data import CountdownDataModule, MathDataModule, PromptDataModule
 from tre_lightning.data.math import normal_form
 from tre_lightning.rewards.countdown import Format
-from tre_lightning.rollout import PromptBatch
 
 PROMPTS = PromptBatch(
     prompt_ids=torch.ones(1, 1, dtype=torch.int64),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import batches
 import runs
-from tre_lightning.experience import TrainingBatch
+from tre_lightning.batches import TrainingBatch
 from tre_lightning.methods import ClipCov, KLCov, LinearSchedule, PolicyOutputs
 from tre_lightning.methods.covariance import covariances
 from tre_lightning.methods.hooks import POLICY, weighed

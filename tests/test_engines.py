@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 import runs
 from tre_lightning import ppo
 from tre_lightning.args import RolloutArgs, VLLMArgs
+from tre_lightning.batches import PromptBatch, Rollout, TrainingBatch
 from tre_lightning.engines import (
     VLLM,
     ContinuousBatching,
@@ -27,8 +28,6 @@ from tre_lightning.engines import (
     importance_weights,
     make_engine,
 )
-from tre_lightning.experience import TrainingBatch
-from tre_lightning.rollout import PromptBatch, Rollout
 from tre_lightning.seeding import uniforms
 
 MakePrompts = Callable[[Sequence[int]], PromptBatch]

@@ -9,16 +9,9 @@ import torch
 from torch import Tensor
 
 from tre_lightning.advantages import Estimator, grpo, rloo, whitened
-from tre_lightning.experience import (
-    Experience,
-    TrainingBatch,
-    build_experience,
-    compute_targets,
-    minibatches,
-    token_rewards,
-)
+from tre_lightning.batches import Experience, Rollout, TrainingBatch
+from tre_lightning.experience import build_experience, compute_targets, minibatches, token_rewards
 from tre_lightning.kl import KLEstimator
-from tre_lightning.rollout import Rollout
 
 NAN = math.nan
 

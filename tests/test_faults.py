@@ -24,13 +24,13 @@ import tre_lightning.objective
 import tre_lightning.ppo
 import tre_lightning.rollout
 from tre_lightning.args import PPOArgs
+from tre_lightning.batches import PromptBatch
 from tre_lightning.callbacks.checkpoint import IterationCheckpoint, find_checkpoint
 from tre_lightning.callbacks.progress import RunProgress
 from tre_lightning.distributed import world
 from tre_lightning.errors import CheckpointError
 from tre_lightning.methods import EntropyBonus, PolicyOutputs, Tokens
 from tre_lightning.nonfinite import with_telling_gradient
-from tre_lightning.rollout import PromptBatch
 
 PATIENCE = 90.0  # seconds; a hanging process must fail, not hang
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 import batches
 import runs
+from tre_lightning.batches import TrainingBatch
 from tre_lightning.entropy import EntropyStats
-from tre_lightning.experience import TrainingBatch
 from tre_lightning.losses import masked_sum
 from tre_lightning.methods import ForkingTokens, Method, PolicyOutputs
 from tre_lightning.methods.hooks import POLICY, weighed

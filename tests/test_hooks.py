@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 import batches
-from tre_lightning.experience import TrainingBatch
+from tre_lightning.batches import TrainingBatch
 from tre_lightning.head import Head, HeadInput
 from tre_lightning.methods import (
     EntropyBonus,

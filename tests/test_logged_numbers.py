@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 import runs
+from tre_lightning.batches import PromptBatch, TrainingBatch
 from tre_lightning.diagnostics import RolloutMetrics, UpdateMetrics
-from tre_lightning.experience import TrainingBatch
 from tre_lightning.methods import EntropyBonus
 from tre_lightning.precision import float32_or_better
-from tre_lightning.rollout import PromptBatch
 
 SEEN: dict[str, torch.dtype] = {}
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import runs
+from tre_lightning.batches import PromptBatch
 from tre_lightning.head import Head, plain_head
 from tre_lightning.lora import (
     LoraArgs,
@@ -27,7 +28,7 @@ from tre_lightning.ops import Region
 from tre_lightning.policy import ActorCritic, PolicyArgs, head_input, load_language_model
 from tre_lightning.ppo import PPOModule
 from tre_lightning.reward_model import RewardModelModule
-from tre_lightning.rollout import PromptBatch, generate
+from tre_lightning.rollout import generate
 from tre_lightning.sft import SFTModule
 
 IDS = torch.tensor([[5, 9, 3, 17, 30, 8]])

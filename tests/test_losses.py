@@ -5,13 +5,7 @@ import math
 import pytest
 import torch
 
-from tre_lightning.losses import (
-    label_logprobs,
-    masked_sum,
-    policy_loss,
-    policy_ratio,
-    value_loss,
-)
+from tre_lightning.losses import label_logprobs, masked_sum, policy_loss, policy_ratio, value_loss
 
 # --- label_logprobs ---
 

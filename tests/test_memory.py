@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import runs
+from tre_lightning.batches import PromptBatch
 from tre_lightning.cli import PPOCLI, main
 from tre_lightning.policy import (
     ActorCritic,
@@ -20,7 +21,7 @@ from tre_lightning.policy import (
     load_language_model,
     weight_type,
 )
-from tre_lightning.rollout import PromptBatch, generate
+from tre_lightning.rollout import generate
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 IDS = torch.tensor([[5, 9, 3, 17, 30, 8]])

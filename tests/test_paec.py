@@ -13,7 +13,7 @@ import torch
 import batches
 import method_runs
 import runs
-from tre_lightning.experience import TrainingBatch
+from tre_lightning.batches import TrainingBatch
 from tre_lightning.methods import PAEC, LinearSchedule
 
 P = [0.5, 0.3, 0.1, 0.1]

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from tre_lightning.batches import PromptBatch, Rollout, sequence_inputs
 from tre_lightning.head import HeadInput
 from tre_lightning.policy import (
     ActorCritic,
@@ -27,9 +28,8 @@ from tre_lightning.policy import (
     load_tokenizer,
     parameter_shapes,
     response_positions,
-    sequence_inputs,
 )
-from tre_lightning.rollout import PromptBatch, Rollout, generate
+from tre_lightning.rollout import generate
 from tre_lightning.tokenizer import word_tokenizer
 
 PROMPTS, RESPONSES = [3, 6, 1], [4, 2, 1]

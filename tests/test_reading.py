@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import runs
+from tre_lightning.batches import PromptBatch, sequence_inputs
 from tre_lightning.errors import Refused
 from tre_lightning.head import HeadInput
 from tre_lightning.losses import label_logprobs
-from tre_lightning.policy import ActorCritic, PolicyArgs, load_language_model, sequence_inputs
+from tre_lightning.policy import ActorCritic, PolicyArgs, load_language_model
 from tre_lightning.reading import reading, trunk_of
-from tre_lightning.rollout import PromptBatch, generate
+from tre_lightning.rollout import generate
 
 MakePrompts = Callable[[Sequence[int]], PromptBatch]
 ARGS = PolicyArgs(model="m")

@@ -39,11 +39,7 @@ from tre_lightning.data.preferences import (
 from tre_lightning.encoding import pad
 from tre_lightning.policy import PolicyArgs
 from tre_lightning.reward_model import PairMetrics, RewardModelModule, preference_loss
-from tre_lightning.rewards.preference import (
-    RewardModelScorer,
-    encode,
-    scalar_scores,
-)
+from tre_lightning.rewards.preference import RewardModelScorer, encode, scalar_scores
 from tre_lightning.tokenizer import word_tokenizer
 
 ARCHITECTURE = {

@@ -11,16 +11,11 @@ from transformers import PreTrainedModel
 
 import runs
 from tre_lightning.args import RolloutArgs
+from tre_lightning.batches import PromptBatch, Rollout
 from tre_lightning.engines import in_process
 from tre_lightning.policy import PolicyArgs, load_language_model
 from tre_lightning.reading import positions, reading
-from tre_lightning.rollout import (
-    PromptBatch,
-    Rollout,
-    concatenate,
-    generate,
-    pick_tokens,
-)
+from tre_lightning.rollout import concatenate, generate, pick_tokens
 
 MakePrompts = Callable[[Sequence[int]], PromptBatch]
 VOCAB_SIZE, PAD, EOS = 50, 0, 1

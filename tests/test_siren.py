@@ -16,7 +16,7 @@ import batches
 import method_runs
 import runs
 from batches import Rows
-from tre_lightning.experience import TrainingBatch
+from tre_lightning.batches import TrainingBatch
 from tre_lightning.methods import SIREN, LinearSchedule
 from tre_lightning.methods.selection import above_quantile
 

@@ -45,22 +45,11 @@ from tre_lightning.callbacks.checkpoint import (
     warn,
 )
 from tre_lightning.callbacks.inspection import Inspection
-from tre_lightning.callbacks.monitors import (
-    MonitorCheck,
-    monitors,
-    others_log,
-    refuse_unknown,
-)
+from tre_lightning.callbacks.monitors import MonitorCheck, monitors, others_log, refuse_unknown
 from tre_lightning.callbacks.progress import RunProgress
 from tre_lightning.callbacks.stop import LAUNCHER, GracefulStop
 from tre_lightning.callbacks.summary import PredictionWriter, RunSummary
-from tre_lightning.checks import (
-    check_devices,
-    check_length,
-    check_resumed,
-    check_run,
-    check_seed,
-)
+from tre_lightning.checks import check_devices, check_length, check_resumed, check_run, check_seed
 from tre_lightning.data.demonstrations import Demonstrations
 from tre_lightning.data.preferences import PreferencePairs
 from tre_lightning.data.prompts import PromptDataModule

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from tre_lightning.batches import Experience, TrainingBatch
 from tre_lightning.entropy import EntropyStats
-from tre_lightning.experience import Experience, TrainingBatch
 from tre_lightning.losses import policy_ratio
 from tre_lightning.metrics import (
     MajorityAtK,

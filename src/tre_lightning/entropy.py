@@ -24,6 +24,7 @@ return ``[...]`` in nats.
 """
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -175,3 +176,24 @@ def _scale(size: Tensor, z: Tensor) -> Tensor:
 
 def _upcast(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
+
+
+@dataclass(frozen=True)
+class Region:
+    """Which tokens an entropy is taken over: ``top_k``, ``top_p``, or with neither all tokens.
+
+    Raises:
+        ValueError: if both are given, or one is out of range.
+    """
+
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.whole:
+            check_region(self.top_k, self.top_p)
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is the whole vocabulary."""
+        return self.top_k is None and self.top_p is None

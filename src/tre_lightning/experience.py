@@ -5,72 +5,15 @@ global batch (so whitening is global), draws the same minibatches, and trains on
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields
 
 import torch
 from torch import Tensor
 
 from tre_lightning.advantages import Estimator, estimate, whitened, whitens
-from tre_lightning.distributed import gather_rows
+from tre_lightning.batches import Experience, Rollout, TrainingBatch
 from tre_lightning.kl import KLEstimator, kl_estimate
-from tre_lightning.rollout import Rollout
 from tre_lightning.seeding import permutation
-
-
-@dataclass(frozen=True)
-class Experience(Rollout):
-    """A scored rollout under the policy that sampled it.
-
-    ``response_mask`` excludes every token of a response that could not be scored.
-    """
-
-    scores: Tensor  # [B] float32, one a sequence; NaN = could not be scored
-    old_logprobs: Tensor  # [B, T] float32
-    ref_logprobs: Tensor | None  # [B, T] float32, of the reference policy where there is one
-    values: Tensor | None  # [B, T] float32, where there is a critic
-    observed: Mapping[str, Tensor]  # [B, T, ...] each, what the methods kept of every token
-
-    def gathered(self) -> "Experience":
-        """The same with the rows of all ranks, in rank order."""
-
-        def gather(name: str, rows: Tensor) -> Tensor:
-            if name.startswith("prompt_"):  # padded on the left
-                return gather_rows(rows.flip(1), 0).flip(1)
-            return gather_rows(rows, 0)
-
-        return self.map(gather)
-
-
-@dataclass(frozen=True)
-class TrainingBatch(Experience):
-    """Experience with the targets of the update."""
-
-    rewards: Tensor  # [B, T] float32, one a token
-    advantages: Tensor  # [B, T] float32
-    returns: Tensor | None  # [B, T] float32, the critic's targets where there is one
-    weights: Mapping[str, Tensor] = field(default_factory=dict)  # [B, T] each, in a loss's mean
-
-    def micro_batches(self, size: int) -> Iterator["TrainingBatch"]:
-        """Consecutive slices of at most ``size`` rows, without columns that all of them pad."""
-        for start in range(0, len(self), size):
-            yield self[start : start + size].trimmed()
-
-    def uncounted(self) -> "TrainingBatch":
-        """The same rows, of which no token counts."""
-        return replace(self, response_mask=torch.zeros_like(self.response_mask))
-
-    def trimmed(self) -> "TrainingBatch":
-        """Without the columns that are padding in every row."""
-        longest_prompt = int(self.prompt_mask.any(0).sum())
-        # A fully masked response still needs a column for the model to run on.
-        longest = max(1, int(self.response_mask.any(0).long().cumsum(0).argmax()) + 1)
-
-        def cut(name: str, rows: Tensor) -> Tensor:
-            if rows.dim() == 1:
-                return rows
-            return rows[:, -longest_prompt:] if name.startswith("prompt_") else rows[:, :longest]
-
-        return self.map(cut)
 
 
 def build_experience(

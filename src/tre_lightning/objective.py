@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tre_lightning.args import PPOArgs
-from tre_lightning.experience import TrainingBatch
+from tre_lightning.batches import TrainingBatch
 from tre_lightning.kl import kl_loss
 from tre_lightning.losses import policy_loss
 from tre_lightning.methods.hooks import KL, POLICY, LossTerm, PolicyOutputs, Tokens

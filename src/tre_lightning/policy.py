@@ -36,7 +36,6 @@ from tre_lightning.reading import (
     trunk_of,
     vocabulary_size,
 )
-from tre_lightning.rollout import Rollout
 from tre_lightning.sharding import (
     gathered_layers,
     is_sharded,
@@ -371,12 +370,6 @@ def response_positions(mask: Tensor, counted: Tensor) -> Tensor:
     """Columns whose outputs predict the T response tokens: each one's predecessor, ``[T]``."""
     end = mask.shape[1] - 1
     return torch.arange(end - counted.shape[1], end, device=mask.device)
-
-
-def sequence_inputs(rollout: Rollout) -> tuple[Tensor, Tensor]:
-    """Prompt and response side by side: input_ids and mask, each ``[B, P + T]``."""
-    ids = torch.cat([rollout.prompt_ids, rollout.response_ids], dim=1)
-    return ids, torch.cat([rollout.prompt_mask, rollout.response_mask], dim=1)
 
 
 def load_config(args: PolicyArgs) -> PreTrainedConfig:

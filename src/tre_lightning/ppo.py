@@ -29,18 +29,13 @@ from tre_lightning.args import (
     RolloutArgs,
     options,
 )
+from tre_lightning.batches import Experience, PromptBatch, Rollout, TrainingBatch, sequence_inputs
 from tre_lightning.diagnostics import Evaluations, RolloutMetrics, UpdateMetrics
 from tre_lightning.distributed import agreed, highest, world
 from tre_lightning.encoding import textless_tokens
 from tre_lightning.engines import Sampling, corrected, make_engine
 from tre_lightning.entropy import EntropyStats
-from tre_lightning.experience import (
-    Experience,
-    TrainingBatch,
-    build_experience,
-    compute_targets,
-    minibatches,
-)
+from tre_lightning.experience import build_experience, compute_targets, minibatches
 from tre_lightning.head import Head, HeadInput
 from tre_lightning.horizon import total_batches
 from tre_lightning.kl import next_kl_coef
@@ -66,10 +61,8 @@ from tre_lightning.policy import (
     load_tokenizer,
     parameter_shapes,
     refuse_other_model,
-    sequence_inputs,
 )
 from tre_lightning.precision import float32_or_better
-from tre_lightning.rollout import PromptBatch, Rollout
 from tre_lightning.sharding import shards, whole
 from tre_lightning.slurm import job_id
 from tre_lightning.task import Task, scores_of

@@ -5,81 +5,19 @@ on how rows are laid out over batches and devices.
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Self
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
+from tre_lightning.batches import PromptBatch, Rollout
 from tre_lightning.reading import Cached, Whole, eval_mode, start_decoding
 
 # Finished rows leave the batch when at most this share of it is running. Leaving copies the cache.
 MOST_RUNNING = 7 / 8
 _BLOCK = 64  # tokens among which a token is looked for once their block is known
-
-
-@dataclass  # not frozen: Lightning copies a batch field by field to convert its precision
-class PromptBatch:
-    """Prompts of this rank, and what the task needs to score the responses to them.
-
-    ``first_row`` and ``total_rows`` place them in the global batch: this rank holds prompts
-    ``first_row`` to ``first_row + B - 1`` of ``total_rows``. ``split`` and ``index`` say which
-    batch it is (train and the iteration, val and its number); all randomness of its responses
-    derives from them.
-    """
-
-    prompt_ids: Tensor  # [B, P] int64, padded on the left
-    prompt_mask: Tensor  # [B, P] bool, True = a real token
-    texts: tuple[str, ...]  # B prompts as text
-    extras: tuple[Mapping[str, Any], ...]  # B mappings for the scorer (gold answer, numbers, ...)
-    split: str
-    index: int
-    first_row: int
-    total_rows: int
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def to(self, device: torch.device, **kwargs: Any) -> "PromptBatch":
-        """The same on a device; what Lightning calls to move a batch."""
-        ids, mask = self.prompt_ids.to(device, **kwargs), self.prompt_mask.to(device, **kwargs)
-        return replace(self, prompt_ids=ids, prompt_mask=mask)
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """Sampled responses. Row ``i * n + j`` is the j-th response to prompt i."""
-
-    prompt_ids: Tensor  # [B, P] int64, padded on the left
-    prompt_mask: Tensor  # [B, P] bool
-    response_ids: Tensor  # [B, T] int64, padded on the right
-    response_mask: Tensor  # [B, T] bool, True = sampled, the end-of-sequence token included
-    finished: Tensor  # [B] bool, True = ended by itself, not cut at max_new_tokens
-    # [B, T] float32, of the sampled tokens by what sampled them, at its temperature
-    behaviour_logprobs: Tensor | None = field(default=None, kw_only=True)
-
-    def __len__(self) -> int:
-        return len(self.response_ids)
-
-    def __getitem__(self, rows: Tensor | slice) -> Self:
-        return self.map(lambda _, tensor: tensor[rows])
-
-    def map(self, change: Callable[[str, Tensor], Tensor]) -> Self:
-        """A new batch of this kind whose tensors are ``change(name, tensor)``.
-
-        The tensors of a mapping are named ``field/key``.
-        """
-        changed: dict[str, Any] = {}
-        for name in (f.name for f in fields(self)):
-            value = getattr(self, name)
-            if isinstance(value, Mapping):
-                changed[name] = {k: change(f"{name}/{k}", v) for k, v in value.items()}
-            elif value is not None:
-                changed[name] = change(name, value)
-        return replace(self, **changed)
 
 
 def pick_tokens(logits: Tensor, uniform: Tensor, top_p: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tre_lightning.batches import PromptBatch
 from tre_lightning.errors import ScoreError
-from tre_lightning.rollout import PromptBatch
 
 
 class Task(Protocol):

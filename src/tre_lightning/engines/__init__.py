@@ -2,10 +2,7 @@
 
 from tre_lightning.args import RolloutArgs
 from tre_lightning.engines.base import RolloutEngine, Sampling
-from tre_lightning.engines.continuous_batching import (
-    ContinuousBatching,
-    check_continuous_batching,
-)
+from tre_lightning.engines.continuous_batching import ContinuousBatching, check_continuous_batching
 from tre_lightning.engines.in_process import InProcess
 from tre_lightning.engines.mismatch import corrected, importance_weights
 from tre_lightning.engines.vllm import VLLM, check_vllm

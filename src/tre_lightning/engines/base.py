@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tre_lightning.rollout import PromptBatch, Rollout
+from tre_lightning.batches import PromptBatch, Rollout
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ import transformers
 from packaging.version import Version
 from transformers import GenerationConfig, PreTrainedModel
 
+from tre_lightning.batches import PromptBatch, Rollout
 from tre_lightning.engines.base import Sampling, prompt_tokens, rollout_of
 from tre_lightning.reading import eval_mode
-from tre_lightning.rollout import PromptBatch, Rollout
 from tre_lightning.seeding import derived_seed
 
 if TYPE_CHECKING:

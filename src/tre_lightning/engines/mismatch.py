@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from tre_lightning.experience import TrainingBatch
+from tre_lightning.batches import TrainingBatch
 from tre_lightning.losses import policy_ratio
 from tre_lightning.methods.hooks import POLICY
 

@@ -22,10 +22,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tre_lightning.args import VLLMArgs
+from tre_lightning.batches import PromptBatch, Rollout
 from tre_lightning.distributed import world
 from tre_lightning.engines.base import Sampling, prompt_tokens, rollout_of
 from tre_lightning.lora import has_adapters, merged_state_dict
-from tre_lightning.rollout import PromptBatch, Rollout
 from tre_lightning.seeding import derived_seed
 from tre_lightning.sharding import whole
 

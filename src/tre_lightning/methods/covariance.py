@@ -16,7 +16,7 @@ micro-batches nor devices change the choice.
 from torch import Tensor
 
 from tre_lightning.advantages import centred
-from tre_lightning.experience import TrainingBatch
+from tre_lightning.batches import TrainingBatch
 from tre_lightning.methods.hooks import LinearSchedule, LossTerm, Method, PolicyOutputs, Tokens
 from tre_lightning.methods.selection import check_share, share_of, top
 from tre_lightning.seeding import uniforms

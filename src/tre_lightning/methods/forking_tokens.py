@@ -4,10 +4,10 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from tre_lightning.experience import TrainingBatch
+from tre_lightning.batches import TrainingBatch
+from tre_lightning.entropy import Region
 from tre_lightning.methods.hooks import Method, PolicyOutputs
 from tre_lightning.methods.selection import check_share, share_of, top
-from tre_lightning.ops.region import Region
 
 Divisor = Literal["all", "selected"]
 

@@ -30,9 +30,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from tre_lightning.entropy import EntropyStats
-from tre_lightning.experience import TrainingBatch
-from tre_lightning.ops.region import Region
+from tre_lightning.batches import TrainingBatch
+from tre_lightning.entropy import EntropyStats, Region
 
 POLICY, KL = "policy", "kl"
 _TAKEN = (POLICY, KL, "value", "total")  # loss/<name> in the logs

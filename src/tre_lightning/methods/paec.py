@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tre_lightning.entropy import check_region
-from tre_lightning.experience import TrainingBatch
+from tre_lightning.batches import TrainingBatch
+from tre_lightning.entropy import Region, check_region
 from tre_lightning.methods.hooks import LinearSchedule, LossTerm, PolicyOutputs, Tokens
 from tre_lightning.methods.selection import check_share, share_of, top
-from tre_lightning.ops.region import Region
 
 _TWO = Region(top_k=2)
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tre_lightning.entropy import EntropyStats
-from tre_lightning.ops.region import Region, RegionRows
+from tre_lightning.entropy import EntropyStats, Region
+from tre_lightning.ops.region import RegionRows
 from tre_lightning.ops.scan import Scan, d_logits, scan
 
 MEMORY = 128 * 2**20  # bytes of logits that the fused forms hold at a time, unless told otherwise
