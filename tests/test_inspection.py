@@ -12,9 +12,9 @@ from tensorboard.plugins.hparams import metadata
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import runs
+from tre_lightning.callbacks.entropy_histograms import BINS, EntropyHistograms
+from tre_lightning.callbacks.heat_map import Sample, heat_map, printable
 from tre_lightning.entropy import entropy_stats
-from tre_lightning.entropy_histograms import BINS, EntropyHistograms
-from tre_lightning.heat_map import Sample, heat_map, printable
 
 HISTOGRAMS = (
     "entropy/region_size_histogram",

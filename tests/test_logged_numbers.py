@@ -42,7 +42,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     """The rows of a run in bfloat16."""
     run_dir = tmp_path_factory.mktemp("bf16") / "run"
     csv_logger = {
-        "class_path": "tre_lightning.loggers.CSV",
+        "class_path": "tre_lightning.callbacks.loggers.CSV",
         "init_args": {"save_dir": str(run_dir)},
     }
     runs.run(

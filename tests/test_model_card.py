@@ -1,4 +1,4 @@
-"""Tests of tre_lightning.model_card, and of the card that a run writes."""
+"""Tests of tre_lightning.callbacks.model_card, and of the card that a run writes."""
 
 from pathlib import Path
 from typing import Any
@@ -8,9 +8,9 @@ import yaml
 from huggingface_hub import ModelCard
 
 import runs
+from tre_lightning.callbacks.model_card import describe, hub_name, model_card
 from tre_lightning.cli import main
 from tre_lightning.methods import ClipCov, EntropyBonus, LinearSchedule, TrustRegionEntropy
-from tre_lightning.model_card import describe, hub_name, model_card
 
 FACTS: dict[str, Any] = {
     "base_model": "owner/name-1.5B",

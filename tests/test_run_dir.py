@@ -56,7 +56,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_home_in_every_path(home: Path) -> None:
     layer = home / "layer.yaml"
     layer.write_text(
-        "trainer: {max_epochs: 7, logger: [{class_path: tre_lightning.loggers.CSV, "
+        "trainer: {max_epochs: 7, logger: [{class_path: tre_lightning.callbacks.loggers.CSV, "
         "init_args: {save_dir: ~/logs}}]}"
     )
     (home / "top.yaml").write_text("layers: [~/layer.yaml]\nwarm_start: {cache_dir: ~/warm}")

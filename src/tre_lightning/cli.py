@@ -347,7 +347,7 @@ class _CLI(LightningCLI):
         trainer, fits = self.options.trainer, self.subcommand == "fit"
         if trainer.logger in (None, True):
             init = Namespace({"save_dir": self.run_dir, "purge_step": 0})  # type: ignore[no-untyped-call]
-            spec = {"class_path": "tre_lightning.loggers.TensorBoard", "init_args": init}
+            spec = {"class_path": "tre_lightning.callbacks.loggers.TensorBoard", "init_args": init}
             trainer.logger = Namespace(spec)  # type: ignore[no-untyped-call]
         loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
         for logger in loggers:

@@ -12,8 +12,8 @@ from lightning.pytorch import Trainer
 from tensorboard.plugins.hparams.summary_v2 import HParam, Metric, hparams_config_pb, hparams_pb
 from torch.utils.tensorboard import SummaryWriter
 
+from tre_lightning.callbacks.model_card import describe
 from tre_lightning.methods import LossTerm, find_methods
-from tre_lightning.model_card import describe
 from tre_lightning.ppo import PPOModule
 
 Value = bool | float | str
