@@ -25,9 +25,9 @@ from tensorboard.summary.writer import event_file_writer
 from tensorboard.util import tensor_util
 from torch import Tensor
 
-from tre_lightning import cli
 from tre_lightning.batches import PromptBatch
-from tre_lightning.cli import main
+from tre_lightning.cli import main as cli
+from tre_lightning.cli.main import main
 from tre_lightning.data import CountdownDataModule
 from tre_lightning.methods import EntropyBonus, PolicyOutputs, Tokens
 

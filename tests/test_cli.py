@@ -12,7 +12,7 @@ import torch
 import yaml
 
 import runs
-from tre_lightning.cli import PPOCLI, main
+from tre_lightning.cli.main import PPOCLI, main
 from tre_lightning.errors import one_line
 from tre_lightning.methods import LossTerm, find_methods
 

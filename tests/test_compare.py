@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import runs
 import tre_lightning.compare.run
-from tre_lightning.cli import main as fit
+from tre_lightning.cli.main import main as fit
 from tre_lightning.compare.__main__ import main
 from tre_lightning.compare.curves import gather
 from tre_lightning.compare.plan import Method, Plan, Trial, read_plan, specification

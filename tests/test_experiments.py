@@ -19,7 +19,7 @@ from transformers import (
 
 import runs
 from tre_lightning.args import OptimArgs
-from tre_lightning.cli import PPOCLI, main
+from tre_lightning.cli.main import PPOCLI, main
 from tre_lightning.sharding import check_sharding, shards
 
 EXPERIMENTS = Path(__file__).parents[1] / "configs" / "experiment"

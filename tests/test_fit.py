@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import runs
-from tre_lightning.cli import main
+from tre_lightning.cli.main import main
 from tre_lightning.data import CountdownDataModule, PuzzleSpec
 
 ENTROPY = {"class_path": "tre_lightning.methods.EntropyBonus", "init_args": {"coef": 0.02}}

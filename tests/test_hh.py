@@ -20,7 +20,7 @@ from transformers import (
 
 import runs
 from tre_lightning.batches import PromptBatch
-from tre_lightning.cli import PPOCLI, RewardCLI, main
+from tre_lightning.cli.main import PPOCLI, RewardCLI, main
 from tre_lightning.data.hh import PreferenceDataModule, RewardArgs, read_prompt
 from tre_lightning.data.preferences import synthetic_vocabulary
 from tre_lightning.rewards.preference import RewardModelScorer

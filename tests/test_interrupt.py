@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import runs
-from tre_lightning.cli import command_to_resume
+from tre_lightning.cli.main import command_to_resume
 from tre_lightning.methods import EntropyBonus, PolicyOutputs, Tokens
 
 PATIENCE = 180.0  # seconds; a hanging process must fail, not hang

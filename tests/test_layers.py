@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 import runs
-from tre_lightning.cli import PPOCLI, RewardCLI, main
-from tre_lightning.layers import with_layers
+from tre_lightning.cli.config_files import with_layers
+from tre_lightning.cli.main import PPOCLI, RewardCLI, main
 from tre_lightning.methods import LossTerm
 
 ENTROPY = "tre_lightning.methods.EntropyBonus"

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import runs
 from tre_lightning.batches import PromptBatch
-from tre_lightning.cli import PPOCLI, main
+from tre_lightning.cli.main import PPOCLI, main
 from tre_lightning.policy import (
     ActorCritic,
     PolicyArgs,

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 
 import runs
 from tre_lightning.callbacks.model_card import describe, hub_name, model_card
-from tre_lightning.cli import main
+from tre_lightning.cli.main import main
 from tre_lightning.methods import ClipCov, EntropyBonus, LinearSchedule, TrustRegionEntropy
 
 FACTS: dict[str, Any] = {

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 import runs
-from tre_lightning.cli import PPOCLI, main
+from tre_lightning.cli.main import PPOCLI, main
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import runs
-from tre_lightning.cli import main
+from tre_lightning.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

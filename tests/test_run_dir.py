@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from jsonargparse import Namespace
 
 import runs
-from tre_lightning.cli import PPOCLI, main
+from tre_lightning.cli.main import PPOCLI, main
 from tre_lightning.compare.plan import read_plan
 from tre_lightning.paths import expanded, locked
 

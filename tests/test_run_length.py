@@ -11,7 +11,7 @@ import pytest
 from lightning.pytorch.callbacks import Timer
 
 import runs
-from tre_lightning.cli import main
+from tre_lightning.cli.main import main
 from tre_lightning.data.prompts import IterationLoader
 from tre_lightning.horizon import has_end, seconds_left, total_batches
 

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 import runs
 from tre_lightning import sharding
-from tre_lightning.cli import main
+from tre_lightning.cli.main import main
 from tre_lightning.head import HeadInput
 from tre_lightning.policy import ActorCritic, PolicyArgs, trains_all
 from tre_lightning.sharding import check_sharding

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import runs
-from tre_lightning.cli import main
+from tre_lightning.cli.main import main
 from tre_lightning.rewards.preference import RewardModelScorer
 
 CONFIGS = Path(__file__).parents[1] / "configs"

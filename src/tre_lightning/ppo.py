@@ -30,6 +30,7 @@ from tre_lightning.args import (
     options,
 )
 from tre_lightning.batches import Experience, PromptBatch, Rollout, TrainingBatch, sequence_inputs
+from tre_lightning.cli.slurm import job_id
 from tre_lightning.diagnostics import Evaluations, RolloutMetrics, UpdateMetrics
 from tre_lightning.distributed import agreed, highest, world
 from tre_lightning.encoding import textless_tokens
@@ -64,7 +65,6 @@ from tre_lightning.policy import (
 )
 from tre_lightning.precision import float32_or_better
 from tre_lightning.sharding import shards, whole
-from tre_lightning.slurm import job_id
 from tre_lightning.task import Task, scores_of
 
 T = TypeVar("T")

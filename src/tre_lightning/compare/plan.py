@@ -10,7 +10,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 from omegaconf import OmegaConf
 
-from tre_lightning.layers import read_config, with_layers
+from tre_lightning.cli.config_files import read_config, with_layers
 from tre_lightning.paths import expanded
 
 Value = int | float

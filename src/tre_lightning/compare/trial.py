@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tre_lightning.callbacks.checkpoint import find_checkpoint, folder, saved_run
 from tre_lightning.callbacks.summary import RunSummary
-from tre_lightning.cli import main
+from tre_lightning.cli.main import main
 from tre_lightning.compare.plan import Fields
 from tre_lightning.paths import locked
 
@@ -38,7 +38,7 @@ def run_trial(file: Path) -> None:
     """Do what a ``trial.json`` says, from its last checkpoint if there is one.
 
     Raises:
-        SystemExit: with 143 where SIGTERM stopped it, else as :func:`tre_lightning.cli.main`.
+        SystemExit: with 143 where SIGTERM stopped it, else as :func:`tre_lightning.cli.main.main`.
         ValueError: if another process is at this trial.
     """
     directory = file.parent

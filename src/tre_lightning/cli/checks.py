@@ -19,6 +19,7 @@ from transformers import (
 
 from tre_lightning.callbacks.checkpoint import check_states, warn
 from tre_lightning.callbacks.monitors import check_monitors
+from tre_lightning.cli.trainer_options import check_limits, check_trainer
 from tre_lightning.data.prompts import PromptDataModule
 from tre_lightning.engines import check_engine
 from tre_lightning.errors import read
@@ -40,7 +41,6 @@ from tre_lightning.tokenizer import (
     check_special_tokens,
     word_tokenizer,
 )
-from tre_lightning.trainer_options import check_limits, check_trainer
 
 
 def check_run(

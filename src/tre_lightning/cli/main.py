@@ -1,6 +1,6 @@
 """The command line: ``python -m tre_lightning {fit,validate,test,predict} --config FILE``.
 
-A file may name others that it builds on (:mod:`tre_lightning.layers`).
+A file may name others that it builds on (:mod:`tre_lightning.cli.config_files`).
 
 A leading ``sft`` trains on demonstrations instead: ``python -m tre_lightning sft fit ...``.
 
@@ -35,7 +35,6 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from transformers.utils import logging as transformers_logging
 
-from tre_lightning import trainer_options
 from tre_lightning.callbacks.checkpoint import (
     IterationCheckpoint,
     find_checkpoint,
@@ -49,13 +48,23 @@ from tre_lightning.callbacks.monitors import MonitorCheck, monitors, others_log,
 from tre_lightning.callbacks.progress import RunProgress
 from tre_lightning.callbacks.stop import LAUNCHER, GracefulStop
 from tre_lightning.callbacks.summary import PredictionWriter, RunSummary
-from tre_lightning.checks import check_devices, check_length, check_resumed, check_run, check_seed
+from tre_lightning.cli import trainer_options
+from tre_lightning.cli.checks import (
+    check_devices,
+    check_length,
+    check_resumed,
+    check_run,
+    check_seed,
+)
+from tre_lightning.cli.config_files import read_config, with_layers
+from tre_lightning.cli.slurm import Requeue, is_started_anew, job_id
+from tre_lightning.cli.trainer_options import blame, check_options, check_ppo_callbacks
+from tre_lightning.cli.warm_start import WarmStart, wait_for
 from tre_lightning.data.demonstrations import Demonstrations
 from tre_lightning.data.preferences import PreferencePairs
 from tre_lightning.data.prompts import PromptDataModule
 from tre_lightning.errors import Refused, RunError, disk_full, one_line, one_line_errors
 from tre_lightning.horizon import has_end
-from tre_lightning.layers import read_config, with_layers
 from tre_lightning.memory import keep_freed_memory
 from tre_lightning.optim import check_decay
 from tre_lightning.paths import changed, check_directory, expanded, is_locked_here, locked
@@ -66,9 +75,6 @@ from tre_lightning.rewards.remote import RewardServerError
 from tre_lightning.seeding import settled_seed
 from tre_lightning.sft import SFTModule
 from tre_lightning.sharding import check_whole
-from tre_lightning.slurm import Requeue, is_started_anew, job_id
-from tre_lightning.trainer_options import blame, check_options, check_ppo_callbacks
-from tre_lightning.warm_start import WarmStart, wait_for
 
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
 
