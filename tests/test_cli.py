@@ -13,7 +13,7 @@ import yaml
 
 import runs
 from tre_lightning.cli.main import PPOCLI, main
-from tre_lightning.errors import one_line
+from tre_lightning.common.errors import one_line
 from tre_lightning.methods import LossTerm, find_methods
 
 REPOSITORY = Path(__file__).parent.parent

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import runs
 import tre_lightning.compare.run
 from tre_lightning.cli.main import main as fit
+from tre_lightning.common.paths import locked
 from tre_lightning.compare.__main__ import main
 from tre_lightning.compare.curves import gather
 from tre_lightning.compare.plan import Method, Plan, Trial, read_plan, specification
@@ -25,7 +26,6 @@ from tre_lightning.compare.report import metric, report
 from tre_lightning.compare.run import Runner, _Running, choose
 from tre_lightning.compare.statistics import differences, estimate, mean
 from tre_lightning.compare.trial import RESULT, SPECIFICATION, late_mean, read_curves
-from tre_lightning.paths import locked
 
 PLANS = Path(__file__).parents[1] / "configs" / "compare"
 METHOD = {

@@ -17,6 +17,7 @@ import runs
 from tre_lightning import ppo
 from tre_lightning.args import RolloutArgs, VLLMArgs
 from tre_lightning.batches import PromptBatch, Rollout, TrainingBatch
+from tre_lightning.common.seeding import uniforms
 from tre_lightning.engines import (
     VLLM,
     ContinuousBatching,
@@ -28,7 +29,6 @@ from tre_lightning.engines import (
     importance_weights,
     make_engine,
 )
-from tre_lightning.seeding import uniforms
 
 MakePrompts = Callable[[Sequence[int]], PromptBatch]
 VOCAB_SIZE, PAD = 50, 0

@@ -27,8 +27,8 @@ from tre_lightning.args import PPOArgs
 from tre_lightning.batches import PromptBatch
 from tre_lightning.callbacks.checkpoint import IterationCheckpoint, find_checkpoint
 from tre_lightning.callbacks.progress import RunProgress
-from tre_lightning.distributed import world
-from tre_lightning.errors import CheckpointError
+from tre_lightning.common.distributed import world
+from tre_lightning.common.errors import CheckpointError
 from tre_lightning.methods import EntropyBonus, PolicyOutputs, Tokens
 from tre_lightning.nonfinite import with_telling_gradient
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 import runs
 from tre_lightning.batches import PromptBatch, TrainingBatch
+from tre_lightning.common.precision import float32_or_better
 from tre_lightning.diagnostics import RolloutMetrics, UpdateMetrics
 from tre_lightning.methods import EntropyBonus
-from tre_lightning.precision import float32_or_better
 
 SEEN: dict[str, torch.dtype] = {}
 

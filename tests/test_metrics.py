@@ -1,4 +1,4 @@
-"""Tests of tre_lightning.metrics."""
+"""Tests of tre_lightning.common.metrics."""
 
 import itertools
 import math
@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 from torchmetrics import ExplainedVariance, Metric
 
-from tre_lightning.diagnostics import EvaluationMetrics, Evaluations
-from tre_lightning.metrics import (
+from tre_lightning.common.metrics import (
     MajorityAtK,
     MaskedExplainedVariance,
     MaskedMean,
@@ -31,6 +30,7 @@ from tre_lightning.metrics import (
     pass_at_k,
     pass_at_k_by_prompt,
 )
+from tre_lightning.diagnostics import EvaluationMetrics, Evaluations
 
 NAN, INF = math.nan, math.inf
 Update = tuple[Tensor, ...]

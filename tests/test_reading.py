@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 import runs
 from tre_lightning.batches import PromptBatch, sequence_inputs
-from tre_lightning.errors import Refused
+from tre_lightning.common.errors import Refused
 from tre_lightning.head import HeadInput
 from tre_lightning.losses import label_logprobs
 from tre_lightning.policy import ActorCritic, PolicyArgs, load_language_model

@@ -17,8 +17,8 @@ from jsonargparse import Namespace
 
 import runs
 from tre_lightning.cli.main import PPOCLI, main
+from tre_lightning.common.paths import expanded, locked
 from tre_lightning.compare.plan import read_plan
-from tre_lightning.paths import expanded, locked
 
 
 @contextmanager

@@ -9,8 +9,8 @@ import pytest
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 import runs
+from tre_lightning.common.errors import Refused
 from tre_lightning.data.puzzles import PuzzleSpec
-from tre_lightning.errors import Refused
 from tre_lightning.policy import ActorCritic, PolicyArgs, load_language_model
 from tre_lightning.tokenizer import (
     check_known,

@@ -1,11 +1,11 @@
 """The options of a run, a unit under each; every ``__post_init__`` refuses what cannot work."""
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, TypeVar, get_args
+from typing import Literal, TypeAlias, get_args
 
 from tre_lightning.advantages import Estimator
+from tre_lightning.common.validation import at_least, one_of, options, positive, unit_share
 from tre_lightning.entropy import check_region
 from tre_lightning.kl import KLEstimator, KLPlace, check_kl
 
@@ -284,35 +284,3 @@ class DiagnosticsArgs:
 
     def __post_init__(self) -> None:
         check_region(self.top_k, self.top_p, "model.diagnostics")
-
-
-Options = TypeVar("Options")
-
-
-def options(kind: type[Options], value: Options | Mapping[str, Any]) -> Options:
-    """Options as given, or as ``load_from_checkpoint`` finds them, a plain mapping."""
-    return kind(**value) if isinstance(value, Mapping) else value
-
-
-def at_least(name: str, value: float, least: float) -> None:
-    """Raise ValueError for a value below the least, and for NaN."""
-    if not value >= least:
-        raise ValueError(f"{name}={value} must be at least {least}")
-
-
-def positive(name: str, value: float) -> None:
-    """Raise ValueError unless the value is above 0."""
-    if not value > 0.0:
-        raise ValueError(f"{name}={value} must be above 0")
-
-
-def one_of(name: str, value: str | None, words: Sequence[str]) -> None:
-    """Raise ValueError unless the value is one of the words; the parser lets null through."""
-    if value not in words:
-        raise ValueError(f"{name}={value} must be one of the words {', '.join(words)}")
-
-
-def unit_share(name: str, value: float) -> None:
-    """Raise ValueError unless the value lies in [0, 1]."""
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name}={value} must lie in [0, 1]")

@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from tre_lightning.distributed import gather_rows
+from tre_lightning.common.distributed import gather_rows
 
 
 @dataclass  # not frozen: Lightning copies a batch field by field to convert its precision

@@ -8,9 +8,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from tre_lightning.batches import Experience, TrainingBatch
-from tre_lightning.entropy import EntropyStats
-from tre_lightning.losses import policy_ratio
-from tre_lightning.metrics import (
+from tre_lightning.common.metrics import (
     MajorityAtK,
     MaskedExplainedVariance,
     MaskedMean,
@@ -25,6 +23,8 @@ from tre_lightning.metrics import (
     number_answers,
     pass_at_k_by_prompt,
 )
+from tre_lightning.entropy import EntropyStats
+from tre_lightning.losses import policy_ratio
 
 
 class _Collection(nn.Module):

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tre_lightning.advantages import Estimator, estimate, whitened, whitens
 from tre_lightning.batches import Experience, Rollout, TrainingBatch
+from tre_lightning.common.seeding import permutation
 from tre_lightning.kl import KLEstimator, kl_estimate
-from tre_lightning.seeding import permutation
 
 
 def build_experience(

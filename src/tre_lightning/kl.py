@@ -48,8 +48,8 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor
 
+from tre_lightning.common.metrics import approx_kl
 from tre_lightning.losses import policy_ratio
-from tre_lightning.metrics import approx_kl
 
 KLEstimator: TypeAlias = Literal["k1", "k2", "k3"]
 KLPlace: TypeAlias = Literal["reward", "loss", "loss_weighted"]

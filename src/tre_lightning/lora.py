@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from tre_lightning.args import at_least, positive
-from tre_lightning.seeding import generator
+from tre_lightning.common.seeding import generator
+from tre_lightning.common.validation import at_least, positive
 
 if TYPE_CHECKING:
     from peft.tuners.lora import Linear

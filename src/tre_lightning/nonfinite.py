@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from tre_lightning.distributed import gather_rows
-from tre_lightning.errors import RunError
+from tre_lightning.common.distributed import gather_rows
+from tre_lightning.common.errors import RunError
 
 _GROUPS = ("policy", "critic")  # order of the gradient norms
 

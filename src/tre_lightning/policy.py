@@ -22,9 +22,9 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from tre_lightning.args import one_of, options
-from tre_lightning.distributed import world
-from tre_lightning.errors import Refused, read
+from tre_lightning.common.distributed import world
+from tre_lightning.common.errors import Refused, read
+from tre_lightning.common.validation import one_of, options
 from tre_lightning.head import HeadInput, plain_head
 from tre_lightning.lora import LoraArgs, add_adapters, has_adapters, merged_state_dict
 from tre_lightning.reading import (

@@ -21,18 +21,14 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase
 
 from tre_lightning.advantages import check_estimator
-from tre_lightning.args import (
-    DiagnosticsArgs,
-    EvaluationArgs,
-    OptimArgs,
-    PPOArgs,
-    RolloutArgs,
-    options,
-)
+from tre_lightning.args import DiagnosticsArgs, EvaluationArgs, OptimArgs, PPOArgs, RolloutArgs
 from tre_lightning.batches import Experience, PromptBatch, Rollout, TrainingBatch, sequence_inputs
 from tre_lightning.cli.slurm import job_id
+from tre_lightning.common.distributed import agreed, highest, world
+from tre_lightning.common.metrics import MaskedMean
+from tre_lightning.common.precision import float32_or_better
+from tre_lightning.common.validation import options
 from tre_lightning.diagnostics import Evaluations, RolloutMetrics, UpdateMetrics
-from tre_lightning.distributed import agreed, highest, world
 from tre_lightning.encoding import textless_tokens
 from tre_lightning.engines import Sampling, corrected, make_engine
 from tre_lightning.entropy import EntropyStats
@@ -51,7 +47,6 @@ from tre_lightning.methods.hooks import (
     shaped,
     weighed,
 )
-from tre_lightning.metrics import MaskedMean
 from tre_lightning.nonfinite import all_finite, end_of_run, with_telling_gradient
 from tre_lightning.objective import PolicyObjective
 from tre_lightning.ops import Region
@@ -63,7 +58,6 @@ from tre_lightning.policy import (
     parameter_shapes,
     refuse_other_model,
 )
-from tre_lightning.precision import float32_or_better
 from tre_lightning.sharding import shards, whole
 from tre_lightning.task import Task, scores_of
 

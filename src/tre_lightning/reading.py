@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from tre_lightning.errors import Refused
+from tre_lightning.common.errors import Refused
 from tre_lightning.kv_cache import growing_cache
 
 # Relative difference of two outputs that are equal but for rounding.

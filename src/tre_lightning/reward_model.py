@@ -16,10 +16,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tre_lightning.args import at_least, options, positive
+from tre_lightning.common.errors import read
+from tre_lightning.common.metrics import MaskedMean
+from tre_lightning.common.validation import at_least, options, positive
 from tre_lightning.data.preferences import PairBatch, PreferencePairs
-from tre_lightning.errors import read
-from tre_lightning.metrics import MaskedMean
 from tre_lightning.optim import decaying_adamw
 from tre_lightning.policy import (
     PolicyArgs,

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tre_lightning.args import at_least, options, positive
+from tre_lightning.common.validation import at_least, options, positive
 from tre_lightning.data.demonstrations import DemonstrationBatch, Demonstrations
 from tre_lightning.losses import label_logprobs
 from tre_lightning.optim import decaying_adamw

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tre_lightning.batches import PromptBatch
-from tre_lightning.errors import ScoreError
+from tre_lightning.common.errors import ScoreError
 
 
 class Task(Protocol):

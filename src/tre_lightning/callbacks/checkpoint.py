@@ -18,9 +18,9 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.utilities import rank_zero_only
 from lightning_utilities import apply_to_collection
 
-from tre_lightning.args import at_least
-from tre_lightning.distributed import agreed, world
-from tre_lightning.errors import CheckpointError
+from tre_lightning.common.distributed import agreed, world
+from tre_lightning.common.errors import CheckpointError
+from tre_lightning.common.validation import at_least
 
 FOLDER = "checkpoints"
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from tre_lightning.distributed import world
+from tre_lightning.common.distributed import world
 
 # Charts of the custom-scalars tab by group; a chart shows the tags that match its patterns.
 LAYOUT: dict[str, dict[str, list[str]]] = {

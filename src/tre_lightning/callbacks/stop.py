@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from tre_lightning.distributed import highest
+from tre_lightning.common.distributed import highest
 
 LAUNCHER = "TRE_LIGHTNING_LAUNCHER"  # environment: the process that starts the other ranks
 _PAUSE = 1.0  # seconds; launchers pass on the Ctrl-C that their processes had from the terminal

@@ -20,9 +20,9 @@ from transformers import (
 from tre_lightning.callbacks.checkpoint import check_states, warn
 from tre_lightning.callbacks.monitors import check_monitors
 from tre_lightning.cli.trainer_options import check_limits, check_trainer
+from tre_lightning.common.errors import read
 from tre_lightning.data.prompts import PromptDataModule
 from tre_lightning.engines import check_engine
-from tre_lightning.errors import read
 from tre_lightning.methods import find_methods
 from tre_lightning.policy import (
     ActorCritic,

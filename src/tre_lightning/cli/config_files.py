@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from tre_lightning.paths import expanded
+from tre_lightning.common.paths import expanded
 
 
 def with_layers(words: Sequence[str]) -> list[str]:

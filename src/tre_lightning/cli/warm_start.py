@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tre_lightning.args import at_least, positive, unit_share
+from tre_lightning.common.validation import at_least, positive, unit_share
 
 # Options of the task that say nothing about its demonstrations.
 _IRRELEVANT = (

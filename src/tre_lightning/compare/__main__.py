@@ -10,13 +10,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tre_lightning.common.errors import one_line_errors
+from tre_lightning.common.paths import check_directory, expanded, locked
 from tre_lightning.compare.curves import write_curves
 from tre_lightning.compare.plan import Plan, read_plan
 from tre_lightning.compare.report import report
 from tre_lightning.compare.run import Runner
 from tre_lightning.compare.trial import run_trial
-from tre_lightning.errors import one_line_errors
-from tre_lightning.paths import check_directory, expanded, locked
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 from omegaconf import OmegaConf
 
 from tre_lightning.cli.config_files import read_config, with_layers
-from tre_lightning.paths import expanded
+from tre_lightning.common.paths import expanded
 
 Value = int | float
 Fields = dict[str, Any]

@@ -13,8 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tre_lightning.callbacks.checkpoint import find_checkpoint, folder, saved_run
 from tre_lightning.callbacks.summary import RunSummary
 from tre_lightning.cli.main import main
+from tre_lightning.common.paths import locked
 from tre_lightning.compare.plan import Fields
-from tre_lightning.paths import locked
 
 SPECIFICATION = "trial.json"
 RESULT = "result.json"

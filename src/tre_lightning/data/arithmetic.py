@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from itertools import permutations
 from typing import NamedTuple
 
+from tre_lightning.common.seeding import derived_seed
 from tre_lightning.data.draws import MAX_DRAWS, between, pick, split_of_hash
-from tre_lightning.seeding import derived_seed
 
 BOX, END = "\\boxed{", "}"
 

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tre_lightning.args import at_least
 from tre_lightning.batches import PromptBatch
+from tre_lightning.common.seeding import derived_seed
+from tre_lightning.common.validation import at_least
 from tre_lightning.data.prompts import Prompt, PromptDataModule
 from tre_lightning.data.puzzles import (
     Puzzle,
@@ -30,7 +31,6 @@ from tre_lightning.data.puzzles import (
 )
 from tre_lightning.data.sources import Source, read_rows, warn_of_unscorable
 from tre_lightning.rewards.countdown import LARGEST, Format, final_expression, score_countdown
-from tre_lightning.seeding import derived_seed
 
 _DRAWS_A_PUZZLE = 20  # draws for each held-out puzzle before the ranges count as too narrow
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tre_lightning.args import at_least
 from tre_lightning.batches import PromptBatch
 from tre_lightning.chat import ASSISTANT, ChatPrompt, Messages, as_messages, transcript
+from tre_lightning.common.seeding import derived_seed, permutation
+from tre_lightning.common.validation import at_least
 from tre_lightning.data.preferences import (
     read_pair,
     synthetic_pair,
@@ -32,7 +33,6 @@ from tre_lightning.data.prompts import Prompt, PromptDataModule
 from tre_lightning.data.sources import Source, read_rows, warn_of_unscorable
 from tre_lightning.rewards.preference import Dtype, PreferenceScorer, RewardModelScorer
 from tre_lightning.rewards.remote import RemoteScorer
-from tre_lightning.seeding import derived_seed, permutation
 
 _ANOTHER = 2**40  # from a synthetic prompt of another set to the next that takes its place
 _DRAWS_A_PROMPT = 20  # synthetic prompts looked at for each one that is held out

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tre_lightning.args import at_least, positive
 from tre_lightning.batches import PromptBatch
+from tre_lightning.common.seeding import derived_seed
+from tre_lightning.common.validation import at_least, positive
 from tre_lightning.data.arithmetic import ArithmeticSpec, Problem, generate, mistaken, worked
 from tre_lightning.data.prompts import Prompt, PromptDataModule
 from tre_lightning.data.sources import (
@@ -40,7 +41,6 @@ from tre_lightning.rewards.math import MathScorer, boxed_answers, last_boxed
 from tre_lightning.rewards.mathematics.forms import Named, Value
 from tre_lightning.rewards.mathematics.limits import MAX_CHARS
 from tre_lightning.rewards.mathematics.reader import read
-from tre_lightning.seeding import derived_seed
 
 INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."
 

@@ -3,9 +3,9 @@
 from transformers import PreTrainedModel
 
 from tre_lightning.batches import PromptBatch, Rollout
+from tre_lightning.common.seeding import uniforms
 from tre_lightning.engines.base import Sampling
 from tre_lightning.rollout import generate
-from tre_lightning.seeding import uniforms
 
 
 class InProcess:

@@ -23,10 +23,10 @@ from transformers import PreTrainedModel
 
 from tre_lightning.args import VLLMArgs
 from tre_lightning.batches import PromptBatch, Rollout
-from tre_lightning.distributed import world
+from tre_lightning.common.distributed import world
+from tre_lightning.common.seeding import derived_seed
 from tre_lightning.engines.base import Sampling, prompt_tokens, rollout_of
 from tre_lightning.lora import has_adapters, merged_state_dict
-from tre_lightning.seeding import derived_seed
 from tre_lightning.sharding import whole
 
 _SEEDS = 2**31  # vLLM adds the number of a response to the seed of its prompt

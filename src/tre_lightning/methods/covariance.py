@@ -17,9 +17,9 @@ from torch import Tensor
 
 from tre_lightning.advantages import centred
 from tre_lightning.batches import TrainingBatch
+from tre_lightning.common.seeding import uniforms
 from tre_lightning.methods.hooks import LinearSchedule, LossTerm, Method, PolicyOutputs, Tokens
 from tre_lightning.methods.selection import check_share, share_of, top
-from tre_lightning.seeding import uniforms
 
 
 def covariances(batch: TrainingBatch) -> Tensor:

@@ -165,7 +165,7 @@ class Method(Callback):
         """Weight of each token in the policy loss, ``[B, T]``; None = 1 each.
 
         The loss stays a sum over all counted tokens divided by their number. ``key`` names the
-        minibatch, for random draws (:mod:`tre_lightning.seeding`).
+        minibatch, for random draws (:mod:`tre_lightning.common.seeding`).
         """
         return None
 

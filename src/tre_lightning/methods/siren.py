@@ -5,8 +5,8 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from tre_lightning.args import one_of
 from tre_lightning.batches import TrainingBatch
+from tre_lightning.common.validation import one_of
 from tre_lightning.entropy import Region, check_region
 from tre_lightning.methods.hooks import LinearSchedule, LossTerm, PolicyOutputs, Tokens
 from tre_lightning.methods.selection import above_quantile, check_share, share_of, top

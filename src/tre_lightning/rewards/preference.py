@@ -20,10 +20,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tre_lightning.args import at_least
 from tre_lightning.chat import ChatPrompt, as_messages, transcript
+from tre_lightning.common.errors import read
+from tre_lightning.common.validation import at_least
 from tre_lightning.encoding import Conversation, encode_conversations, pad, tokens_around
-from tre_lightning.errors import read
 from tre_lightning.policy import load_tokenizer
 from tre_lightning.reading import vocabulary_size
 from tre_lightning.tokenizer import check_known, check_special_tokens

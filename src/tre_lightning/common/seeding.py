@@ -11,7 +11,7 @@ import secrets
 import torch
 from torch import Tensor
 
-from tre_lightning.distributed import is_first_process
+from tre_lightning.common.distributed import is_first_process
 
 _DRAWN = "TRE_LIGHTNING_SEED"  # environment: the seed that the run's first process has drawn
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from lightning.fabric.utilities.rank_zero import _get_rank
 from torch import Tensor
 
-from tre_lightning.errors import RunError
+from tre_lightning.common.errors import RunError
 
 
 def world() -> tuple[int, int]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from tre_lightning.distributed import is_first_process
+from tre_lightning.common.distributed import is_first_process
 
 _HOME = re.compile(r"~[\w.-]*(/|$)")
 _held: set[Path] = set()  # lock files of this process
