@@ -341,7 +341,7 @@ def run_of(size: str, **fields: Any) -> Run:
 
 def do_job(job: Fields) -> None:
     """In the fresh process: two iterations, their peak and the second one's processor seconds."""
-    from tre_lightning.lora import LoraArgs
+    from tre_lightning.policy.lora import LoraArgs
 
     how = job["how"]
     before = [0]

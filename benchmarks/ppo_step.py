@@ -237,7 +237,7 @@ def run_ours(
     from tre_lightning.batches import PromptBatch
     from tre_lightning.common.malloc import keep_freed_memory
     from tre_lightning.data.prompts import Prompt, PromptDataModule
-    from tre_lightning.policy import PolicyArgs
+    from tre_lightning.policy.actor_critic import PolicyArgs
     from tre_lightning.ppo import PPOModule
 
     keep_freed_memory()

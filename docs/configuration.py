@@ -19,8 +19,8 @@ from tre_lightning.cli.main import PPOCLI
 from tre_lightning.cli.warm_start import WarmStart
 from tre_lightning.data.preferences import PreferencePairs
 from tre_lightning.data.prompts import PromptDataModule
-from tre_lightning.lora import LoraArgs
 from tre_lightning.methods import LinearSchedule, LossTerm, Method
+from tre_lightning.policy.lora import LoraArgs
 from tre_lightning.ppo import PPOModule
 from tre_lightning.reward_model import RewardModelModule
 

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tre_lightning.batches import PromptBatch
-from tre_lightning.policy import ActorCritic, PolicyArgs, load_language_model
-from tre_lightning.tokenizer import word_tokenizer
+from tre_lightning.policy.actor_critic import ActorCritic, PolicyArgs, load_language_model
+from tre_lightning.policy.tokenizers import word_tokenizer
 
 # So small a model gains nothing from threads, and loses much where other processes want the cores.
 torch.set_num_threads(1)

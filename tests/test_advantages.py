@@ -20,7 +20,7 @@ from tre_lightning.advantages import (
     rloo,
     whitened,
 )
-from tre_lightning.policy import PolicyArgs
+from tre_lightning.policy.actor_critic import PolicyArgs
 from tre_lightning.ppo import PPOModule
 
 NAN = math.nan

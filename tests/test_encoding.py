@@ -10,11 +10,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import runs
-from tre_lightning.chat import Messages, in_template
 from tre_lightning.data import CountdownDataModule, Demonstrations, MathDataModule, WalkDataModule
 from tre_lightning.data.hh import PreferenceDataModule, RewardArgs
 from tre_lightning.data.prompts import Prompt
-from tre_lightning.encoding import (
+from tre_lightning.policy.chat import Messages, in_template
+from tre_lightning.policy.encoding import (
     Conversation,
     control_tokens,
     encode_conversations,
@@ -22,8 +22,8 @@ from tre_lightning.encoding import (
     textless_tokens,
     tokens_around,
 )
+from tre_lightning.policy.tokenizers import word_tokenizer
 from tre_lightning.rewards.preference import encode
-from tre_lightning.tokenizer import word_tokenizer
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"

@@ -20,7 +20,7 @@ from transformers import (
 import runs
 from tre_lightning.args import OptimArgs
 from tre_lightning.cli.main import PPOCLI, main
-from tre_lightning.sharding import check_sharding, shards
+from tre_lightning.policy.sharding import check_sharding, shards
 
 EXPERIMENTS = Path(__file__).parents[1] / "configs" / "experiment"
 METHOD = EXPERIMENTS.parent / "method" / "tre_p.yaml"

@@ -23,9 +23,9 @@ from tre_lightning.batches import PromptBatch
 from tre_lightning.cli.main import PPOCLI, RewardCLI, main
 from tre_lightning.data.hh import PreferenceDataModule, RewardArgs, read_prompt
 from tre_lightning.data.preferences import synthetic_vocabulary
+from tre_lightning.policy.tokenizers import word_tokenizer
 from tre_lightning.rewards.preference import RewardModelScorer
 from tre_lightning.rewards.server import RewardServer
-from tre_lightning.tokenizer import word_tokenizer
 
 ROOT = Path(__file__).parents[1]
 PAIRS = "tre_lightning.data.preferences.PreferencePairs"

@@ -1,4 +1,4 @@
-"""Tests of tre_lightning.lora, and of policies that have adapters."""
+"""Tests of tre_lightning.policy.lora, and of policies that have adapters."""
 
 import sys
 import warnings
@@ -13,8 +13,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import runs
 from tre_lightning.batches import PromptBatch
-from tre_lightning.head import Head, plain_head
-from tre_lightning.lora import (
+from tre_lightning.methods import PolicyOutputs
+from tre_lightning.ops import Region
+from tre_lightning.policy.actor_critic import (
+    ActorCritic,
+    PolicyArgs,
+    head_input,
+    load_language_model,
+)
+from tre_lightning.policy.head import Head, plain_head
+from tre_lightning.policy.lora import (
     LoraArgs,
     add_adapters,
     fingerprint,
@@ -23,9 +31,6 @@ from tre_lightning.lora import (
     merged_state_dict,
     without_adapters,
 )
-from tre_lightning.methods import PolicyOutputs
-from tre_lightning.ops import Region
-from tre_lightning.policy import ActorCritic, PolicyArgs, head_input, load_language_model
 from tre_lightning.ppo import PPOModule
 from tre_lightning.reward_model import RewardModelModule
 from tre_lightning.rollout import generate

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from tre_lightning.losses import label_logprobs, masked_sum, policy_loss, policy_ratio, value_loss
+from tre_lightning.losses import masked_sum, policy_loss, policy_ratio, value_loss
+from tre_lightning.policy.head import label_logprobs
 
 # --- label_logprobs ---
 

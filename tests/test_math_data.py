@@ -21,8 +21,8 @@ from tre_lightning.batches import PromptBatch
 from tre_lightning.data import ArithmeticSpec, CountdownDataModule, MathDataModule
 from tre_lightning.data.arithmetic import Problem, generate, mistaken, split_of, worked
 from tre_lightning.data.sources import read_rows
+from tre_lightning.policy.tokenizers import word_tokenizer
 from tre_lightning.rewards.math import boxed_answers, last_boxed
-from tre_lightning.tokenizer import word_tokenizer
 
 pytest.importorskip("math_verify")
 

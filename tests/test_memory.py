@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import runs
 from tre_lightning.batches import PromptBatch
 from tre_lightning.cli.main import PPOCLI, main
-from tre_lightning.policy import (
+from tre_lightning.policy.actor_critic import (
     ActorCritic,
     PolicyArgs,
     checkpoint_gradients,

@@ -1,4 +1,4 @@
-"""Tests of tre_lightning.policy."""
+"""Tests of tre_lightning.policy.actor_critic."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -18,19 +18,17 @@ from transformers import (
 )
 
 from tre_lightning.batches import PromptBatch, Rollout, sequence_inputs
-from tre_lightning.head import HeadInput
-from tre_lightning.policy import (
+from tre_lightning.policy.actor_critic import (
     ActorCritic,
     PolicyArgs,
-    end_tokens,
     head_input,
     load_language_model,
-    load_tokenizer,
     parameter_shapes,
     response_positions,
 )
+from tre_lightning.policy.head import HeadInput
+from tre_lightning.policy.tokenizers import end_tokens, load_tokenizer, word_tokenizer
 from tre_lightning.rollout import generate
-from tre_lightning.tokenizer import word_tokenizer
 
 PROMPTS, RESPONSES = [3, 6, 1], [4, 2, 1]
 

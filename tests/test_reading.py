@@ -1,4 +1,4 @@
-"""Tests of tre_lightning.reading: a token has one log-probability, however its row is read."""
+"""Tests of tre_lightning.policy.reading: a token has one log-probability, however its row is read."""
 
 import copy
 import logging
@@ -15,10 +15,9 @@ from transformers import PreTrainedModel
 import runs
 from tre_lightning.batches import PromptBatch, sequence_inputs
 from tre_lightning.common.errors import Refused
-from tre_lightning.head import HeadInput
-from tre_lightning.losses import label_logprobs
-from tre_lightning.policy import ActorCritic, PolicyArgs, load_language_model
-from tre_lightning.reading import reading, trunk_of
+from tre_lightning.policy.actor_critic import ActorCritic, PolicyArgs, load_language_model
+from tre_lightning.policy.head import HeadInput, label_logprobs
+from tre_lightning.policy.reading import reading, trunk_of
 from tre_lightning.rollout import generate
 
 MakePrompts = Callable[[Sequence[int]], PromptBatch]

@@ -21,7 +21,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from tre_lightning.chat import ChatPrompt
+from tre_lightning.policy.chat import ChatPrompt
 from tre_lightning.rewards.preference import RewardModelScorer
 from tre_lightning.rewards.remote import RemoteScorer, RewardServerError
 from tre_lightning.rewards.server import RewardServer, main

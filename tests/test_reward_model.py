@@ -24,7 +24,6 @@ from transformers import (
 )
 
 import runs
-from tre_lightning.chat import as_messages
 from tre_lightning.data.preferences import (
     Pair,
     PairBatch,
@@ -36,11 +35,12 @@ from tre_lightning.data.preferences import (
     synthetic_prompt,
     synthetic_vocabulary,
 )
-from tre_lightning.encoding import pad
-from tre_lightning.policy import PolicyArgs
+from tre_lightning.policy.actor_critic import PolicyArgs
+from tre_lightning.policy.chat import as_messages
+from tre_lightning.policy.encoding import pad
+from tre_lightning.policy.tokenizers import word_tokenizer
 from tre_lightning.reward_model import PairMetrics, RewardModelModule, preference_loss
 from tre_lightning.rewards.preference import RewardModelScorer, encode, scalar_scores
-from tre_lightning.tokenizer import word_tokenizer
 
 ARCHITECTURE = {
     "model_type": "qwen3",

@@ -13,8 +13,8 @@ import runs
 from tre_lightning.args import RolloutArgs
 from tre_lightning.batches import PromptBatch, Rollout
 from tre_lightning.engines import in_process
-from tre_lightning.policy import PolicyArgs, load_language_model
-from tre_lightning.reading import positions, reading
+from tre_lightning.policy.actor_critic import PolicyArgs, load_language_model
+from tre_lightning.policy.reading import positions, reading
 from tre_lightning.rollout import concatenate, generate, pick_tokens
 
 MakePrompts = Callable[[Sequence[int]], PromptBatch]

@@ -25,11 +25,11 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 import runs
-from tre_lightning import sharding
 from tre_lightning.cli.main import main
-from tre_lightning.head import HeadInput
-from tre_lightning.policy import ActorCritic, PolicyArgs, trains_all
-from tre_lightning.sharding import check_sharding
+from tre_lightning.policy import sharding
+from tre_lightning.policy.actor_critic import ActorCritic, PolicyArgs, trains_all
+from tre_lightning.policy.head import HeadInput
+from tre_lightning.policy.sharding import check_sharding
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="needs torch.distributed"

@@ -11,8 +11,8 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 import runs
 from tre_lightning.common.errors import Refused
 from tre_lightning.data.puzzles import PuzzleSpec
-from tre_lightning.policy import ActorCritic, PolicyArgs, load_language_model
-from tre_lightning.tokenizer import (
+from tre_lightning.policy.actor_critic import ActorCritic, PolicyArgs, load_language_model
+from tre_lightning.policy.tokenizers import (
     check_known,
     check_same_words,
     check_special_tokens,

@@ -9,13 +9,6 @@ import torch
 from torch import Tensor
 
 
-def label_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
-    """Log-probability of ``labels`` ``[...]`` under ``logits`` ``[..., V]``, float32 ``[...]``."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    chosen = wide.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    return chosen - wide.logsumexp(-1)
-
-
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
     """Sum over the True entries; what stands elsewhere (NaN included) does not count."""
     return torch.where(mask, values, 0.0).sum()

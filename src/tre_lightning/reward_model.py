@@ -21,16 +21,19 @@ from tre_lightning.common.metrics import MaskedMean
 from tre_lightning.common.validation import at_least, options, positive
 from tre_lightning.data.preferences import PairBatch, PreferencePairs
 from tre_lightning.optim import decaying_adamw
-from tre_lightning.policy import (
+from tre_lightning.policy.actor_critic import (
     PolicyArgs,
     checkpoint_gradients,
     load_config,
-    load_tokenizer,
     trains_all,
 )
-from tre_lightning.reading import vocabulary_size
+from tre_lightning.policy.tokenizers import (
+    check_special_tokens,
+    load_tokenizer,
+    vocabulary_size,
+    word_tokenizer,
+)
 from tre_lightning.rewards.preference import context_length, scalar_scores, set_pad_token
-from tre_lightning.tokenizer import check_special_tokens, word_tokenizer
 
 
 def preference_loss(

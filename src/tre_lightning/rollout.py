@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from tre_lightning.batches import PromptBatch, Rollout
-from tre_lightning.reading import Cached, Whole, eval_mode, start_decoding
+from tre_lightning.policy.reading import Cached, Whole, eval_mode, start_decoding
 
 # Finished rows leave the batch when at most this share of it is running. Leaving copies the cache.
 MOST_RUNNING = 7 / 8

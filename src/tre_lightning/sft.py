@@ -12,19 +12,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tre_lightning.common.validation import at_least, options, positive
 from tre_lightning.data.demonstrations import DemonstrationBatch, Demonstrations
-from tre_lightning.losses import label_logprobs
 from tre_lightning.optim import decaying_adamw
-from tre_lightning.policy import (
+from tre_lightning.policy.actor_critic import (
     PolicyArgs,
     check_reading,
     checkpoint_gradients,
     load_language_model,
-    load_tokenizer,
     refusing,
     trains_all,
 )
-from tre_lightning.reading import vocabulary_size
-from tre_lightning.tokenizer import check_special_tokens, word_tokenizer
+from tre_lightning.policy.head import label_logprobs
+from tre_lightning.policy.tokenizers import (
+    check_special_tokens,
+    load_tokenizer,
+    vocabulary_size,
+    word_tokenizer,
+)
 
 
 class SFTModule(LightningModule):

@@ -24,23 +24,23 @@ from tre_lightning.common.errors import read
 from tre_lightning.data.prompts import PromptDataModule
 from tre_lightning.engines import check_engine
 from tre_lightning.methods import find_methods
-from tre_lightning.policy import (
+from tre_lightning.policy.actor_critic import (
     ActorCritic,
     PolicyArgs,
     load_config,
-    load_tokenizer,
     parameter_shapes,
     refuse_other_model,
 )
-from tre_lightning.ppo import PPOModule
-from tre_lightning.reading import vocabulary_size
-from tre_lightning.sharding import check_sharding, shards
-from tre_lightning.tokenizer import (
+from tre_lightning.policy.sharding import check_sharding, shards
+from tre_lightning.policy.tokenizers import (
     check_known,
     check_same_words,
     check_special_tokens,
+    load_tokenizer,
+    vocabulary_size,
     word_tokenizer,
 )
+from tre_lightning.ppo import PPOModule
 
 
 def check_run(

@@ -57,9 +57,10 @@ from tre_lightning.cli.checks import (
     check_seed,
 )
 from tre_lightning.cli.config_files import read_config, with_layers
-from tre_lightning.cli.slurm import Requeue, is_started_anew, job_id
+from tre_lightning.cli.slurm import Requeue, is_started_anew
 from tre_lightning.cli.trainer_options import blame, check_options, check_ppo_callbacks
 from tre_lightning.cli.warm_start import WarmStart, wait_for
+from tre_lightning.common.distributed import job_id
 from tre_lightning.common.errors import Refused, RunError, disk_full, one_line, one_line_errors
 from tre_lightning.common.malloc import keep_freed_memory
 from tre_lightning.common.paths import changed, check_directory, expanded, is_locked_here, locked
@@ -69,12 +70,12 @@ from tre_lightning.data.preferences import PreferencePairs
 from tre_lightning.data.prompts import PromptDataModule
 from tre_lightning.horizon import has_end
 from tre_lightning.optim import check_decay
-from tre_lightning.policy import PolicyArgs
+from tre_lightning.policy.actor_critic import PolicyArgs
+from tre_lightning.policy.sharding import check_whole
 from tre_lightning.ppo import PPOModule
 from tre_lightning.reward_model import PairMetrics, RewardModelModule
 from tre_lightning.rewards.remote import RewardServerError
 from tre_lightning.sft import SFTModule
-from tre_lightning.sharding import check_whole
 
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
 

@@ -12,11 +12,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from tre_lightning.callbacks.stop import GracefulStop
-
-
-def job_id() -> str | None:
-    """The SLURM job of this process; it stays when the job is queued again."""
-    return os.environ.get("SLURM_JOB_ID")
+from tre_lightning.common.distributed import job_id
 
 
 def is_started_anew() -> bool:

@@ -94,3 +94,8 @@ def agree(error: Exception | None) -> None:
     common = kind(message)
     common.of_all_ranks = True
     raise common from error
+
+
+def job_id() -> str | None:
+    """The SLURM job of this process; it stays when the job is queued again."""
+    return os.environ.get("SLURM_JOB_ID")

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from tre_lightning.common.seeding import uniforms
 from tre_lightning.common.validation import at_least, unit_share
 from tre_lightning.data.prompts import PromptDataModule
-from tre_lightning.encoding import pad
+from tre_lightning.policy.encoding import pad
 
 Demonstration = tuple[str, str]  # text of the prompt, without a chat template, and the response
 

@@ -20,7 +20,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tre_lightning.batches import PromptBatch
-from tre_lightning.chat import ASSISTANT, ChatPrompt, Messages, as_messages, transcript
 from tre_lightning.common.seeding import derived_seed, permutation
 from tre_lightning.common.validation import at_least
 from tre_lightning.data.preferences import (
@@ -31,6 +30,7 @@ from tre_lightning.data.preferences import (
 )
 from tre_lightning.data.prompts import Prompt, PromptDataModule
 from tre_lightning.data.sources import Source, read_rows, warn_of_unscorable
+from tre_lightning.policy.chat import ASSISTANT, ChatPrompt, Messages, as_messages, transcript
 from tre_lightning.rewards.preference import Dtype, PreferenceScorer, RewardModelScorer
 from tre_lightning.rewards.remote import RemoteScorer
 

@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from tre_lightning.batches import PromptBatch, Rollout
 from tre_lightning.common.seeding import derived_seed
 from tre_lightning.engines.base import Sampling, prompt_tokens, rollout_of
-from tre_lightning.reading import eval_mode
+from tre_lightning.policy.reading import eval_mode
 
 if TYPE_CHECKING:
     from transformers import ContinuousBatchingConfig

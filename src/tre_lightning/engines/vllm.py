@@ -26,8 +26,8 @@ from tre_lightning.batches import PromptBatch, Rollout
 from tre_lightning.common.distributed import world
 from tre_lightning.common.seeding import derived_seed
 from tre_lightning.engines.base import Sampling, prompt_tokens, rollout_of
-from tre_lightning.lora import has_adapters, merged_state_dict
-from tre_lightning.sharding import whole
+from tre_lightning.policy.lora import has_adapters, merged_state_dict
+from tre_lightning.policy.sharding import whole
 
 _SEEDS = 2**31  # vLLM adds the number of a response to the seed of its prompt
 

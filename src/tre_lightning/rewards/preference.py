@@ -20,13 +20,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tre_lightning.chat import ChatPrompt, as_messages, transcript
 from tre_lightning.common.errors import read
 from tre_lightning.common.validation import at_least
-from tre_lightning.encoding import Conversation, encode_conversations, pad, tokens_around
-from tre_lightning.policy import load_tokenizer
-from tre_lightning.reading import vocabulary_size
-from tre_lightning.tokenizer import check_known, check_special_tokens
+from tre_lightning.policy.chat import ChatPrompt, as_messages, transcript
+from tre_lightning.policy.encoding import Conversation, encode_conversations, pad, tokens_around
+from tre_lightning.policy.tokenizers import (
+    check_known,
+    check_special_tokens,
+    load_tokenizer,
+    vocabulary_size,
+)
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 

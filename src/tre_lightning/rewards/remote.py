@@ -21,9 +21,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 from urllib.parse import urlsplit
 
-from tre_lightning.chat import ChatPrompt
 from tre_lightning.common.errors import RunError
 from tre_lightning.common.validation import at_least, positive
+from tre_lightning.policy.chat import ChatPrompt
 from tre_lightning.rewards.preference import check_equal_numbers
 
 _LARGEST_REPLY = 65536  # bytes, and these for every score besides:

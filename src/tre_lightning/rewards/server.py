@@ -17,9 +17,9 @@ from typing import Any, get_args
 
 import torch
 
-from tre_lightning.chat import as_messages
 from tre_lightning.common.errors import one_line, one_line_errors
 from tre_lightning.common.paths import expanded
+from tre_lightning.policy.chat import as_messages
 from tre_lightning.rewards.preference import (
     Dtype,
     PreferenceScorer,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tre_lightning.chat import Messages, in_template
+from tre_lightning.policy.chat import Messages, in_template
 
 _PRIVATE_USE = range(0xE000, 0xF8FF)  # characters without a meaning: one of them marks a break
 _TAG = re.compile(r"</?[A-Za-z]\w*>")

@@ -16,10 +16,11 @@ from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from tre_lightning.common.errors import Refused
-from tre_lightning.kv_cache import growing_cache
+from tre_lightning.policy.kv_cache import growing_cache
+from tre_lightning.policy.tokenizers import vocabulary_size
 
 # Relative difference of two outputs that are equal but for rounding.
 _CLOSE, _CLOSE_TF32, _CLOSE_HALF = 3e-4, 1e-2, 0.1
@@ -105,12 +106,6 @@ def trunk_of(model: PreTrainedModel) -> PreTrainedModel:
 def takes(model: nn.Module, option: str) -> bool:
     """Whether a model's forward pass names an option."""
     return option in inspect.signature(model.forward).parameters
-
-
-def vocabulary_size(config: PreTrainedConfig) -> int | None:
-    """Rows of a model's table of tokens; None = its configuration does not say."""
-    size = getattr(config.get_text_config(), "vocab_size", None)
-    return size if isinstance(size, int) else None
 
 
 def positions(mask: Tensor) -> Tensor:

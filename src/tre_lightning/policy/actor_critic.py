@@ -15,7 +15,6 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -25,24 +24,17 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from tre_lightning.common.distributed import world
 from tre_lightning.common.errors import Refused, read
 from tre_lightning.common.validation import one_of, options
-from tre_lightning.head import HeadInput, plain_head
-from tre_lightning.lora import LoraArgs, add_adapters, has_adapters, merged_state_dict
-from tre_lightning.reading import (
-    hidden_states,
-    is_noisy,
-    laid_out,
-    reading,
-    takes,
-    trunk_of,
-    vocabulary_size,
-)
-from tre_lightning.sharding import (
+from tre_lightning.policy.head import HeadInput, plain_head
+from tre_lightning.policy.lora import LoraArgs, add_adapters, has_adapters, merged_state_dict
+from tre_lightning.policy.reading import hidden_states, is_noisy, laid_out, reading, takes, trunk_of
+from tre_lightning.policy.sharding import (
     gathered_layers,
     is_sharded,
     no_inference_mode,
     shard,
     whole_state_dict,
 )
+from tre_lightning.policy.tokenizers import vocabulary_size
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -293,7 +285,7 @@ class ActorCritic(nn.Module):
             return use(self.policy)
 
     def shard(self, device_type: str, precision: str, *, cpu_offload: bool = False) -> None:
-        """Shard the weights over all ranks, as :func:`tre_lightning.sharding.shard` says."""
+        """Shard the weights over all ranks, as :func:`tre_lightning.policy.sharding.shard` says."""
         _ = self.head  # found by a trial, which needs whole weights
         for model in filter(None, (self.policy, trunk_of(self.policy), self.critic)):
             reading(model)
@@ -457,7 +449,7 @@ def check_reading(model: PreTrainedModel) -> None:
     """Try out how a policy reads; say so where it will sample slowly.
 
     Raises:
-        Refused: see :func:`tre_lightning.reading.reading`.
+        Refused: see :func:`tre_lightning.policy.reading.reading`.
     """
     if not reading(model).cached:
         _log.warning(
@@ -465,22 +457,6 @@ def check_reading(model: PreTrainedModel) -> None:
             "each sampled token costs a pass over its whole row",
             type(model).__name__,
         )
-
-
-def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model, padding on the left, with a pad token."""
-    tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(model))
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end a response: those of the model's generation settings and the tokenizer's."""
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    ids = configured if isinstance(configured, list) else [configured]
-    return sorted({int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None})
 
 
 def parameter_shapes(module: nn.Module) -> dict[str, list[int]]:

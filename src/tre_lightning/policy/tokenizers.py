@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from tempfile import TemporaryDirectory
+from typing import cast
 
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -9,6 +10,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
@@ -129,3 +131,25 @@ def unknown_word(tokenizer: PreTrainedTokenizerBase, text: str) -> str | None:
         if number == tokenizer.unk_token_id and word not in ("", tokenizer.unk_token):
             return word
     return None
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model, padding on the left, with a pad token."""
+    tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(model))
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that end a response: those of the model's generation settings and the tokenizer's."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    return sorted({int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None})
+
+
+def vocabulary_size(config: PreTrainedConfig) -> int | None:
+    """Rows of a model's table of tokens; None = its configuration does not say."""
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    return size if isinstance(size, int) else None

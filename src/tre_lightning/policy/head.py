@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tre_lightning.entropy import EntropyStats, entropy_stats, full_entropy, trust_region_entropy
-from tre_lightning.losses import label_logprobs
 from tre_lightning.methods.hooks import PolicyOutputs
 from tre_lightning.ops import Region
 from tre_lightning.ops.functions import (
@@ -24,7 +23,7 @@ from tre_lightning.ops.functions import (
     fused_linear_token_stats,
     token_stats,
 )
-from tre_lightning.reading import trunk_of
+from tre_lightning.policy.reading import trunk_of
 
 TokenLosses = Callable[[slice, PolicyOutputs], Tensor]
 
@@ -151,3 +150,10 @@ def plain_head(model: PreTrainedModel) -> nn.Linear | None:
     same = torch.equal(logits.float(), seen["output"].float())
     reads = hidden.shape == seen["input"].shape and torch.allclose(hidden, seen["input"])
     return head if same and reads else None
+
+
+def label_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
+    """Log-probability of ``labels`` ``[...]`` under ``logits`` ``[..., V]``, float32 ``[...]``."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    chosen = wide.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    return chosen - wide.logsumexp(-1)
