@@ -35,8 +35,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 
 from tre_lightning.batches import PromptBatch
 from tre_lightning.common.seeding import generator
-from tre_lightning.engines import ContinuousBatching, InProcess, RolloutEngine, Sampling
 from tre_lightning.policy.kv_cache import growing_cache
+from tre_lightning.sampling import ContinuousBatching, InProcess, RolloutEngine, Sampling
 
 PAD = 0
 GREEDY = 1e-8  # temperature at which sampling takes the most probable token

@@ -39,7 +39,7 @@ from tre_lightning.methods import EntropyBonus, LossTerm, PolicyOutputs, Tokens,
 from tre_lightning.ops.functions import token_stats
 from tre_lightning.policy.actor_critic import PolicyArgs, load_language_model
 from tre_lightning.policy.head import label_logprobs
-from tre_lightning.rollout import generate
+from tre_lightning.sampling.in_process import generate
 
 METHODS: dict[str, Callable[[], LossTerm]] = {
     "global": EntropyBonus,

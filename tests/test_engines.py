@@ -1,4 +1,4 @@
-"""Tests of tre_lightning.engines: the samplers behind the interface, and the correction."""
+"""Tests of tre_lightning.sampling: the samplers behind the interface, and the correction."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -15,10 +15,9 @@ from transformers import PreTrainedModel
 
 import runs
 from tre_lightning import ppo
-from tre_lightning.args import RolloutArgs, VLLMArgs
 from tre_lightning.batches import PromptBatch, Rollout, TrainingBatch
 from tre_lightning.common.seeding import uniforms
-from tre_lightning.engines import (
+from tre_lightning.sampling import (
     VLLM,
     ContinuousBatching,
     InProcess,
@@ -29,6 +28,7 @@ from tre_lightning.engines import (
     importance_weights,
     make_engine,
 )
+from tre_lightning.sampling.options import RolloutArgs, VLLMArgs
 
 MakePrompts = Callable[[Sequence[int]], PromptBatch]
 VOCAB_SIZE, PAD = 50, 0

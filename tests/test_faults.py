@@ -22,7 +22,7 @@ from torch import Tensor
 import runs
 import tre_lightning.objective
 import tre_lightning.ppo
-import tre_lightning.rollout
+import tre_lightning.sampling.in_process
 from tre_lightning.args import PPOArgs
 from tre_lightning.batches import PromptBatch
 from tre_lightning.callbacks.checkpoint import IterationCheckpoint, find_checkpoint
@@ -425,7 +425,7 @@ def moments(draw: random.Random) -> Iterator[Callable[[], None]]:
     """Random moments of a tiny run at which to die: of the rollout, the update, the checkpoint."""
     before = draw.random() < 0.5
     rollout, update = draw.randint(1, 40), draw.randint(1, 12)
-    yield lambda: die_at(tre_lightning.rollout, "pick_tokens", rollout, before=before)
+    yield lambda: die_at(tre_lightning.sampling.in_process, "pick_tokens", rollout, before=before)
     yield lambda: die_at(tre_lightning.objective, "policy_loss", update, before=before)
     save, place = draw.randint(1, 4), draw.randrange(4)
     functions = [(os, "link"), (Path, "replace"), (torch, "save")]

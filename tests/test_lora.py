@@ -33,7 +33,7 @@ from tre_lightning.policy.lora import (
 )
 from tre_lightning.ppo import PPOModule
 from tre_lightning.reward_model import RewardModelModule
-from tre_lightning.rollout import generate
+from tre_lightning.sampling.in_process import generate
 from tre_lightning.sft import SFTModule
 
 IDS = torch.tensor([[5, 9, 3, 17, 30, 8]])

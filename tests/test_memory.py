@@ -21,7 +21,7 @@ from tre_lightning.policy.actor_critic import (
     load_language_model,
     weight_type,
 )
-from tre_lightning.rollout import generate
+from tre_lightning.sampling.in_process import generate
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 IDS = torch.tensor([[5, 9, 3, 17, 30, 8]])

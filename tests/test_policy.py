@@ -28,7 +28,7 @@ from tre_lightning.policy.actor_critic import (
 )
 from tre_lightning.policy.head import HeadInput
 from tre_lightning.policy.tokenizers import end_tokens, load_tokenizer, word_tokenizer
-from tre_lightning.rollout import generate
+from tre_lightning.sampling.in_process import generate
 
 PROMPTS, RESPONSES = [3, 6, 1], [4, 2, 1]
 

@@ -18,7 +18,7 @@ from tre_lightning.common.errors import Refused
 from tre_lightning.policy.actor_critic import ActorCritic, PolicyArgs, load_language_model
 from tre_lightning.policy.head import HeadInput, label_logprobs
 from tre_lightning.policy.reading import reading, trunk_of
-from tre_lightning.rollout import generate
+from tre_lightning.sampling.in_process import generate
 
 MakePrompts = Callable[[Sequence[int]], PromptBatch]
 ARGS = PolicyArgs(model="m")

@@ -1,4 +1,4 @@
-"""Tests of tre_lightning.rollout."""
+"""Tests of tre_lightning.sampling.in_process."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,12 +10,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import runs
-from tre_lightning.args import RolloutArgs
 from tre_lightning.batches import PromptBatch, Rollout
-from tre_lightning.engines import in_process
 from tre_lightning.policy.actor_critic import PolicyArgs, load_language_model
 from tre_lightning.policy.reading import positions, reading
-from tre_lightning.rollout import concatenate, generate, pick_tokens
+from tre_lightning.sampling import in_process
+from tre_lightning.sampling.in_process import concatenate, generate, pick_tokens
+from tre_lightning.sampling.options import RolloutArgs
 
 MakePrompts = Callable[[Sequence[int]], PromptBatch]
 VOCAB_SIZE, PAD, EOS = 50, 0, 1

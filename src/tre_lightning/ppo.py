@@ -21,14 +21,13 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase
 
 from tre_lightning.advantages import check_estimator
-from tre_lightning.args import DiagnosticsArgs, EvaluationArgs, OptimArgs, PPOArgs, RolloutArgs
+from tre_lightning.args import DiagnosticsArgs, OptimArgs, PPOArgs
 from tre_lightning.batches import Experience, PromptBatch, Rollout, TrainingBatch, sequence_inputs
 from tre_lightning.common.distributed import agreed, highest, job_id, world
 from tre_lightning.common.metrics import MaskedMean
 from tre_lightning.common.precision import float32_or_better
 from tre_lightning.common.validation import options
 from tre_lightning.diagnostics import Evaluations, RolloutMetrics, UpdateMetrics
-from tre_lightning.engines import Sampling, corrected, make_engine
 from tre_lightning.entropy import EntropyStats
 from tre_lightning.experience import build_experience, compute_targets, minibatches
 from tre_lightning.horizon import total_batches
@@ -57,6 +56,8 @@ from tre_lightning.policy.head import Head, HeadInput
 from tre_lightning.policy.lora import fingerprint, frozen_names, without_adapters
 from tre_lightning.policy.sharding import shards, whole
 from tre_lightning.policy.tokenizers import end_tokens, load_tokenizer
+from tre_lightning.sampling import Sampling, corrected, make_engine
+from tre_lightning.sampling.options import EvaluationArgs, RolloutArgs
 from tre_lightning.task import Task, scores_of
 
 T = TypeVar("T")

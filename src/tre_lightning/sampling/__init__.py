@@ -1,11 +1,11 @@
 """Rollout engines: what samples responses, behind one small interface."""
 
-from tre_lightning.args import RolloutArgs
-from tre_lightning.engines.base import RolloutEngine, Sampling
-from tre_lightning.engines.continuous_batching import ContinuousBatching, check_continuous_batching
-from tre_lightning.engines.in_process import InProcess
 from tre_lightning.engines.mismatch import corrected, importance_weights
-from tre_lightning.engines.vllm import VLLM, check_vllm
+from tre_lightning.sampling.base import RolloutEngine, Sampling
+from tre_lightning.sampling.continuous_batching import ContinuousBatching, check_continuous_batching
+from tre_lightning.sampling.in_process import InProcess
+from tre_lightning.sampling.options import RolloutArgs
+from tre_lightning.sampling.vllm import VLLM, check_vllm
 
 __all__ = [
     "VLLM",

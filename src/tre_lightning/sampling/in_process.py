@@ -13,7 +13,9 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from tre_lightning.batches import PromptBatch, Rollout
+from tre_lightning.common.seeding import uniforms
 from tre_lightning.policy.reading import Cached, Whole, eval_mode, start_decoding
+from tre_lightning.sampling.base import Sampling
 
 # Finished rows leave the batch when at most this share of it is running. Leaving copies the cache.
 MOST_RUNNING = 7 / 8
@@ -178,3 +180,28 @@ def _respond(
         decoding.read(model, token, running)
     longest = int(response_mask.any(0).sum())
     return response[:, :longest], response_mask[:, :longest], finished, logprobs[:, :longest]
+
+
+class InProcess:
+    """Each token consumes a uniform number of its row: layout and devices change no response."""
+
+    def sample(self, model: PreTrainedModel, prompts: PromptBatch, how: Sampling) -> Rollout:
+        """Sample; see :class:`~tre_lightning.sampling.base.RolloutEngine`."""
+        n = how.num_responses
+        numbers = uniforms(
+            prompts.total_rows * n,
+            how.max_new_tokens,
+            *("responses", how.seed, prompts.split, prompts.index),
+        )
+        first = prompts.first_row * n
+        return generate(
+            model,
+            prompts,
+            num_responses=n,
+            uniforms=numbers[first : first + len(prompts) * n],
+            eos_token_ids=how.eos_token_ids,
+            pad_token_id=how.pad_token_id,
+            temperature=how.temperature,
+            top_p=how.top_p,
+            sample_batch_size=how.sample_batch_size,
+        )

@@ -20,8 +20,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from tre_lightning.batches import PromptBatch, Rollout
 from tre_lightning.common.seeding import derived_seed
-from tre_lightning.engines.base import Sampling, prompt_tokens, rollout_of
 from tre_lightning.policy.reading import eval_mode
+from tre_lightning.sampling.base import Sampling, prompt_tokens, rollout_of
 
 if TYPE_CHECKING:
     from transformers import ContinuousBatchingConfig
@@ -49,7 +49,7 @@ class ContinuousBatching:
     """``sample_batch_size`` bounds the rows that are sampled at a time, and with them the pages."""
 
     def sample(self, model: PreTrainedModel, prompts: PromptBatch, how: Sampling) -> Rollout:
-        """Sample; see :class:`~tre_lightning.engines.base.RolloutEngine`.
+        """Sample; see :class:`~tre_lightning.sampling.base.RolloutEngine`.
 
         Raises:
             RuntimeError: if a request fails.

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tre_lightning.args import VLLMArgs
 from tre_lightning.batches import PromptBatch, Rollout
 from tre_lightning.common.distributed import world
 from tre_lightning.common.seeding import derived_seed
-from tre_lightning.engines.base import Sampling, prompt_tokens, rollout_of
 from tre_lightning.policy.lora import has_adapters, merged_state_dict
 from tre_lightning.policy.sharding import whole
+from tre_lightning.sampling.base import Sampling, prompt_tokens, rollout_of
+from tre_lightning.sampling.options import VLLMArgs
 
 _SEEDS = 2**31  # vLLM adds the number of a response to the seed of its prompt
 
@@ -49,7 +49,7 @@ class VLLM:
         self._llm: Any = None
 
     def sample(self, model: PreTrainedModel, prompts: PromptBatch, how: Sampling) -> Rollout:
-        """Sample; see :class:`~tre_lightning.engines.base.RolloutEngine`."""
+        """Sample; see :class:`~tre_lightning.sampling.base.RolloutEngine`."""
         check_vllm()
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
