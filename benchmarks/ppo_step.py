@@ -236,10 +236,10 @@ def run_ours(
     from tre_lightning.args import OptimArgs, PPOArgs
     from tre_lightning.batches import PromptBatch
     from tre_lightning.common.malloc import keep_freed_memory
-    from tre_lightning.data.prompts import Prompt, PromptDataModule
     from tre_lightning.policy.actor_critic import PolicyArgs
     from tre_lightning.ppo import PPOModule
     from tre_lightning.sampling.options import RolloutArgs
+    from tre_lightning.tasks.base import Prompt, PromptDataModule
 
     keep_freed_memory()
     disable_possible_user_warnings()

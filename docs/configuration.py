@@ -14,15 +14,16 @@ from typing import Any, Literal, Never, Union, get_args, get_origin
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
-from tre_lightning import data, methods
+from tre_lightning import methods
+from tre_lightning import tasks as data
 from tre_lightning.cli.main import PPOCLI
 from tre_lightning.cli.warm_start import WarmStart
-from tre_lightning.data.preferences import PreferencePairs
-from tre_lightning.data.prompts import PromptDataModule
 from tre_lightning.methods import LinearSchedule, LossTerm, Method
 from tre_lightning.policy.lora import LoraArgs
 from tre_lightning.ppo import PPOModule
 from tre_lightning.reward_model import RewardModelModule
+from tre_lightning.tasks.alignment.pairs import PreferencePairs
+from tre_lightning.tasks.base import PromptDataModule
 
 PAGE = Path(__file__).with_suffix(".md")
 OF_EVERY_PARSER = ("help", "config", "print_config")

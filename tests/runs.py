@@ -28,8 +28,8 @@ from torch import Tensor
 from tre_lightning.batches import PromptBatch
 from tre_lightning.cli import main as cli
 from tre_lightning.cli.main import main
-from tre_lightning.data import CountdownDataModule
 from tre_lightning.methods import EntropyBonus, PolicyOutputs, Tokens
+from tre_lightning.tasks import CountdownDataModule
 
 # The warm start of all these runs is trained once a session.
 _cache = tempfile.TemporaryDirectory(prefix="tre_lightning_tests_")

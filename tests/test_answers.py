@@ -6,9 +6,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tre_lightning.batches import PromptBatch
-from tre_lightning.data import CountdownDataModule, MathDataModule, PromptDataModule
-from tre_lightning.data.math import normal_form
-from tre_lightning.rewards.countdown import Format
+from tre_lightning.tasks import CountdownDataModule, MathDataModule, PromptDataModule
+from tre_lightning.tasks.countdown.scorer import Format
+from tre_lightning.tasks.mathematics.prompts import normal_form
 
 PROMPTS = PromptBatch(
     prompt_ids=torch.ones(1, 1, dtype=torch.int64),

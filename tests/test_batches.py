@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tre_lightning.data.batches import share, spans
+from tre_lightning.tasks.batching import share, spans
 
 
 @pytest.mark.parametrize(

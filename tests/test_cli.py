@@ -54,7 +54,7 @@ REFUSED: dict[str, tuple[list[str], Mapping[str, Any], list[str]]] = {
     "unknown warm start key": (["--warm_start.stepz=1"], {}, ["warm_start", "stepz"]),
     "unknown flag": (["--nonsense", "3"], {}, ["--nonsense"]),
     "no abbreviation": (["--trainer.max_step", "3"], {}, ["--trainer.max_step"]),
-    "unknown class": ([], {"data.class_path": "tre_lightning.data.Nope"}, ["data", "Nope"]),
+    "unknown class": ([], {"data.class_path": "tre_lightning.tasks.Nope"}, ["data", "Nope"]),
     "type of trainer": (["--trainer.max_epochs=many"], {}, ["trainer.max_epochs", "int", "many"]),
     "type of ppo": (["--model.ppo.num_epochs=two"], {}, ["model.ppo.num_epochs", "int", "two"]),
     "type of data": (["--data.init_args.batch_size=1.5"], {}, ["batch_size", "int", "1.5"]),

@@ -14,8 +14,8 @@ import runs
 import tre_lightning
 from tre_lightning import methods
 from tre_lightning.methods import LossTerm, PolicyOutputs
-from tre_lightning.rewards.math import score_math
-from tre_lightning.rewards.walks import score_walk
+from tre_lightning.tasks.mathematics.scorer import score_math
+from tre_lightning.tasks.walks.scorer import score_walk
 
 ROOT = Path(__file__).parents[1]
 

@@ -10,9 +10,6 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import runs
-from tre_lightning.data import CountdownDataModule, Demonstrations, MathDataModule, WalkDataModule
-from tre_lightning.data.hh import PreferenceDataModule, RewardArgs
-from tre_lightning.data.prompts import Prompt
 from tre_lightning.policy.chat import Messages, in_template
 from tre_lightning.policy.encoding import (
     Conversation,
@@ -23,7 +20,10 @@ from tre_lightning.policy.encoding import (
     tokens_around,
 )
 from tre_lightning.policy.tokenizers import word_tokenizer
-from tre_lightning.rewards.preference import encode
+from tre_lightning.tasks import CountdownDataModule, Demonstrations, MathDataModule, WalkDataModule
+from tre_lightning.tasks.alignment.prompts import PreferenceDataModule, RewardArgs
+from tre_lightning.tasks.alignment.scorer import encode
+from tre_lightning.tasks.base import Prompt
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"

@@ -50,7 +50,7 @@ SHARED: dict[str, Any] = {
     "warm_start": None,
 }
 MATH = {
-    "data.class_path": "tre_lightning.data.MathDataModule",
+    "data.class_path": "tre_lightning.tasks.MathDataModule",
     "data.init_args.train_file": "DigitalLearningGmbH/MATH-lighteval",
     "data.init_args.train_split": "train",
     "data.init_args.eval_file": "DigitalLearningGmbH/MATH-lighteval",
@@ -58,7 +58,7 @@ MATH = {
     "model.rollout.max_new_tokens": 8192,
 }
 COUNTDOWN = {
-    "data.class_path": "tre_lightning.data.CountdownDataModule",
+    "data.class_path": "tre_lightning.tasks.CountdownDataModule",
     "data.init_args.train_file": "Jiayi-Pan/Countdown-Tasks-3to4",
     "data.init_args.train_split": "train",
     "data.init_args.train_size": 7500,
@@ -67,7 +67,7 @@ COUNTDOWN = {
     "model.rollout.max_new_tokens": 512,
 }
 HH = {
-    "data.class_path": "tre_lightning.data.hh.PreferenceDataModule",
+    "data.class_path": "tre_lightning.tasks.alignment.prompts.PreferenceDataModule",
     "data.init_args.train_file": "HuggingFaceH4/ultrafeedback_binarized",
     "data.init_args.train_split": "train_prefs",
     "data.init_args.exclude_file": "Anthropic/hh-rlhf",

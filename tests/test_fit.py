@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import runs
 from tre_lightning.cli.main import main
-from tre_lightning.data import CountdownDataModule, PuzzleSpec
+from tre_lightning.tasks import CountdownDataModule, PuzzleSpec
 
 ENTROPY = {"class_path": "tre_lightning.methods.EntropyBonus", "init_args": {"coef": 0.02}}
 
@@ -185,7 +185,7 @@ def test_sft_alone_trains_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[
             "lr": 0.02,
         },
         "data": {
-            "class_path": "tre_lightning.data.Demonstrations",
+            "class_path": "tre_lightning.tasks.Demonstrations",
             "init_args": {"task": runs.TINY["data"], "steps": 5, "batch_size": 8},
         },
         "trainer": {

@@ -21,14 +21,14 @@ from transformers import (
 import runs
 from tre_lightning.batches import PromptBatch
 from tre_lightning.cli.main import PPOCLI, RewardCLI, main
-from tre_lightning.data.hh import PreferenceDataModule, RewardArgs, read_prompt
-from tre_lightning.data.preferences import synthetic_vocabulary
 from tre_lightning.policy.tokenizers import word_tokenizer
-from tre_lightning.rewards.preference import RewardModelScorer
-from tre_lightning.rewards.server import RewardServer
+from tre_lightning.tasks.alignment.pairs import synthetic_vocabulary
+from tre_lightning.tasks.alignment.prompts import PreferenceDataModule, RewardArgs, read_prompt
+from tre_lightning.tasks.alignment.scorer import RewardModelScorer
+from tre_lightning.tasks.alignment.server import RewardServer
 
 ROOT = Path(__file__).parents[1]
-PAIRS = "tre_lightning.data.preferences.PreferencePairs"
+PAIRS = "tre_lightning.tasks.alignment.pairs.PreferencePairs"
 ARCHITECTURE = {
     "model_type": "qwen3",
     "vocab_size": 192,
@@ -340,7 +340,7 @@ def ppo_words(directory: Path, command: str = "fit", **reward: Any) -> list[str]
             "optim": {"lr": 0.003, "critic_lr": 0.01},
         },
         "data": {
-            "class_path": "tre_lightning.data.hh.PreferenceDataModule",
+            "class_path": "tre_lightning.tasks.alignment.prompts.PreferenceDataModule",
             "init_args": {
                 "reward": reward,
                 "batch_size": 4,
@@ -508,7 +508,7 @@ def test_the_last_data_class_says_what_is_trained(
         monkeypatch.setattr(cli, "__init__", lambda self, *args: chosen.append(type(self)))
     pairs, task, other = (tmp_path / name for name in ("pairs.yaml", "task.yaml", "other.yaml"))
     pairs.write_text(yaml.safe_dump({"data": {"class_path": PAIRS}}))
-    task.write_text("data: {class_path: tre_lightning.data.CountdownDataModule}")
+    task.write_text("data: {class_path: tre_lightning.tasks.CountdownDataModule}")
     other.write_text("trainer: {max_epochs: 1}")
     cases: list[tuple[list[str], type]] = [
         (["fit", f"--config={pairs}", "--config", str(other)], RewardCLI),

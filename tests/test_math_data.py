@@ -18,11 +18,11 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 import runs
 from tre_lightning.batches import PromptBatch
-from tre_lightning.data import ArithmeticSpec, CountdownDataModule, MathDataModule
-from tre_lightning.data.arithmetic import Problem, generate, mistaken, split_of, worked
-from tre_lightning.data.sources import read_rows
 from tre_lightning.policy.tokenizers import word_tokenizer
-from tre_lightning.rewards.math import boxed_answers, last_boxed
+from tre_lightning.tasks import ArithmeticSpec, CountdownDataModule, MathDataModule
+from tre_lightning.tasks.mathematics.arithmetic import Problem, generate, mistaken, split_of, worked
+from tre_lightning.tasks.mathematics.scorer import boxed_answers, last_boxed
+from tre_lightning.tasks.sources import read_rows
 
 pytest.importorskip("math_verify")
 
@@ -160,7 +160,7 @@ def test_heldout_problems_are_different_and_as_many_as_asked_for(
     data = MathDataModule(val_size=40, test_size=60)
     val, test = data.heldout_prompts("val")["val"], data.heldout_prompts("test")["test"]
     assert len(set(texts(val))) == 40 and len(set(texts(test))) == 60
-    monkeypatch.setattr("tre_lightning.data.math._DRAWS_A_PROBLEM", 1)
+    monkeypatch.setattr("tre_lightning.tasks.mathematics.prompts._DRAWS_A_PROBLEM", 1)
     with pytest.raises(ValueError, match=r"data\.val_size=300, but .* different val problems"):
         MathDataModule(val_size=300).heldout_prompts("val")  # some of 300 draws are the same
 
@@ -431,7 +431,7 @@ def test_timeouts_score_0_and_are_counted() -> None:
 # ----- whole runs
 
 TINY = {
-    "class_path": "tre_lightning.data.MathDataModule",
+    "class_path": "tre_lightning.tasks.MathDataModule",
     "init_args": {
         "arithmetic": {"number_range": [1, 6], "max_value": 24},
         "instruction": "",

@@ -24,7 +24,12 @@ from transformers import (
 )
 
 import runs
-from tre_lightning.data.preferences import (
+from tre_lightning.policy.actor_critic import PolicyArgs
+from tre_lightning.policy.chat import as_messages
+from tre_lightning.policy.encoding import pad
+from tre_lightning.policy.tokenizers import word_tokenizer
+from tre_lightning.reward_model import PairMetrics, RewardModelModule, preference_loss
+from tre_lightning.tasks.alignment.pairs import (
     Pair,
     PairBatch,
     PreferencePairs,
@@ -35,12 +40,7 @@ from tre_lightning.data.preferences import (
     synthetic_prompt,
     synthetic_vocabulary,
 )
-from tre_lightning.policy.actor_critic import PolicyArgs
-from tre_lightning.policy.chat import as_messages
-from tre_lightning.policy.encoding import pad
-from tre_lightning.policy.tokenizers import word_tokenizer
-from tre_lightning.reward_model import PairMetrics, RewardModelModule, preference_loss
-from tre_lightning.rewards.preference import RewardModelScorer, encode, scalar_scores
+from tre_lightning.tasks.alignment.scorer import RewardModelScorer, encode, scalar_scores
 
 ARCHITECTURE = {
     "model_type": "qwen3",

@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tre_lightning.rewards import score_countdown
-from tre_lightning.rewards.countdown import Format
+from tre_lightning.tasks.countdown.scorer import Format, score_countdown
 
 
 def answer(expression: str, numbers: Sequence[int], target: int) -> float:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import runs
 from tre_lightning.cli.main import main
-from tre_lightning.rewards.preference import RewardModelScorer
+from tre_lightning.tasks.alignment.scorer import RewardModelScorer
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 EXAMPLES = ("countdown_tiny", "math_tiny", "hh_tiny")

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tre_lightning.data import CountdownDataModule, MathDataModule
-from tre_lightning.data.hh import PreferenceDataModule, RewardArgs
-from tre_lightning.data.math import read_problem
-from tre_lightning.data.preferences import load_pairs
-from tre_lightning.data.puzzles import read_puzzle
-from tre_lightning.data.sources import number_text, read_rows
-from tre_lightning.rewards.math import score_math
+from tre_lightning.tasks import CountdownDataModule, MathDataModule
+from tre_lightning.tasks.alignment.pairs import load_pairs
+from tre_lightning.tasks.alignment.prompts import PreferenceDataModule, RewardArgs
+from tre_lightning.tasks.countdown.puzzles import read_puzzle
+from tre_lightning.tasks.mathematics.prompts import read_problem
+from tre_lightning.tasks.mathematics.scorer import score_math
+from tre_lightning.tasks.sources import number_text, read_rows
 
 ODD_NAMES = ["br[1]", "a*b?", "with space", "50%41", "~", "#1", "a::b", "{x}", "README.md", ".x"]
 

@@ -10,7 +10,6 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 import runs
 from tre_lightning.common.errors import Refused
-from tre_lightning.data.puzzles import PuzzleSpec
 from tre_lightning.policy.actor_critic import ActorCritic, PolicyArgs, load_language_model
 from tre_lightning.policy.tokenizers import (
     check_known,
@@ -19,6 +18,7 @@ from tre_lightning.policy.tokenizers import (
     unknown_word,
     word_tokenizer,
 )
+from tre_lightning.tasks.countdown.puzzles import PuzzleSpec
 
 SIZE = 48
 PUZZLES = runs.TINY["data"]["init_args"]["puzzles"]

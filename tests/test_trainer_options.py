@@ -403,11 +403,11 @@ def supervised(command: str, directory: Path) -> list[str]:
     """A tiny ``sft fit`` or ``reward fit``."""
     data: dict[str, Any] = {
         "sft": {
-            "class_path": "tre_lightning.data.Demonstrations",
+            "class_path": "tre_lightning.tasks.Demonstrations",
             "init_args": {"task": runs.TINY["data"], "steps": 2, "batch_size": 8},
         },
         "reward": {
-            "class_path": "tre_lightning.data.preferences.PreferencePairs",
+            "class_path": "tre_lightning.tasks.alignment.pairs.PreferencePairs",
             "init_args": {"synthetic_size": 12, "val_size": 4, "batch_size": 4, "max_length": 64},
         },
     }

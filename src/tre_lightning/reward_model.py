@@ -19,7 +19,6 @@ from transformers import (
 from tre_lightning.common.errors import read
 from tre_lightning.common.metrics import MaskedMean
 from tre_lightning.common.validation import at_least, options, positive
-from tre_lightning.data.preferences import PairBatch, PreferencePairs
 from tre_lightning.optim import decaying_adamw
 from tre_lightning.policy.actor_critic import (
     PolicyArgs,
@@ -33,7 +32,8 @@ from tre_lightning.policy.tokenizers import (
     vocabulary_size,
     word_tokenizer,
 )
-from tre_lightning.rewards.preference import context_length, scalar_scores, set_pad_token
+from tre_lightning.tasks.alignment.pairs import PairBatch, PreferencePairs
+from tre_lightning.tasks.alignment.scorer import context_length, scalar_scores, set_pad_token
 
 
 def preference_loss(

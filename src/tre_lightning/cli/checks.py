@@ -21,7 +21,6 @@ from tre_lightning.callbacks.checkpoint import check_states, warn
 from tre_lightning.callbacks.monitors import check_monitors
 from tre_lightning.cli.trainer_options import check_limits, check_trainer
 from tre_lightning.common.errors import read
-from tre_lightning.data.prompts import PromptDataModule
 from tre_lightning.methods import find_methods
 from tre_lightning.policy.actor_critic import (
     ActorCritic,
@@ -41,6 +40,7 @@ from tre_lightning.policy.tokenizers import (
 )
 from tre_lightning.ppo import PPOModule
 from tre_lightning.sampling import check_engine
+from tre_lightning.tasks.base import PromptDataModule
 
 
 def check_run(

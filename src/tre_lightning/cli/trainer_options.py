@@ -23,8 +23,8 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.callbacks.spike import SpikeDetection
 
-from tre_lightning.data.batches import spans
-from tre_lightning.data.prompts import PromptDataModule
+from tre_lightning.tasks.base import PromptDataModule
+from tre_lightning.tasks.batching import spans
 
 
 @dataclass(frozen=True)

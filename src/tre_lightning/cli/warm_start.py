@@ -77,7 +77,7 @@ class WarmStart:
                 "final_lr_share": self.final_lr_share,
             },
             "data": {
-                "class_path": "tre_lightning.data.Demonstrations",
+                "class_path": "tre_lightning.tasks.Demonstrations",
                 "init_args": {
                     "task": data,
                     "steps": self.steps,

@@ -18,10 +18,10 @@ from transformers import PreTrainedTokenizerBase
 from tre_lightning.batches import PromptBatch
 from tre_lightning.common.seeding import permutation
 from tre_lightning.common.validation import at_least
-from tre_lightning.data.batches import share, spans
 from tre_lightning.policy.chat import Messages, in_template
 from tre_lightning.policy.encoding import Conversation, encode_conversations, encode_texts, pad
 from tre_lightning.policy.tokenizers import check_known, load_tokenizer, unknown_word
+from tre_lightning.tasks.batching import share, spans
 
 _CHECKED_TRAIN_PROMPTS = 256  # prompts of the endless training stream whose length is checked first
 _ENCODED_AT_ONCE = 1024  # prompts

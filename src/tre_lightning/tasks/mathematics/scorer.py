@@ -1,7 +1,7 @@
 r"""Scorer of MATH answers: 1 exactly when the last closed ``\boxed`` or ``\fbox`` equals the gold.
 
 A trained policy finds every hole of a grader, so this one decides by itself what is compared, and
-how; the parts are in `tre_lightning.rewards.mathematics`. `last_boxed` finds the answer. A reader
+how; the parts are in `tre_lightning.tasks.mathematics.grading`. `last_boxed` finds the answer. A reader
 turns answer and gold into forms (value, list, tuple or interval, union, matrix, equation, base-n
 number, ...) or refuses them; forms are matched part by part, and plain numbers as fractions. Only
 what is left, two expressions such as ``2\sqrt{3}`` and ``\sqrt{12}``, goes to math-verify's LaTeX
@@ -30,10 +30,10 @@ import importlib.util
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from tre_lightning.rewards.mathematics.boxes import boxed_answers, last_boxed
-from tre_lightning.rewards.mathematics.limits import MAX_CHARS
-from tre_lightning.rewards.mathematics.matching import decide, equal_in_worker
-from tre_lightning.rewards.workers import WorkerPool
+from tre_lightning.tasks.mathematics.grading.boxes import boxed_answers, last_boxed
+from tre_lightning.tasks.mathematics.grading.limits import MAX_CHARS
+from tre_lightning.tasks.mathematics.grading.matching import decide, equal_in_worker
+from tre_lightning.tasks.mathematics.workers import WorkerPool
 
 __all__ = ["MathScorer", "boxed_answers", "last_boxed", "score_math", "score_math_batch"]
 

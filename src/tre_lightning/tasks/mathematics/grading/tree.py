@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple, TypeAlias
 
-from tre_lightning.rewards.mathematics.limits import MAX_DEPTH
-from tre_lightning.rewards.mathematics.vocabulary import (
+from tre_lightning.tasks.mathematics.grading.limits import MAX_DEPTH
+from tre_lightning.tasks.mathematics.grading.vocabulary import (
     ALIAS,
     BARE_WORDS,
     FUNCTIONS,

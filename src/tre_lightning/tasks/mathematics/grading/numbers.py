@@ -3,8 +3,8 @@
 import re
 from fractions import Fraction
 
-from tre_lightning.rewards.mathematics.limits import MAX_BITS
-from tre_lightning.rewards.mathematics.tree import Group, Items, argument_items, flat
+from tre_lightning.tasks.mathematics.grading.limits import MAX_BITS
+from tre_lightning.tasks.mathematics.grading.tree import Group, Items, argument_items, flat
 
 INTEGER = re.compile(r"[0-9]+")
 

@@ -3,7 +3,7 @@ r"""Helpful responses: prompts that a reward model judges.
 A row of a file or of a dataset of the hub has one of these forms; other columns are ignored:
 
 * ``prompt``: a string, a transcript that starts with ``\n\nHuman:``, or a list of messages;
-* a pair of responses in one of the forms of :mod:`tre_lightning.data.preferences`, such as
+* a pair of responses in one of the forms of :mod:`tre_lightning.tasks.alignment.pairs`, such as
   UltraFeedback-binarized or Anthropic's HH data; its prompt counts, and the responses do not.
 """
 
@@ -22,17 +22,17 @@ from transformers import PreTrainedTokenizerBase
 from tre_lightning.batches import PromptBatch
 from tre_lightning.common.seeding import derived_seed, permutation
 from tre_lightning.common.validation import at_least
-from tre_lightning.data.preferences import (
+from tre_lightning.policy.chat import ASSISTANT, ChatPrompt, Messages, as_messages, transcript
+from tre_lightning.tasks.alignment.pairs import (
     read_pair,
     synthetic_pair,
     synthetic_prompt,
     synthetic_vocabulary,
 )
-from tre_lightning.data.prompts import Prompt, PromptDataModule
-from tre_lightning.data.sources import Source, read_rows, warn_of_unscorable
-from tre_lightning.policy.chat import ASSISTANT, ChatPrompt, Messages, as_messages, transcript
-from tre_lightning.rewards.preference import Dtype, PreferenceScorer, RewardModelScorer
-from tre_lightning.rewards.remote import RemoteScorer
+from tre_lightning.tasks.alignment.remote import RemoteScorer
+from tre_lightning.tasks.alignment.scorer import Dtype, PreferenceScorer, RewardModelScorer
+from tre_lightning.tasks.base import Prompt, PromptDataModule
+from tre_lightning.tasks.sources import Source, read_rows, warn_of_unscorable
 
 _ANOTHER = 2**40  # from a synthetic prompt of another set to the next that takes its place
 _DRAWS_A_PROMPT = 20  # synthetic prompts looked at for each one that is held out
@@ -48,7 +48,7 @@ class RewardArgs:
     Args:
         model: directory or hub name of a sequence classifier with one label; it is frozen, runs on
             the trainer's device, and no checkpoint holds it.
-        url: address of a reward server; :mod:`tre_lightning.rewards.remote` has the protocol.
+        url: address of a reward server; :mod:`tre_lightning.tasks.alignment.remote` has the protocol.
         batch_size: responses in a forward pass or request.
         max_length: longest text (prompt and response) of ``model``, tokens; a longer one cannot be
             scored. None = the model's context.
@@ -89,7 +89,7 @@ class PreferenceDataModule(PromptDataModule):
     r"""Prompts without a gold answer; a reward model scores the responses.
 
     Training, validation and test prompts are disjoint. Without files they are the synthetic ones of
-    :mod:`tre_lightning.data.preferences`, about 1,500 different ones to train on and 750 each to
+    :mod:`tre_lightning.tasks.alignment.pairs`, about 1,500 different ones to train on and 750 each to
     validate and test; a reward model trained on the synthetic pairs has seen most of them.
 
     A policy with a chat template gets a prompt's messages in it, another one a transcript

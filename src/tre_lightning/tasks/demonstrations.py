@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from tre_lightning.common.seeding import uniforms
 from tre_lightning.common.validation import at_least, unit_share
-from tre_lightning.data.prompts import PromptDataModule
 from tre_lightning.policy.encoding import pad
+from tre_lightning.tasks.base import PromptDataModule
 
 Demonstration = tuple[str, str]  # text of the prompt, without a chat template, and the response
 

@@ -7,7 +7,7 @@ and one of these, the first one where it has both; other columns are ignored:
   ends with ``#### 1,234``, the form of GSM8K;
 * ``solution``: a worked solution, whose last ``\boxed{...}`` is the right answer.
 
-Without files the problems are those of :mod:`tre_lightning.data.arithmetic`.
+Without files the problems are those of :mod:`tre_lightning.tasks.mathematics.arithmetic`.
 """
 
 import logging
@@ -27,9 +27,19 @@ from transformers import PreTrainedTokenizerBase
 from tre_lightning.batches import PromptBatch
 from tre_lightning.common.seeding import derived_seed
 from tre_lightning.common.validation import at_least, positive
-from tre_lightning.data.arithmetic import ArithmeticSpec, Problem, generate, mistaken, worked
-from tre_lightning.data.prompts import Prompt, PromptDataModule
-from tre_lightning.data.sources import (
+from tre_lightning.tasks.base import Prompt, PromptDataModule
+from tre_lightning.tasks.mathematics.arithmetic import (
+    ArithmeticSpec,
+    Problem,
+    generate,
+    mistaken,
+    worked,
+)
+from tre_lightning.tasks.mathematics.grading.forms import Named, Value
+from tre_lightning.tasks.mathematics.grading.limits import MAX_CHARS
+from tre_lightning.tasks.mathematics.grading.reader import read
+from tre_lightning.tasks.mathematics.scorer import MathScorer, boxed_answers, last_boxed
+from tre_lightning.tasks.sources import (
     Row,
     Source,
     number_text,
@@ -37,10 +47,6 @@ from tre_lightning.data.sources import (
     text_of,
     warn_of_unscorable,
 )
-from tre_lightning.rewards.math import MathScorer, boxed_answers, last_boxed
-from tre_lightning.rewards.mathematics.forms import Named, Value
-from tre_lightning.rewards.mathematics.limits import MAX_CHARS
-from tre_lightning.rewards.mathematics.reader import read
 
 INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."
 

@@ -13,7 +13,7 @@ from itertools import permutations
 from typing import NamedTuple
 
 from tre_lightning.common.seeding import derived_seed
-from tre_lightning.data.draws import MAX_DRAWS, between, pick, split_of_hash
+from tre_lightning.tasks.draws import MAX_DRAWS, between, pick, split_of_hash
 
 BOX, END = "\\boxed{", "}"
 

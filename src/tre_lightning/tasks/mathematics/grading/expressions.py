@@ -2,11 +2,17 @@
 
 from fractions import Fraction
 
-from tre_lightning.rewards.mathematics.forms import Value
-from tre_lightning.rewards.mathematics.limits import MAX_EXPONENT, MAX_FACTORIAL
-from tre_lightning.rewards.mathematics.numbers import INTEGER, is_digits, read_number
-from tre_lightning.rewards.mathematics.tree import Group, Items, Unreadable, argument_items, flat
-from tre_lightning.rewards.mathematics.vocabulary import FUNCTIONS, GREEK, SCALES
+from tre_lightning.tasks.mathematics.grading.forms import Value
+from tre_lightning.tasks.mathematics.grading.limits import MAX_EXPONENT, MAX_FACTORIAL
+from tre_lightning.tasks.mathematics.grading.numbers import INTEGER, is_digits, read_number
+from tre_lightning.tasks.mathematics.grading.tree import (
+    Group,
+    Items,
+    Unreadable,
+    argument_items,
+    flat,
+)
+from tre_lightning.tasks.mathematics.grading.vocabulary import FUNCTIONS, GREEK, SCALES
 
 
 def read_value(items: Items, unit: str = "") -> Value:

@@ -25,12 +25,12 @@ from transformers import PreTrainedTokenizerBase
 
 from tre_lightning.common.seeding import derived_seed, permutation
 from tre_lightning.common.validation import at_least
-from tre_lightning.data.batches import share, spans
-from tre_lightning.data.sources import read_rows
 from tre_lightning.policy.chat import ASSISTANT, HUMAN, ChatPrompt, as_messages
 from tre_lightning.policy.encoding import pad
 from tre_lightning.policy.tokenizers import check_known
-from tre_lightning.rewards.preference import encode
+from tre_lightning.tasks.alignment.scorer import encode
+from tre_lightning.tasks.batching import share, spans
+from tre_lightning.tasks.sources import read_rows
 
 _ENCODED_AT_ONCE = 1024  # pairs
 _log = logging.getLogger(__name__)

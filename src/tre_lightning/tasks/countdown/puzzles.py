@@ -2,7 +2,7 @@
 
 A puzzle asks to combine all the given numbers, each once, into the target. A worked solution is a
 chain of steps ``3 * 4 = 12 , 12 + 5 = 17`` in which every result is a positive integer; both it
-and the text of :func:`as_answer` score 1.0 under ``tre_lightning.rewards.score_countdown``.
+and the text of :func:`as_answer` score 1.0 under ``tre_lightning.tasks.countdown.scorer.score_countdown``.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeGuard
 
-from tre_lightning.data.draws import MAX_DRAWS, SPLITS, below, between, split_of_hash
+from tre_lightning.tasks.draws import MAX_DRAWS, SPLITS, below, between, split_of_hash
 
 MAX_NUMBERS = 6  # numbers of the television game; bounds the exhaustive search
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from tre_lightning.batches import PromptBatch
 from tre_lightning.common.seeding import derived_seed
 from tre_lightning.common.validation import at_least
-from tre_lightning.data.draws import MAX_DRAWS, below, pick, split_of_hash
-from tre_lightning.data.prompts import Prompt, PromptDataModule
-from tre_lightning.rewards.walks import score_walk
+from tre_lightning.tasks.base import Prompt, PromptDataModule
+from tre_lightning.tasks.draws import MAX_DRAWS, below, pick, split_of_hash
+from tre_lightning.tasks.walks.scorer import score_walk
 
 _DRAWS_A_PROMPT = 20  # draws for each held-out prompt before the ranges count as too narrow
 

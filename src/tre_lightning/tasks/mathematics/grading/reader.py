@@ -4,8 +4,8 @@ import functools
 import re
 from fractions import Fraction
 
-from tre_lightning.rewards.mathematics.expressions import read_value
-from tre_lightning.rewards.mathematics.forms import (
+from tre_lightning.tasks.mathematics.grading.expressions import read_value
+from tre_lightning.tasks.mathematics.grading.forms import (
     Based,
     Bracketed,
     Equation,
@@ -18,8 +18,8 @@ from tre_lightning.rewards.mathematics.forms import (
     Text,
     Value,
 )
-from tre_lightning.rewards.mathematics.numbers import INTEGER
-from tre_lightning.rewards.mathematics.tree import (
+from tre_lightning.tasks.mathematics.grading.numbers import INTEGER
+from tre_lightning.tasks.mathematics.grading.tree import (
     Group,
     Items,
     Unreadable,
@@ -28,8 +28,8 @@ from tre_lightning.rewards.mathematics.tree import (
     split,
     to_tree,
 )
-from tre_lightning.rewards.mathematics.units import without_unit
-from tre_lightning.rewards.mathematics.vocabulary import GREEK
+from tre_lightning.tasks.mathematics.grading.units import without_unit
+from tre_lightning.tasks.mathematics.grading.vocabulary import GREEK
 
 _SEPARATORS = frozenset([",", ";", "OR", "AND"])
 _RELATIONS = frozenset(["=", "<", ">", "\\le", "\\ge", "\\ne", "\\in", "\\approx"])

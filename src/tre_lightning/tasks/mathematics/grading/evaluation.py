@@ -9,8 +9,8 @@ import random
 from fractions import Fraction
 from typing import Any
 
-from tre_lightning.rewards.mathematics.limits import MAX_MAGNITUDE
-from tre_lightning.rewards.mathematics.numbers import exact_power
+from tre_lightning.tasks.mathematics.grading.limits import MAX_MAGNITUDE
+from tre_lightning.tasks.mathematics.grading.numbers import exact_power
 
 _DIGITS = 150  # computed
 _AGREEMENT = 120  # of them compared

@@ -1,6 +1,6 @@
-"""Serve a reward model over HTTP: ``python -m tre_lightning.rewards.server --model DIR``.
+"""Serve a reward model over HTTP: ``python -m tre_lightning.tasks.alignment.server --model DIR``.
 
-POST / scores by the protocol of :mod:`tre_lightning.rewards.remote`; GET /health answers
+POST / scores by the protocol of :mod:`tre_lightning.tasks.alignment.remote`; GET /health answers
 ``{"status": "ok"}``. A bad request is answered by 400, 404, 411 or 413 and a failure of the model
 by 500, each with ``{"error": "..."}``. There is no authentication: keep it on a trusted network.
 """
@@ -20,7 +20,7 @@ import torch
 from tre_lightning.common.errors import one_line, one_line_errors
 from tre_lightning.common.paths import expanded
 from tre_lightning.policy.chat import as_messages
-from tre_lightning.rewards.preference import (
+from tre_lightning.tasks.alignment.scorer import (
     Dtype,
     PreferenceScorer,
     RewardModelScorer,
@@ -175,7 +175,7 @@ def _stop(number: int, frame: object) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Serve as the arguments say; ``None`` = those of the process."""
     parser = argparse.ArgumentParser(
-        prog="python -m tre_lightning.rewards.server",
+        prog="python -m tre_lightning.tasks.alignment.server",
         description="Serve a reward model over HTTP until SIGINT or SIGTERM.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,

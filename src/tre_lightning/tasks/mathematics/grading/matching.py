@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias
 
-from tre_lightning.rewards.mathematics.evaluation import agree
-from tre_lightning.rewards.mathematics.forms import (
+from tre_lightning.tasks.mathematics.grading.evaluation import agree
+from tre_lightning.tasks.mathematics.grading.forms import (
     Bracketed,
     Equation,
     Form,
@@ -16,9 +16,9 @@ from tre_lightning.rewards.mathematics.forms import (
     Text,
     Value,
 )
-from tre_lightning.rewards.mathematics.limits import MAX_CHARS
-from tre_lightning.rewards.mathematics.numbers import quotient
-from tre_lightning.rewards.mathematics.reader import read
+from tre_lightning.tasks.mathematics.grading.limits import MAX_CHARS
+from tre_lightning.tasks.mathematics.grading.numbers import quotient
+from tre_lightning.tasks.mathematics.grading.reader import read
 
 # "value": a step on the way to the answer, which may be any formula of that value.
 _Mode: TypeAlias = Literal["answer", "value", "up to a factor"]

@@ -2,9 +2,9 @@
 
 import re
 
-from tre_lightning.rewards.mathematics.expressions import features_of
-from tre_lightning.rewards.mathematics.tree import Items, Unreadable, argument_items, flat
-from tre_lightning.rewards.mathematics.vocabulary import NOT_A_UNIT, UNIT_WORDS
+from tre_lightning.tasks.mathematics.grading.expressions import features_of
+from tre_lightning.tasks.mathematics.grading.tree import Items, Unreadable, argument_items, flat
+from tre_lightning.tasks.mathematics.grading.vocabulary import NOT_A_UNIT, UNIT_WORDS
 
 
 def without_unit(items: Items) -> tuple[Items, str]:

@@ -18,8 +18,8 @@ from torch import Tensor
 from tre_lightning.batches import PromptBatch
 from tre_lightning.common.seeding import derived_seed
 from tre_lightning.common.validation import at_least
-from tre_lightning.data.prompts import Prompt, PromptDataModule
-from tre_lightning.data.puzzles import (
+from tre_lightning.tasks.base import Prompt, PromptDataModule
+from tre_lightning.tasks.countdown.puzzles import (
     Puzzle,
     PuzzleSpec,
     as_answer,
@@ -29,8 +29,8 @@ from tre_lightning.data.puzzles import (
     read_puzzle,
     worked_solution,
 )
-from tre_lightning.data.sources import Source, read_rows, warn_of_unscorable
-from tre_lightning.rewards.countdown import LARGEST, Format, final_expression, score_countdown
+from tre_lightning.tasks.countdown.scorer import LARGEST, Format, final_expression, score_countdown
+from tre_lightning.tasks.sources import Source, read_rows, warn_of_unscorable
 
 _DRAWS_A_PUZZLE = 20  # draws for each held-out puzzle before the ranges count as too narrow
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")

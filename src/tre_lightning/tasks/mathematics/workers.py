@@ -27,7 +27,7 @@ _ROOT = str(Path(__file__).resolve().parents[2])
 # -P: the directory of this file holds a math.py, which must not hide the standard library's.
 _COMMAND = (
     "import sys; sys.path.insert(0, sys.argv[1]); "
-    "from tre_lightning.rewards.workers import _serve; _serve(sys.argv[2])"
+    "from tre_lightning.tasks.mathematics.workers import _serve; _serve(sys.argv[2])"
 )
 # gmpy2 and python-flint compute in C, where a huge power cannot be interrupted by anything.
 _ENVIRONMENT = {

@@ -1,6 +1,6 @@
 """Scores of a reward model behind HTTP, by the standard library alone.
 
-The protocol, for any server (``python -m tre_lightning.rewards.server`` is one)::
+The protocol, for any server (``python -m tre_lightning.tasks.alignment.server`` is one)::
 
     POST {"prompts": [P, ...], "responses": ["...", ...]}
     200  {"scores": [0.5, null, ...]}
@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 from tre_lightning.common.errors import RunError
 from tre_lightning.common.validation import at_least, positive
 from tre_lightning.policy.chat import ChatPrompt
-from tre_lightning.rewards.preference import check_equal_numbers
+from tre_lightning.tasks.alignment.scorer import check_equal_numbers
 
 _LARGEST_REPLY = 65536  # bytes, and these for every score besides:
 _BYTES_A_SCORE = 64
