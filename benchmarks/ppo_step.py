@@ -233,13 +233,13 @@ def run_ours(
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.utilities import disable_possible_user_warnings
 
-    from tre_lightning.args import OptimArgs, PPOArgs
     from tre_lightning.batches import PromptBatch
     from tre_lightning.common.malloc import keep_freed_memory
     from tre_lightning.policy.actor_critic import PolicyArgs
-    from tre_lightning.ppo import PPOModule
     from tre_lightning.sampling.options import RolloutArgs
     from tre_lightning.tasks.base import Prompt, PromptDataModule
+    from tre_lightning.training.options import OptimArgs, PPOArgs
+    from tre_lightning.training.ppo import PPOModule
 
     keep_freed_memory()
     disable_possible_user_warnings()

@@ -20,10 +20,10 @@ from tre_lightning.cli.main import PPOCLI
 from tre_lightning.cli.warm_start import WarmStart
 from tre_lightning.methods import LinearSchedule, LossTerm, Method
 from tre_lightning.policy.lora import LoraArgs
-from tre_lightning.ppo import PPOModule
-from tre_lightning.reward_model import RewardModelModule
 from tre_lightning.tasks.alignment.pairs import PreferencePairs
 from tre_lightning.tasks.base import PromptDataModule
+from tre_lightning.training.ppo import PPOModule
+from tre_lightning.training.reward_model import RewardModelModule
 
 PAGE = Path(__file__).with_suffix(".md")
 OF_EVERY_PARSER = ("help", "config", "print_config")

@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import runs
-from tre_lightning import ppo
 from tre_lightning.batches import PromptBatch, Rollout, TrainingBatch
 from tre_lightning.common.seeding import uniforms
 from tre_lightning.sampling import (
@@ -24,11 +23,11 @@ from tre_lightning.sampling import (
     RolloutEngine,
     Sampling,
     check_engine,
-    corrected,
-    importance_weights,
     make_engine,
 )
 from tre_lightning.sampling.options import RolloutArgs, VLLMArgs
+from tre_lightning.training import ppo
+from tre_lightning.training.mismatch import corrected, importance_weights
 
 MakePrompts = Callable[[Sequence[int]], PromptBatch]
 VOCAB_SIZE, PAD = 50, 0

@@ -18,9 +18,9 @@ from transformers import (
 )
 
 import runs
-from tre_lightning.args import OptimArgs
 from tre_lightning.cli.main import PPOCLI, main
 from tre_lightning.policy.sharding import check_sharding, shards
+from tre_lightning.training.options import OptimArgs
 
 EXPERIMENTS = Path(__file__).parents[1] / "configs" / "experiment"
 METHOD = EXPERIMENTS.parent / "method" / "tre_p.yaml"

@@ -20,17 +20,17 @@ import torch
 from torch import Tensor
 
 import runs
-import tre_lightning.objective
-import tre_lightning.ppo
 import tre_lightning.sampling.in_process
-from tre_lightning.args import PPOArgs
+import tre_lightning.training.objective
+import tre_lightning.training.ppo
 from tre_lightning.batches import PromptBatch
 from tre_lightning.callbacks.checkpoint import IterationCheckpoint, find_checkpoint
 from tre_lightning.callbacks.progress import RunProgress
 from tre_lightning.common.distributed import world
 from tre_lightning.common.errors import CheckpointError
 from tre_lightning.methods import EntropyBonus, PolicyOutputs, Tokens
-from tre_lightning.nonfinite import with_telling_gradient
+from tre_lightning.training.nonfinite import with_telling_gradient
+from tre_lightning.training.options import PPOArgs
 
 PATIENCE = 90.0  # seconds; a hanging process must fail, not hang
 
@@ -159,14 +159,14 @@ def test_too_many_skipped_updates_end_the_run(
     if kind == "value":
         changes = poisoned(max_skipped_updates=3)
         calls = 0
-        value_loss = tre_lightning.ppo.value_loss
+        value_loss = tre_lightning.training.ppo.value_loss
 
         def failing(values: Tensor, *args: Tensor, **options: Any) -> Tensor:
             nonlocal calls
             calls += 1
             return value_loss(values, *args, **options) * (math.nan if calls >= 6 else 1.0)
 
-        monkeypatch.setattr(tre_lightning.ppo, "value_loss", failing)
+        monkeypatch.setattr(tre_lightning.training.ppo, "value_loss", failing)
     line = error_of(capsys, lambda: runs.run(run_dir, changes=changes))
     said = "3 updates in a row", "max_skipped_updates", named, "model.optim.lr", "--ckpt_path last"
     for word in said:
@@ -426,7 +426,7 @@ def moments(draw: random.Random) -> Iterator[Callable[[], None]]:
     before = draw.random() < 0.5
     rollout, update = draw.randint(1, 40), draw.randint(1, 12)
     yield lambda: die_at(tre_lightning.sampling.in_process, "pick_tokens", rollout, before=before)
-    yield lambda: die_at(tre_lightning.objective, "policy_loss", update, before=before)
+    yield lambda: die_at(tre_lightning.training.objective, "policy_loss", update, before=before)
     save, place = draw.randint(1, 4), draw.randrange(4)
     functions = [(os, "link"), (Path, "replace"), (torch, "save")]
     if place == len(functions):
@@ -579,7 +579,7 @@ def test_a_full_disk_of_the_first_rank_ends_all(whole: Path, tmp_path: Path) -> 
 def test_a_rank_that_dies_ends_the_others(victim: int, whole: Path, tmp_path: Path) -> None:
     def prepare(rank: int) -> None:
         if rank == victim:
-            die_at(tre_lightning.objective, "policy_loss", 6, before=True)
+            die_at(tre_lightning.training.objective, "policy_loss", 6, before=True)
 
     codes, _ = ranks(tmp_path / "run", poisoned(), prepare)
     assert codes[victim] == -signal.SIGKILL

@@ -17,11 +17,11 @@ import batches
 import runs
 from tre_lightning.batches import TrainingBatch
 from tre_lightning.entropy import EntropyStats
-from tre_lightning.losses import masked_sum
 from tre_lightning.methods import ForkingTokens, Method, PolicyOutputs
 from tre_lightning.methods.hooks import POLICY, weighed
 from tre_lightning.methods.selection import share_of, top
 from tre_lightning.ops import Region
+from tre_lightning.training.losses import masked_sum
 
 KEY = ("minibatches", 0)
 ENTROPIES = [[0.1, 2.0, 0.3], [1.5], [0.2, 0.0, 0.9, 1.0, 0.4, 0.8]]  # 10 tokens

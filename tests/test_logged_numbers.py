@@ -10,8 +10,8 @@ from torch import Tensor
 import runs
 from tre_lightning.batches import PromptBatch, TrainingBatch
 from tre_lightning.common.precision import float32_or_better
-from tre_lightning.diagnostics import RolloutMetrics, UpdateMetrics
 from tre_lightning.methods import EntropyBonus
+from tre_lightning.training.diagnostics import RolloutMetrics, UpdateMetrics
 
 SEEN: dict[str, torch.dtype] = {}
 

@@ -31,10 +31,10 @@ from tre_lightning.policy.lora import (
     merged_state_dict,
     without_adapters,
 )
-from tre_lightning.ppo import PPOModule
-from tre_lightning.reward_model import RewardModelModule
 from tre_lightning.sampling.in_process import generate
-from tre_lightning.sft import SFTModule
+from tre_lightning.training.ppo import PPOModule
+from tre_lightning.training.reward_model import RewardModelModule
+from tre_lightning.training.sft import SFTModule
 
 IDS = torch.tensor([[5, 9, 3, 17, 30, 8]])
 KEY = ("adapters", "test", 0)

@@ -22,15 +22,14 @@ from tre_lightning.common.metrics import (
     MaskedMean,
     PassAtK,
     StandardError,
-    approx_kl,
-    clipped,
     cumulative_tail_risk,
     majority_by_prompt,
     number_answers,
     pass_at_k,
     pass_at_k_by_prompt,
 )
-from tre_lightning.diagnostics import EvaluationMetrics, Evaluations
+from tre_lightning.training.diagnostics import EvaluationMetrics, Evaluations
+from tre_lightning.training.losses import approx_kl, clipped
 
 NAN, INF = math.nan, math.inf
 Update = tuple[Tensor, ...]

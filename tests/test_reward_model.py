@@ -28,7 +28,6 @@ from tre_lightning.policy.actor_critic import PolicyArgs
 from tre_lightning.policy.chat import as_messages
 from tre_lightning.policy.encoding import pad
 from tre_lightning.policy.tokenizers import word_tokenizer
-from tre_lightning.reward_model import PairMetrics, RewardModelModule, preference_loss
 from tre_lightning.tasks.alignment.pairs import (
     Pair,
     PairBatch,
@@ -41,6 +40,7 @@ from tre_lightning.tasks.alignment.pairs import (
     synthetic_vocabulary,
 )
 from tre_lightning.tasks.alignment.scorer import RewardModelScorer, encode, scalar_scores
+from tre_lightning.training.reward_model import PairMetrics, RewardModelModule, preference_loss
 
 ARCHITECTURE = {
     "model_type": "qwen3",

@@ -12,8 +12,8 @@ from lightning.pytorch.callbacks import Timer
 
 import runs
 from tre_lightning.cli.main import main
-from tre_lightning.horizon import has_end, seconds_left, total_batches
 from tre_lightning.tasks.base import IterationLoader
+from tre_lightning.training.optim import has_end, seconds_left, total_batches
 
 DECAY = "--model.optim.final_lr_share=0.5"
 QUIET = {"summary": {"export": False}}

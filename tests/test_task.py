@@ -16,8 +16,8 @@ from test_encoding import chatml
 from tre_lightning.batches import PromptBatch, Rollout
 from tre_lightning.common.errors import ScoreError
 from tre_lightning.policy.encoding import control_tokens, textless_tokens
-from tre_lightning.ppo import PPOModule
-from tre_lightning.task import scores_of
+from tre_lightning.training.ppo import PPOModule
+from tre_lightning.training.task import scores_of
 
 
 def scored(scores: Any, count: int = 3) -> list[float]:

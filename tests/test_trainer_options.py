@@ -15,11 +15,12 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 
 import runs
-from tre_lightning import args, methods
+from tre_lightning import methods
 from tre_lightning.cli.main import PPOCLI, main
 from tre_lightning.cli.warm_start import WarmStart
 from tre_lightning.methods import LinearSchedule, Method
 from tre_lightning.policy.lora import LoraArgs
+from tre_lightning.training import options as args
 
 # Every argument of the trainer: values that change nothing of a run, and values that are refused
 # with a word of the remedy. An argument of a later Lightning is in neither, and fails the test.

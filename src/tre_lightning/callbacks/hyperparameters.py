@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from tre_lightning.callbacks.model_card import describe
 from tre_lightning.methods import LossTerm, find_methods
-from tre_lightning.ppo import PPOModule
+from tre_lightning.training.ppo import PPOModule
 
 Value = bool | float | str
 

@@ -19,7 +19,7 @@ from tre_lightning.callbacks.hyperparameters import (
     result_tags,
 )
 from tre_lightning.callbacks.loggers import add_layout
-from tre_lightning.ppo import PPOModule
+from tre_lightning.training.ppo import PPOModule
 
 
 class Inspection(Callback):

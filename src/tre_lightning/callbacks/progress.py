@@ -17,7 +17,7 @@ from rich.progress import (
 )
 from rich.table import Column
 
-from tre_lightning.horizon import seconds_left, total_batches
+from tre_lightning.training.optim import seconds_left, total_batches
 
 _SHOWN = {
     "rollout/score": "score {:.3f}",

@@ -38,9 +38,9 @@ from tre_lightning.policy.tokenizers import (
     vocabulary_size,
     word_tokenizer,
 )
-from tre_lightning.ppo import PPOModule
 from tre_lightning.sampling import check_engine
 from tre_lightning.tasks.base import PromptDataModule
+from tre_lightning.training.ppo import PPOModule
 
 
 def check_run(

@@ -65,17 +65,16 @@ from tre_lightning.common.errors import Refused, RunError, disk_full, one_line, 
 from tre_lightning.common.malloc import keep_freed_memory
 from tre_lightning.common.paths import changed, check_directory, expanded, is_locked_here, locked
 from tre_lightning.common.seeding import settled_seed
-from tre_lightning.horizon import has_end
-from tre_lightning.optim import check_decay
 from tre_lightning.policy.actor_critic import PolicyArgs
 from tre_lightning.policy.sharding import check_whole
-from tre_lightning.ppo import PPOModule
-from tre_lightning.reward_model import PairMetrics, RewardModelModule
-from tre_lightning.sft import SFTModule
 from tre_lightning.tasks.alignment.pairs import PreferencePairs
 from tre_lightning.tasks.alignment.remote import RewardServerError
 from tre_lightning.tasks.base import PromptDataModule
 from tre_lightning.tasks.demonstrations import Demonstrations
+from tre_lightning.training.optim import check_decay, has_end
+from tre_lightning.training.ppo import PPOModule
+from tre_lightning.training.reward_model import PairMetrics, RewardModelModule
+from tre_lightning.training.sft import SFTModule
 
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
 

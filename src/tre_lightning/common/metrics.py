@@ -5,7 +5,6 @@ depend on how the data was cut into updates or spread over ranks. A metric that 
 computes NaN.
 """
 
-import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -14,30 +13,6 @@ from torch import Tensor
 from torchmetrics import Metric
 
 _CONSTANT = 1e-6  # relative spread up to which returns are a constant plus float32 rounding
-
-
-def approx_kl(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
-    """Per-token k3 estimate of KL(old || new): r - 1 - log r, log r = logprobs - old_logprobs.
-
-    Unbiased for tokens sampled from the old policy, and never negative. Infinite where r overflows
-    the result's dtype; NaN where both logprobs are -inf (padding: mask it out).
-
-    Source: Schulman 2020, "Approximating KL divergence" (joschu.net/blog/kl-approx.html).
-
-    Args:
-        logprobs: log-probability of each token under the new policy, nats, ``[B, T]``.
-        old_logprobs: the same tokens under the policy that sampled them, nats, ``[B, T]``.
-
-    Returns:
-        The estimate, nats, ``[B, T]``; float32, or float64 if either input is.
-
-    Raises:
-        ValueError: if the shapes differ.
-    """
-    _check_shape("old_logprobs", old_logprobs, "logprobs", logprobs)
-    log_ratio = logprobs.double() - old_logprobs.double()
-    # clamp: near 0 an expm1 that is off by one rounding may fall below its argument
-    return _like(torch.expm1(log_ratio) - log_ratio, logprobs, old_logprobs).clamp(min=0)
 
 
 def cumulative_tail_risk(tail_mass: Tensor, response_mask: Tensor) -> Tensor:
@@ -174,38 +149,6 @@ def number_answers(answers: Sequence[Hashable | None], num_responses: int) -> Te
         row = answers[start : start + num_responses]
         rows.append([-1 if a is None else places.setdefault(a, len(places)) for a in row])
     return torch.tensor(rows, dtype=torch.int64).view(-1, num_responses)
-
-
-def clipped(
-    ratio: Tensor, advantages: Tensor, clip_eps_low: float | None, clip_eps_high: float | None
-) -> Tensor:
-    """Tokens whose clipped surrogate is the active one, so that they give no policy gradient.
-
-    True where (A > 0 and r > 1 + high) or (A < 0 and r < 1 - low); their share is the clip
-    fraction: ``MaskedMean().update(clipped(...), response_mask)``.
-
-    Source: the minimum in PPO's objective, Schulman et al. 2017, eq. 7.
-
-    Args:
-        ratio: new over old probability of each token, ``[B, T]``.
-        advantages: advantage of each token, ``[B, T]``.
-        clip_eps_low: how far the ratio may fall below 1, >= 0; None = any.
-        clip_eps_high: how far the ratio may rise above 1, >= 0; None = any.
-
-    Returns:
-        Bool, ``[B, T]``; False where an input is NaN.
-
-    Raises:
-        ValueError: if the shapes differ or a bound is negative.
-    """
-    _check_shape("advantages", advantages, "ratio", ratio)
-    for name, bound in (("clip_eps_low", clip_eps_low), ("clip_eps_high", clip_eps_high)):
-        if bound is not None and not bound >= 0:
-            raise ValueError(f"{name}={bound} is not a distance from 1; pass a number >= 0")
-    low, high = (math.inf if bound is None else bound for bound in (clip_eps_low, clip_eps_high))
-    rises = (advantages > 0) & (ratio > 1 + high)
-    falls = (advantages < 0) & (ratio < 1 - low)
-    return rises | falls
 
 
 class _Float64Metric(Metric):
@@ -505,3 +448,26 @@ def _check_mask(name: str, mask: Tensor, other_name: str, other: Tensor) -> None
     if mask.dtype != torch.bool:
         raise ValueError(f"{name} is {mask.dtype}; pass torch.bool (True = counts)")
     _check_shape(name, mask, other_name, other)
+
+
+def centred(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Distance from the mean over the True entries along the last axis, and their number.
+
+    Exactly 0 where these are equal, whatever they are: dividing by their spread would blow up a
+    rounding.
+
+    Args:
+        values: ``[..., n]``; NaN where the mask is False does not count.
+        mask: bool, ``[..., n]``.
+
+    Returns:
+        The distance, ``[..., n]`` float64, 0 outside the mask; the number, ``[..., 1]``.
+    """
+    count = mask.sum(-1, keepdim=True)
+    if not mask.numel():
+        return values.double(), count
+    wide = torch.where(mask, values, 0.0).double()
+    # From one of them first: the mean of equal numbers may be a rounding off.
+    first = wide.gather(-1, mask.int().argmax(-1, keepdim=True))
+    wide = torch.where(mask, wide - first, 0.0)
+    return torch.where(mask, wide - wide.sum(-1, keepdim=True) / count.clamp(min=1), 0.0), count

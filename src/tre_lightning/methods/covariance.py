@@ -15,8 +15,8 @@ micro-batches nor devices change the choice.
 
 from torch import Tensor
 
-from tre_lightning.advantages import centred
 from tre_lightning.batches import TrainingBatch
+from tre_lightning.common.metrics import centred
 from tre_lightning.common.seeding import uniforms
 from tre_lightning.methods.hooks import LinearSchedule, LossTerm, Method, PolicyOutputs, Tokens
 from tre_lightning.methods.selection import check_share, share_of, top

@@ -1,6 +1,5 @@
 """Rollout engines: what samples responses, behind one small interface."""
 
-from tre_lightning.engines.mismatch import corrected, importance_weights
 from tre_lightning.sampling.base import RolloutEngine, Sampling
 from tre_lightning.sampling.continuous_batching import ContinuousBatching, check_continuous_batching
 from tre_lightning.sampling.in_process import InProcess
@@ -14,8 +13,6 @@ __all__ = [
     "RolloutEngine",
     "Sampling",
     "check_engine",
-    "corrected",
-    "importance_weights",
     "make_engine",
 ]
 

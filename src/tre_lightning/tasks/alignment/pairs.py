@@ -197,7 +197,7 @@ def _read_margin(value: object) -> float:
 
 
 class PreferencePairs(LightningDataModule):
-    """Pairs for :class:`~tre_lightning.reward_model.RewardModelModule`.
+    """Pairs for :class:`~tre_lightning.training.reward_model.RewardModelModule`.
 
     No prompt of the validation pairs occurs in the training pairs.
     """

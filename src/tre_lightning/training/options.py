@@ -4,10 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import get_args
 
-from tre_lightning.advantages import Estimator
 from tre_lightning.common.validation import at_least, one_of, positive, unit_share
 from tre_lightning.entropy import check_region
-from tre_lightning.kl import KLEstimator, KLPlace, check_kl
+from tre_lightning.training.advantages import Estimator
+from tre_lightning.training.kl import KLEstimator, KLPlace, check_kl
 
 
 @dataclass(frozen=True)

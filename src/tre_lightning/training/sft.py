@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tre_lightning.common.validation import at_least, options, positive
-from tre_lightning.optim import decaying_adamw
 from tre_lightning.policy.actor_critic import (
     PolicyArgs,
     check_reading,
@@ -28,6 +27,7 @@ from tre_lightning.policy.tokenizers import (
     word_tokenizer,
 )
 from tre_lightning.tasks.demonstrations import DemonstrationBatch, Demonstrations
+from tre_lightning.training.optim import decaying_adamw
 
 
 class SFTModule(LightningModule):

@@ -19,7 +19,6 @@ from transformers import (
 from tre_lightning.common.errors import read
 from tre_lightning.common.metrics import MaskedMean
 from tre_lightning.common.validation import at_least, options, positive
-from tre_lightning.optim import decaying_adamw
 from tre_lightning.policy.actor_critic import (
     PolicyArgs,
     checkpoint_gradients,
@@ -34,6 +33,7 @@ from tre_lightning.policy.tokenizers import (
 )
 from tre_lightning.tasks.alignment.pairs import PairBatch, PreferencePairs
 from tre_lightning.tasks.alignment.scorer import context_length, scalar_scores, set_pad_token
+from tre_lightning.training.optim import decaying_adamw
 
 
 def preference_loss(

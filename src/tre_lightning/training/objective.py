@@ -7,11 +7,11 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from tre_lightning.args import PPOArgs
 from tre_lightning.batches import TrainingBatch
-from tre_lightning.kl import kl_loss
-from tre_lightning.losses import policy_loss
 from tre_lightning.methods.hooks import KL, POLICY, LossTerm, PolicyOutputs, Tokens
+from tre_lightning.training.kl import kl_loss
+from tre_lightning.training.losses import policy_loss
+from tre_lightning.training.options import PPOArgs
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from tre_lightning.advantages import Estimator, estimate, whitened, whitens
 from tre_lightning.batches import Experience, Rollout, TrainingBatch
 from tre_lightning.common.seeding import permutation
-from tre_lightning.kl import KLEstimator, kl_estimate
+from tre_lightning.training.advantages import Estimator, estimate, whitened, whitens
+from tre_lightning.training.kl import KLEstimator, kl_estimate
 
 
 def build_experience(
@@ -77,7 +77,7 @@ def compute_targets(
 def token_rewards(experience: Experience, kl_coef: float, kl_estimator: KLEstimator) -> Tensor:
     """Score at the last counted token, minus ``kl_coef`` times the KL to the reference, ``[B, T]``.
 
-    The KL of every counted token by ``kl_estimator``; :mod:`tre_lightning.kl` says what for.
+    The KL of every counted token by ``kl_estimator``; :mod:`tre_lightning.training.kl` says what for.
     """
     mask = experience.response_mask
     rewards = torch.zeros_like(experience.old_logprobs)

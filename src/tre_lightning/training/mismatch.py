@@ -14,8 +14,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from tre_lightning.batches import TrainingBatch
-from tre_lightning.losses import policy_ratio
 from tre_lightning.methods.hooks import POLICY
+from tre_lightning.training.losses import policy_ratio
 
 
 def importance_weights(

@@ -16,15 +16,13 @@ from tre_lightning.common.metrics import (
     PassAtK,
     StandardError,
     Total,
-    approx_kl,
-    clipped,
     cumulative_tail_risk,
     majority_by_prompt,
     number_answers,
     pass_at_k_by_prompt,
 )
 from tre_lightning.entropy import EntropyStats
-from tre_lightning.losses import policy_ratio
+from tre_lightning.training.losses import approx_kl, clipped, policy_ratio
 
 
 class _Collection(nn.Module):

@@ -5,8 +5,12 @@ minibatch, so that accumulating micro-batches, on any number of devices, gives t
 big batch.
 """
 
+import math
+
 import torch
 from torch import Tensor
+
+from tre_lightning.common.metrics import _check_shape, _like
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
@@ -63,3 +67,59 @@ def value_loss(
         near = old_values + (values - old_values).clamp(-value_clip_eps, value_clip_eps)
         loss = torch.maximum(loss, (near - returns).square())
     return 0.5 * loss
+
+
+def approx_kl(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
+    """Per-token k3 estimate of KL(old || new): r - 1 - log r, log r = logprobs - old_logprobs.
+
+    Unbiased for tokens sampled from the old policy, and never negative. Infinite where r overflows
+    the result's dtype; NaN where both logprobs are -inf (padding: mask it out).
+
+    Source: Schulman 2020, "Approximating KL divergence" (joschu.net/blog/kl-approx.html).
+
+    Args:
+        logprobs: log-probability of each token under the new policy, nats, ``[B, T]``.
+        old_logprobs: the same tokens under the policy that sampled them, nats, ``[B, T]``.
+
+    Returns:
+        The estimate, nats, ``[B, T]``; float32, or float64 if either input is.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    _check_shape("old_logprobs", old_logprobs, "logprobs", logprobs)
+    log_ratio = logprobs.double() - old_logprobs.double()
+    # clamp: near 0 an expm1 that is off by one rounding may fall below its argument
+    return _like(torch.expm1(log_ratio) - log_ratio, logprobs, old_logprobs).clamp(min=0)
+
+
+def clipped(
+    ratio: Tensor, advantages: Tensor, clip_eps_low: float | None, clip_eps_high: float | None
+) -> Tensor:
+    """Tokens whose clipped surrogate is the active one, so that they give no policy gradient.
+
+    True where (A > 0 and r > 1 + high) or (A < 0 and r < 1 - low); their share is the clip
+    fraction: ``MaskedMean().update(clipped(...), response_mask)``.
+
+    Source: the minimum in PPO's objective, Schulman et al. 2017, eq. 7.
+
+    Args:
+        ratio: new over old probability of each token, ``[B, T]``.
+        advantages: advantage of each token, ``[B, T]``.
+        clip_eps_low: how far the ratio may fall below 1, >= 0; None = any.
+        clip_eps_high: how far the ratio may rise above 1, >= 0; None = any.
+
+    Returns:
+        Bool, ``[B, T]``; False where an input is NaN.
+
+    Raises:
+        ValueError: if the shapes differ or a bound is negative.
+    """
+    _check_shape("advantages", advantages, "ratio", ratio)
+    for name, bound in (("clip_eps_low", clip_eps_low), ("clip_eps_high", clip_eps_high)):
+        if bound is not None and not bound >= 0:
+            raise ValueError(f"{name}={bound} is not a distance from 1; pass a number >= 0")
+    low, high = (math.inf if bound is None else bound for bound in (clip_eps_low, clip_eps_high))
+    rises = (advantages > 0) & (ratio > 1 + high)
+    falls = (advantages < 0) & (ratio < 1 - low)
+    return rises | falls

@@ -48,8 +48,7 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor
 
-from tre_lightning.common.metrics import approx_kl
-from tre_lightning.losses import policy_ratio
+from tre_lightning.training.losses import approx_kl, policy_ratio
 
 KLEstimator: TypeAlias = Literal["k1", "k2", "k3"]
 KLPlace: TypeAlias = Literal["reward", "loss", "loss_weighted"]

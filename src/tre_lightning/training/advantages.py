@@ -23,6 +23,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from tre_lightning.common.metrics import centred
+
 Estimator: TypeAlias = Literal["gae", "grpo", "rloo", "reinforce_pp"]
 
 _WITH_CRITIC = ("gae",)
@@ -152,29 +154,6 @@ def whitened(values: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
     deviation, count = centred(values.flatten(), mask.flatten())
     variance = deviation.square().sum() / count.clamp(min=1)
     return (deviation * torch.rsqrt(variance + eps)).view_as(values).to(values.dtype)
-
-
-def centred(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance from the mean over the True entries along the last axis, and their number.
-
-    Exactly 0 where these are equal, whatever they are: dividing by their spread would blow up a
-    rounding.
-
-    Args:
-        values: ``[..., n]``; NaN where the mask is False does not count.
-        mask: bool, ``[..., n]``.
-
-    Returns:
-        The distance, ``[..., n]`` float64, 0 outside the mask; the number, ``[..., 1]``.
-    """
-    count = mask.sum(-1, keepdim=True)
-    if not mask.numel():
-        return values.double(), count
-    wide = torch.where(mask, values, 0.0).double()
-    # From one of them first: the mean of equal numbers may be a rounding off.
-    first = wide.gather(-1, mask.int().argmax(-1, keepdim=True))
-    wide = torch.where(mask, wide - first, 0.0)
-    return torch.where(mask, wide - wide.sum(-1, keepdim=True) / count.clamp(min=1), 0.0), count
 
 
 def _deviation(rewards: Tensor, mask: Tensor, num_responses: int) -> tuple[Tensor, Tensor]:

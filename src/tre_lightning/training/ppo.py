@@ -20,19 +20,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase
 
-from tre_lightning.advantages import check_estimator
-from tre_lightning.args import DiagnosticsArgs, OptimArgs, PPOArgs
 from tre_lightning.batches import Experience, PromptBatch, Rollout, TrainingBatch, sequence_inputs
 from tre_lightning.common.distributed import agreed, highest, job_id, world
 from tre_lightning.common.metrics import MaskedMean
 from tre_lightning.common.precision import float32_or_better
 from tre_lightning.common.validation import options
-from tre_lightning.diagnostics import Evaluations, RolloutMetrics, UpdateMetrics
 from tre_lightning.entropy import EntropyStats
-from tre_lightning.experience import build_experience, compute_targets, minibatches
-from tre_lightning.horizon import total_batches
-from tre_lightning.kl import next_kl_coef
-from tre_lightning.losses import masked_sum, value_loss
 from tre_lightning.methods.hooks import (
     LossTerm,
     Method,
@@ -42,8 +35,6 @@ from tre_lightning.methods.hooks import (
     shaped,
     weighed,
 )
-from tre_lightning.nonfinite import all_finite, end_of_run, with_telling_gradient
-from tre_lightning.objective import PolicyObjective
 from tre_lightning.ops import Region
 from tre_lightning.policy.actor_critic import (
     ActorCritic,
@@ -56,9 +47,19 @@ from tre_lightning.policy.head import Head, HeadInput
 from tre_lightning.policy.lora import fingerprint, frozen_names, without_adapters
 from tre_lightning.policy.sharding import shards, whole
 from tre_lightning.policy.tokenizers import end_tokens, load_tokenizer
-from tre_lightning.sampling import Sampling, corrected, make_engine
+from tre_lightning.sampling import Sampling, make_engine
 from tre_lightning.sampling.options import EvaluationArgs, RolloutArgs
-from tre_lightning.task import Task, scores_of
+from tre_lightning.training.advantages import check_estimator
+from tre_lightning.training.diagnostics import Evaluations, RolloutMetrics, UpdateMetrics
+from tre_lightning.training.kl import next_kl_coef
+from tre_lightning.training.losses import masked_sum, value_loss
+from tre_lightning.training.mismatch import corrected
+from tre_lightning.training.nonfinite import all_finite, end_of_run, with_telling_gradient
+from tre_lightning.training.objective import PolicyObjective
+from tre_lightning.training.optim import total_batches
+from tre_lightning.training.options import DiagnosticsArgs, OptimArgs, PPOArgs
+from tre_lightning.training.targets import build_experience, compute_targets, minibatches
+from tre_lightning.training.task import Task, scores_of
 
 T = TypeVar("T")
 
