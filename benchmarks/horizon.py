@@ -23,7 +23,7 @@ Results = dict[str, dict[int, dict[str, Any]]]  # of each method and seed
 COMPARED = (
     "test/pass@1",
     "test/pass@k",
-    "test/invalid_share",
+    "test/invalid_fraction",
     "entropy/full",
     "entropy/tail_mass",
 )

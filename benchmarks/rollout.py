@@ -52,7 +52,7 @@ class Setting:
     num_responses: int = 8  # a prompt, when sampling
     max_new_tokens: int = 64
     prompt_lengths: tuple[int, int] = (8, 32)  # tokens, uniformly distributed
-    end_share: float = 1 / 16  # of the vocabulary that ends a response
+    end_fraction: float = 1 / 16  # of the vocabulary that ends a response
     vocabulary: int = 8192
     hidden: int = 256
     layers: int = 4
@@ -90,7 +90,7 @@ def make_prompts(setting: Setting, count: int) -> PromptBatch:
 
 def samplers(model: Any, setting: Setting) -> tuple[dict[str, Sampler], Tensor]:
     """Each maps prompts, responses a prompt and temperature to responses ``[B, T]``; end tokens."""
-    count = round(setting.end_share * setting.vocabulary)
+    count = round(setting.end_fraction * setting.vocabulary)
     ends = torch.randperm(setting.vocabulary - 1, generator=generator("ends"))[:count] + 1
     eos = ends.tolist()
 

@@ -21,7 +21,7 @@ def test_spans(count: int, size: int, ranks: int, expected: list[tuple[int, int]
     assert spans(count, size, ranks) == expected
 
 
-def test_share() -> None:
+def test_fraction() -> None:
     assert [share(7, rank, 3) for rank in range(3)] == [(0, 2), (2, 4), (4, 7)]
 
 

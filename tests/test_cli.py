@@ -97,14 +97,14 @@ REFUSED: dict[str, tuple[list[str], Mapping[str, Any], list[str]]] = {
         ["model.ppo.num_minibatches=17", "data.batch_size=4", "lower it"],
     ),
     "warm-up of an endless run": (
-        ["--trainer.max_epochs=-1", "--model.optim.warmup_share=0.05"],
+        ["--trainer.max_epochs=-1", "--model.optim.warmup_fraction=0.05"],
         {},
-        ["optim.warmup_share=0.05", "trainer.max_epochs"],
+        ["optim.warmup_fraction=0.05", "trainer.max_epochs"],
     ),
     "two warm-ups": (
-        ["--model.optim.warmup_iterations=2", "--model.optim.warmup_share=0.05"],
+        ["--model.optim.warmup_iterations=2", "--model.optim.warmup_fraction=0.05"],
         {},
-        ["optim.warmup_iterations=2", "optim.warmup_share=0.05", "not both"],
+        ["optim.warmup_iterations=2", "optim.warmup_fraction=0.05", "not both"],
     ),
     "names": (
         [],

@@ -347,7 +347,7 @@ def test_pass_at_k_is_the_largest_k() -> None:
     result = {"test": {"test/pass@1": 0.1, "test/pass@8": 0.5, "test/pass@16": 0.7}, "late": {}}
     assert metric(result, "test/pass@k") == 0.7
     assert math.isnan(metric({"test": {"test/pass@1": 0.1}}, "test/pass@k"))
-    assert math.isnan(metric(result, "test/invalid_share"))
+    assert math.isnan(metric(result, "test/invalid_fraction"))
 
 
 # ----- choice and report

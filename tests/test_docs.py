@@ -25,7 +25,7 @@ def test_metrics_page_defines_exactly_what_a_run_logs(
 ) -> None:
     puzzles = tmp_path_factory.mktemp("data") / "eval.jsonl"
     puzzles.write_text('{"nums": [3, 4, 5], "target": 17}\n')
-    weighing = {"class_path": "tre_lightning.methods.ForkingTokens", "init_args": {"share": 0.5}}
+    weighing = {"class_path": "tre_lightning.methods.ForkingTokens", "init_args": {"fraction": 0.5}}
     changes = {
         "trainer.callbacks": [runs.TRE, weighing],
         "model.rollout": {"num_responses": 8, "max_new_tokens": 8},

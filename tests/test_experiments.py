@@ -43,8 +43,8 @@ SHARED: dict[str, Any] = {
     "model.optim.lr": 1e-6,
     "model.optim.critic_lr": 1e-5,
     "model.optim.warmup_iterations": 0,
-    "model.optim.warmup_share": 0.05,
-    "model.optim.final_lr_share": 1.0,
+    "model.optim.warmup_fraction": 0.05,
+    "model.optim.final_lr_fraction": 1.0,
     "model.evaluation.temperature": 1.0,
     "model.evaluation.top_p": 0.7,
     "warm_start": None,
@@ -116,7 +116,7 @@ def test_the_settings_are_those_published(
     assert len(terms) == 1
     # 150 iterations, of which round(7.5) warm up.
     iterations = cli.trainer.max_epochs * cli.datamodule.iterations_per_epoch
-    shares = [cli.model.optim_args.lr_share(i, iterations) for i in range(iterations)]
+    shares = [cli.model.optim_args.lr_fraction(i, iterations) for i in range(iterations)]
     assert shares == [i / 8 for i in range(1, 9)] + [1.0] * 142
 
 
@@ -163,13 +163,13 @@ def test_the_rows_of_the_hub_are_split_as_in_the_paper(monkeypatch: pytest.Monke
 def test_the_warm_up_may_be_a_share_of_the_run(
     share: float, total: float, expected: list[float]
 ) -> None:
-    optim = OptimArgs(warmup_share=share)
-    assert [optim.lr_share(i, total) for i in range(4)] == pytest.approx(expected)
+    optim = OptimArgs(warmup_fraction=share)
+    assert [optim.lr_fraction(i, total) for i in range(4)] == pytest.approx(expected)
 
 
-def test_the_rate_decays_after_a_warm_up_of_a_share() -> None:
-    optim = OptimArgs(warmup_share=0.25, final_lr_share=0.5)
-    shares = [optim.lr_share(i, 8) for i in range(8)]
+def test_the_rate_decays_after_a_warm_up_of_a_fraction() -> None:
+    optim = OptimArgs(warmup_fraction=0.25, final_lr_fraction=0.5)
+    shares = [optim.lr_fraction(i, 8) for i in range(8)]
     assert shares == pytest.approx([0.5, 1.0, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5])
 
 

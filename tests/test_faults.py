@@ -29,7 +29,7 @@ from tre_lightning.callbacks.progress import RunProgress
 from tre_lightning.common.distributed import world
 from tre_lightning.common.errors import CheckpointError
 from tre_lightning.methods import EntropyBonus, PolicyOutputs, Tokens
-from tre_lightning.training.nonfinite import with_telling_gradient
+from tre_lightning.training.nonfinite import nan_gradient_if_nonfinite
 from tre_lightning.training.options import PPOArgs
 
 PATIENCE = 90.0  # seconds; a hanging process must fail, not hang
@@ -109,7 +109,7 @@ def error_of(capsys: pytest.CaptureFixture[str], call: Callable[[], object]) -> 
 def test_the_gradient_tells_of_the_loss(value: float) -> None:
     weight = torch.ones((), dtype=torch.float64, requires_grad=True)
     # Added without a gradient of its own, as an infinity at a token that does not count.
-    with_telling_gradient(3.0 * weight + value).backward()
+    nan_gradient_if_nonfinite(3.0 * weight + value).backward()
     assert weight.grad is not None
     assert weight.grad.item() == 3.0 if value == 2.0 else weight.grad.isnan()
 

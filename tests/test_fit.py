@@ -167,7 +167,7 @@ def test_validate_test_and_predict_from_a_checkpoint(
     responses = [response for record in records for response in record["responses"]]
     share = sum(bool(textless.search(response)) for response in responses) / len(responses)
     assert not any("<eos>" in response for response in responses)  # it ends a response
-    assert 0.0 < share < 1.0 and float(scores["test/invalid_share"]) == pytest.approx(share)
+    assert 0.0 < share < 1.0 and float(scores["test/invalid_fraction"]) == pytest.approx(share)
     assert errors.keys() == {f"{tag}_se" for tag in by_prompt} | {"test/response_length_se"}
     assert runs.scalars(run_dir) == curves  # the curves of the training are as they were
 
@@ -374,7 +374,7 @@ def test_micro_batch_size_does_not_change_the_update(
     whole, parts = runs.weights(whole_batch), runs.weights(tmp_path / "run")
     assert runs.distance(whole, parts) < 1e-10
     scalars = runs.scalars(whole_batch)
-    assert 0.0 < scalars["rollout/finished_share"][0][1] < 1.0  # responses of unequal lengths
+    assert 0.0 < scalars["rollout/finished_fraction"][0][1] < 1.0  # responses of unequal lengths
     others = runs.scalars(tmp_path / "run")
     assert others.keys() == scalars.keys()
     for tag, events in scalars.items():

@@ -389,7 +389,7 @@ def test_from_reward_model_to_policy(tmp_path: Path, capsys: pytest.CaptureFixtu
     main(words)
     scalars = runs.scalars(tmp_path / "ppo")
     assert [step for step, _ in scalars["val/score"]] == [0, 2, 5]
-    assert max(score for _, score in scalars["rollout/unscorable_share"]) == 0.0
+    assert max(score for _, score in scalars["rollout/unscorable_fraction"]) == 0.0
     names = runs.weights(tmp_path / "ppo").keys()
     assert all(name.startswith("actor_critic.") for name in names)  # the reward model is in none
     tested = main(["test", *words[1:], "--ckpt_path=last"])

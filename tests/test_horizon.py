@@ -27,7 +27,7 @@ def test_differences_are_of_seeds_that_both_have(
     ]:
         directory = Trial(method, value, seed).directory(plan)
         directory.mkdir(parents=True)
-        tested = {"test/pass@1": share, "test/pass@8": 1.0, "test/invalid_share": 0.125}
+        tested = {"test/pass@1": share, "test/pass@8": 1.0, "test/invalid_fraction": 0.125}
         late = {"entropy/full": 0.5, "entropy/tail_mass": 0.002, "loss/tre_effective_coef": 0.1}
         (directory / RESULT).write_text(json.dumps({"test": tested, "late": late}))
     means, paired = horizon.tables({12: (plan, horizon.collect(plan))}).split("\n\n")

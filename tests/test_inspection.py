@@ -46,7 +46,7 @@ def test_histograms_of_every_iteration(run_dir: Path) -> None:
     for tag in HISTOGRAMS:
         assert [e.step for e in found.Histograms(tag)] == list(range(runs.ITERATIONS)), tag
     lengths = [v for _, v in runs.scalars(run_dir)["rollout/response_length"]]
-    single = [v for _, v in runs.scalars(run_dir)["entropy/single_token_share"]]
+    single = [v for _, v in runs.scalars(run_dir)["entropy/single_token_fraction"]]
     full = [v for _, v in runs.scalars(run_dir)["entropy/full"]]
     tokens = [length * 16 for length in lengths]  # 4 prompts x 4 responses
     for i, event in enumerate(found.Histograms(HISTOGRAMS[0])):

@@ -454,7 +454,7 @@ def test_fit_test_and_predict(tmp_path: Path) -> None:
     runs.run(run_dir, changes=RUN)
     curves = runs.scalars(run_dir)
     assert [step for step, _ in curves["val/pass@1"]] == [0, 1, 3]
-    assert [value for _, value in curves["rollout/unscorable_share"]] == [0.0] * runs.ITERATIONS
+    assert [value for _, value in curves["rollout/unscorable_fraction"]] == [0.0] * runs.ITERATIONS
     assert [value for _, value in curves["rollout/scorer_timeouts"]] == [0.0] * runs.ITERATIONS
     assert [step for step, _ in curves["val/majority@2"]] == [0, 1, 3]
     scores = runs.run(run_dir, "--ckpt_path=last", command="test", changes=RUN)

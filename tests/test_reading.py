@@ -1,4 +1,4 @@
-"""Tests of tre_lightning.policy.reading: a token has one log-probability, however its row is read."""
+"""Reading: a token has one log-probability, however its row is read."""
 
 import copy
 import logging

@@ -15,7 +15,7 @@ from tre_lightning.cli.main import main
 from tre_lightning.tasks.base import IterationLoader
 from tre_lightning.training.optim import has_end, seconds_left, total_batches
 
-DECAY = "--model.optim.final_lr_share=0.5"
+DECAY = "--model.optim.final_lr_fraction=0.5"
 QUIET = {"summary": {"export": False}}
 
 
@@ -104,9 +104,9 @@ def test_what_needs_an_end_asks_for_one(tmp_path: Path, capsys: pytest.CaptureFi
     for end in ("--trainer.max_epochs=-1", "--trainer.max_time=00:01:00:00"):
         words = runs.words(run_dir, DECAY, end, changes={"trainer.max_epochs": None, **QUIET})
         message = refusal(capsys, words)
-        assert "optim.final_lr_share=0.5 needs a run with an end" in message, message
+        assert "optim.final_lr_fraction=0.5 needs a run with an end" in message, message
     pairs = ["reward", "fit", "--data=PreferencePairs", *supervised(run_dir)]
-    assert "model.final_lr_share=0.1 needs a run with an end" in refusal(capsys, pairs)
+    assert "model.final_lr_fraction=0.1 needs a run with an end" in refusal(capsys, pairs)
     assert not run_dir.exists()
 
 

@@ -303,7 +303,8 @@ def saved_run(path: Path) -> dict[str, Any]:
 
     Returns:
         The finished ``iteration``, the optimiser's ``global_step``, the model's ``shapes``, the
-        ``seed``, and what :meth:`tre_lightning.training.ppo.PPOModule.on_save_checkpoint` says of the run.
+        ``seed``, and what :meth:`tre_lightning.training.ppo.PPOModule.on_save_checkpoint` says of
+        the run.
 
     Raises:
         ValueError: if the file is no checkpoint of a PPO run.

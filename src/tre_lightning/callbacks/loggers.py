@@ -23,12 +23,12 @@ LAYOUT: dict[str, dict[str, list[str]]] = {
     },
     "region": {
         "tokens": ["entropy/region_size$"],
-        "share of single tokens": ["entropy/single_token_share$"],
+        "share of single tokens": ["entropy/single_token_fraction$"],
     },
     "tail": {
         "mass outside the region": ["entropy/tail_mass$"],
         "cumulative risk": ["entropy/cumulative_tail_risk$"],
-        "invalid responses": [r"val\w*/invalid_share$"],
+        "invalid responses": [r"val\w*/invalid_fraction$"],
     },
     "policy": {
         "step": ["policy/approx_kl$", "policy/clip_fraction$"],

@@ -499,7 +499,7 @@ class _TrainingCLI(_CLI):
         super().instantiate_classes()
         with one_line_errors():
             check_whole(self.trainer)
-            check_decay(self.trainer, self.options.model.final_lr_share)
+            check_decay(self.trainer, self.options.model.final_lr_fraction)
             callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
             if not others_log(callbacks):
                 refuse_unknown(monitors(callbacks), self.logged)

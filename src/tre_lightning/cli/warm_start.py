@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tre_lightning.common.validation import at_least, positive, unit_share
+from tre_lightning.common.validation import at_least, positive, unit_fraction
 
 # Options of the task that say nothing about its demonstrations.
 _IRRELEVANT = (
@@ -35,25 +35,25 @@ class WarmStart:
         steps: optimiser steps.
         batch_size: demonstrations a step.
         lr: learning rate at the start.
-        final_lr_share: share of lr at the last step, linear in between.
-        misleading_share: share of the demonstrations whose steps end elsewhere than the target, in
-            [0, 1]; they teach the format without the search and leave room to improve.
+        final_lr_fraction: share of lr at the last step, linear in between.
+        misleading_fraction: share of the demonstrations whose steps end elsewhere than the target,
+            in [0, 1]; they teach the format without the search and leave room to improve.
         cache_dir: directory of the trained models, one folder for each set of options.
     """
 
     steps: int = 900
     batch_size: int = 128
     lr: float = 4e-3
-    final_lr_share: float = 0.1
-    misleading_share: float = 0.5
+    final_lr_fraction: float = 0.1
+    misleading_fraction: float = 0.5
     cache_dir: str = "runs/warm_starts"
 
     def __post_init__(self) -> None:
         at_least("warm_start.steps", self.steps, 1)
         at_least("warm_start.batch_size", self.batch_size, 1)
         positive("warm_start.lr", self.lr)
-        at_least("warm_start.final_lr_share", self.final_lr_share, 0)
-        unit_share("warm_start.misleading_share", self.misleading_share)
+        at_least("warm_start.final_lr_fraction", self.final_lr_fraction, 0)
+        unit_fraction("warm_start.misleading_fraction", self.misleading_fraction)
 
     def directory(self, policy: dict[str, Any], data: dict[str, Any], seed: int) -> Path:
         """Folder of the warm start of this model on this task: named by a hash of both."""
@@ -74,7 +74,7 @@ class WarmStart:
                 # Adapters come after it, and one device has nothing to shard.
                 "policy": {**policy, "lora": None, "cpu_offload": False},
                 "lr": self.lr,
-                "final_lr_share": self.final_lr_share,
+                "final_lr_fraction": self.final_lr_fraction,
             },
             "data": {
                 "class_path": "tre_lightning.tasks.Demonstrations",
@@ -82,7 +82,7 @@ class WarmStart:
                     "task": data,
                     "steps": self.steps,
                     "batch_size": self.batch_size,
-                    "misleading_share": self.misleading_share,
+                    "misleading_fraction": self.misleading_fraction,
                 },
             },
             "trainer": {

@@ -33,7 +33,7 @@ def cumulative_tail_risk(tail_mass: Tensor, response_mask: Tensor) -> Tensor:
     """
     _check_mask("response_mask", response_mask, "tail_mass", tail_mass)
     tail = torch.where(response_mask, tail_mass.double(), 0.0)
-    return _like(_any_of(tail), tail_mass)
+    return like(_any_of(tail), tail_mass)
 
 
 def pass_at_k(num_correct: Tensor, num_samples: int, k: int) -> Tensor:
@@ -62,7 +62,7 @@ def pass_at_k(num_correct: Tensor, num_samples: int, k: int) -> Tensor:
             f"pass counts in [0, num_samples={num_samples}]"
         )
     correct = num_correct.double()
-    return _like(_pass_at_k(correct, torch.full_like(correct, num_samples), k), num_correct)
+    return like(_pass_at_k(correct, torch.full_like(correct, num_samples), k), num_correct)
 
 
 def pass_at_k_by_prompt(scores: Tensor, k: int) -> Tensor:
@@ -114,7 +114,7 @@ def majority_by_prompt(scores: Tensor, answers: Tensor) -> Tensor:
         ValueError: if the shapes differ or ``scores`` is not ``[G, n]``.
     """
     _check_grouped("scores", scores)
-    _check_shape("answers", answers, "scores", scores)
+    check_shape("answers", answers, "scores", scores)
     scored = ~scores.isnan()
     votes = scored & (answers >= 0)
     agree = answers.unsqueeze(1) == answers.unsqueeze(2)
@@ -381,7 +381,7 @@ class MaskedExplainedVariance(_Float64Metric):
         Raises:
             ValueError: if the mask is not bool or the shapes differ.
         """
-        _check_shape("returns", returns, "values", values)
+        check_shape("returns", returns, "values", values)
         _check_mask("mask", mask, "values", values)
         target = returns.detach()[mask].double()
         if target.numel() == 0:
@@ -422,7 +422,7 @@ def _pass_at_k(num_correct: Tensor, num_samples: Tensor, k: int) -> Tensor:
     return _any_of(num_correct.double().unsqueeze(-1) / (num_samples.unsqueeze(-1) - drawn))
 
 
-def _like(result: Tensor, *inputs: Tensor) -> Tensor:
+def like(result: Tensor, *inputs: Tensor) -> Tensor:
     """The result in float64 if an input is, else in float32."""
     return result if any(x.dtype == torch.float64 for x in inputs) else result.float()
 
@@ -437,7 +437,8 @@ def _check_k(k: int) -> None:
         raise ValueError(f"k={k} draws no response; pass k >= 1")
 
 
-def _check_shape(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+def check_shape(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise ValueError unless both tensors have one shape."""
     if tensor.shape != other.shape:
         raise ValueError(
             f"{name} has shape {list(tensor.shape)}; pass {list(other.shape)}, as {other_name} has"
@@ -447,7 +448,7 @@ def _check_shape(name: str, tensor: Tensor, other_name: str, other: Tensor) -> N
 def _check_mask(name: str, mask: Tensor, other_name: str, other: Tensor) -> None:
     if mask.dtype != torch.bool:
         raise ValueError(f"{name} is {mask.dtype}; pass torch.bool (True = counts)")
-    _check_shape(name, mask, other_name, other)
+    check_shape(name, mask, other_name, other)
 
 
 def centred(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ def one_of(name: str, value: str | None, words: Sequence[str]) -> None:
         raise ValueError(f"{name}={value} must be one of the words {', '.join(words)}")
 
 
-def unit_share(name: str, value: float) -> None:
+def unit_fraction(name: str, value: float) -> None:
     """Raise ValueError unless the value lies in [0, 1]."""
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name}={value} must lie in [0, 1]")

@@ -13,7 +13,7 @@ PASS_AT_K = "test/pass@k"
 FINAL = (
     "test/pass@1",
     PASS_AT_K,
-    "test/invalid_share",
+    "test/invalid_fraction",
     "entropy/full",
     "entropy/tail_mass",
     "test/response_length",

@@ -1,4 +1,4 @@
-"""A word-level tokenizer for policies from scratch, and whether a tokenizer fits a model."""
+"""Tokenizers: reading one, making one of words, and whether one fits a model."""
 
 from collections.abc import Iterable, Sequence
 from tempfile import TemporaryDirectory

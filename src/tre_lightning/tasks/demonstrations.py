@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tre_lightning.common.seeding import uniforms
-from tre_lightning.common.validation import at_least, unit_share
+from tre_lightning.common.validation import at_least, unit_fraction
 from tre_lightning.policy.encoding import pad
 from tre_lightning.tasks.base import PromptDataModule
 
@@ -40,7 +40,7 @@ class Demonstrations(LightningDataModule):
         task: PromptDataModule,
         steps: int = 900,
         batch_size: int = 128,
-        misleading_share: float = 0.0,
+        misleading_fraction: float = 0.0,
     ) -> None:
         """Keep the options.
 
@@ -48,19 +48,20 @@ class Demonstrations(LightningDataModule):
             task: the task whose demonstrations these are.
             steps: batches.
             batch_size: demonstrations a batch.
-            misleading_share: share of the demonstrations that do not solve their prompt, in [0, 1].
+            misleading_fraction: share of the demonstrations that do not solve their prompt, in [0,
+                1].
         """
         super().__init__()
         if not isinstance(task, Demonstrates):
             raise ValueError(f"{type(task).__name__} has no demonstration() to learn from")
         at_least("data.steps", steps, 1)
         at_least("data.batch_size", batch_size, 1)
-        unit_share("data.misleading_share", misleading_share)
+        unit_fraction("data.misleading_fraction", misleading_fraction)
         self.task: Demonstrates = task
         self.prompts = task
         self.steps = steps
         self.batch_size = batch_size
-        self.misleading_share = misleading_share
+        self.misleading_fraction = misleading_fraction
 
     def vocabulary(self) -> list[str]:
         """The task's closed vocabulary."""
@@ -92,7 +93,7 @@ class DemonstrationLoader:
             first = step * source.batch_size
             draws = uniforms(1, source.batch_size, "misleading", source.prompts.seed, step)[0]
             shown = [
-                source.task.demonstration(first + i, bool(draw < source.misleading_share))
+                source.task.demonstration(first + i, bool(draw < source.misleading_fraction))
                 for i, draw in enumerate(draws)
             ]
             rows = source.prompts.demonstration_ids(shown)

@@ -54,14 +54,14 @@ class RolloutMetrics(_Collection):
     def __init__(self, num_responses: int) -> None:
         """``num_responses`` is k of the reported pass@k."""
         self.num_responses = num_responses
-        tokens = ["full", "region", "region_scaled", "region_size", "single_token_share"]
+        tokens = ["full", "region", "region_scaled", "region_size", "single_token_fraction"]
         super().__init__(
             {
                 "rollout/score": MaskedMean(),
                 **{f"rollout/pass@{k}": PassAtK(k) for k in sorted({1, num_responses})},
                 "rollout/response_length": MaskedMean(),
-                "rollout/finished_share": MaskedMean(),
-                "rollout/unscorable_share": MaskedMean(),
+                "rollout/finished_fraction": MaskedMean(),
+                "rollout/unscorable_fraction": MaskedMean(),
                 "rollout/scorer_timeouts": Total(),
                 "rollout/ref_kl": MaskedMean(),
                 "rollout/engine_kl": MaskedMean(),
@@ -80,8 +80,8 @@ class RolloutMetrics(_Collection):
         for k in sorted({1, self.num_responses}) if binary else ():
             self[f"rollout/pass@{k}"].update(grouped)
         self["rollout/response_length"].update(experience.response_mask.sum(1), scored)
-        self["rollout/finished_share"].update(experience.finished)
-        self["rollout/unscorable_share"].update(~scored)
+        self["rollout/finished_fraction"].update(experience.finished)
+        self["rollout/unscorable_fraction"].update(~scored)
         if experience.ref_logprobs is not None:
             kl = approx_kl(experience.ref_logprobs, experience.old_logprobs)
             self["rollout/ref_kl"].update(kl, experience.response_mask)
@@ -103,7 +103,7 @@ class RolloutMetrics(_Collection):
         self["entropy/region"].update(stats.region, mask)
         self["entropy/region_scaled"].update(stats.scaled, mask)
         self["entropy/region_size"].update(stats.size, mask)
-        self["entropy/single_token_share"].update(stats.size == 1, mask)
+        self["entropy/single_token_fraction"].update(stats.size == 1, mask)
         self["entropy/tail_mass"].update(stats.tail_mass, mask)
         self["entropy/cumulative_tail_risk"].update(cumulative_tail_risk(stats.tail_mass, mask))
 
@@ -117,7 +117,7 @@ class UpdateMetrics(_Collection):
             {
                 "policy/approx_kl": MaskedMean(),
                 "policy/clip_fraction": MaskedMean(),
-                "policy/active_share": MaskedMean(),
+                "policy/active_fraction": MaskedMean(),
                 "policy/grad_norm": MaskedMean(),
                 "value/grad_norm": MaskedMean(),
                 "value/explained_variance": MaskedExplainedVariance(),
@@ -155,7 +155,7 @@ class UpdateMetrics(_Collection):
         )
         self["policy/clip_fraction"].update(hit, batch.response_mask)
         if "policy" in batch.weights:
-            self["policy/active_share"].update(batch.weights["policy"] != 0, batch.response_mask)
+            self["policy/active_fraction"].update(batch.weights["policy"] != 0, batch.response_mask)
 
     def add_loss(self, name: str, part: Tensor) -> None:
         """Add a part of a loss, already divided by the minibatch's global token count."""
@@ -210,8 +210,8 @@ class EvaluationMetrics(_Collection):
             "response_length": MaskedMean(),
         }
         errors = {f"{tag}_se": StandardError() for tag in means}
-        shares = {"finished_share": MaskedMean(), "invalid_share": MaskedMean()}
-        super().__init__({**means, **shares, **errors})
+        fractions = {"finished_fraction": MaskedMean(), "invalid_fraction": MaskedMean()}
+        super().__init__({**means, **fractions, **errors})
 
     def update(
         self,
@@ -238,8 +238,8 @@ class EvaluationMetrics(_Collection):
         grouped, lengths = scores.view(-1, self.num_responses), response_mask.sum(1)
         self["score"].update(scores, ~scores.isnan())
         self["response_length"].update(lengths)
-        self["finished_share"].update(finished)
-        self["invalid_share"].update(invalid)
+        self["finished_fraction"].update(finished)
+        self["invalid_fraction"].update(invalid)
         by_prompt = {
             "score": grouped.double().nanmean(1),
             "response_length": lengths.view_as(grouped).double().mean(1),

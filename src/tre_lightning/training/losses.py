@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from tre_lightning.common.metrics import _check_shape, _like
+from tre_lightning.common.metrics import check_shape, like
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
@@ -87,10 +87,10 @@ def approx_kl(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
     Raises:
         ValueError: if the shapes differ.
     """
-    _check_shape("old_logprobs", old_logprobs, "logprobs", logprobs)
+    check_shape("old_logprobs", old_logprobs, "logprobs", logprobs)
     log_ratio = logprobs.double() - old_logprobs.double()
     # clamp: near 0 an expm1 that is off by one rounding may fall below its argument
-    return _like(torch.expm1(log_ratio) - log_ratio, logprobs, old_logprobs).clamp(min=0)
+    return like(torch.expm1(log_ratio) - log_ratio, logprobs, old_logprobs).clamp(min=0)
 
 
 def clipped(
@@ -115,7 +115,7 @@ def clipped(
     Raises:
         ValueError: if the shapes differ or a bound is negative.
     """
-    _check_shape("advantages", advantages, "ratio", ratio)
+    check_shape("advantages", advantages, "ratio", ratio)
     for name, bound in (("clip_eps_low", clip_eps_low), ("clip_eps_high", clip_eps_high)):
         if bound is not None and not bound >= 0:
             raise ValueError(f"{name}={bound} is not a distance from 1; pass a number >= 0")

@@ -18,7 +18,7 @@ class NonFiniteError(RunError):
     of_all_ranks = True
 
 
-def with_telling_gradient(loss: Tensor) -> Tensor:
+def nan_gradient_if_nonfinite(loss: Tensor) -> Tensor:
     """The loss ``[]``; where it is not finite, so is its gradient.
 
     Ranks exchange gradients, so their norms then tell every rank of a loss on one of them.

@@ -1,10 +1,10 @@
-"""The options of a run, a unit under each; every ``__post_init__`` refuses what cannot work."""
+"""Options of the update, the optimiser and the diagnostics; each field states its unit."""
 
 import math
 from dataclasses import dataclass
 from typing import get_args
 
-from tre_lightning.common.validation import at_least, one_of, positive, unit_share
+from tre_lightning.common.validation import at_least, one_of, positive, unit_fraction
 from tre_lightning.entropy import check_region
 from tre_lightning.training.advantages import Estimator
 from tre_lightning.training.kl import KLEstimator, KLPlace, check_kl
@@ -74,7 +74,7 @@ class PPOArgs:
         for name in (*counts, "max_skipped_updates"):
             at_least(f"model.ppo.{name}", getattr(self, name), 1)
         for name in ("gamma", "gae_lambda"):
-            unit_share(f"model.ppo.{name}", getattr(self, name))
+            unit_fraction(f"model.ppo.{name}", getattr(self, name))
         if self.clip_eps_low is not None and not 0.0 < self.clip_eps_low < 1.0:
             raise ValueError(f"model.ppo.clip_eps_low={self.clip_eps_low} must lie between 0 and 1")
         if self.clip_eps_high is not None:
@@ -113,8 +113,9 @@ class OptimArgs:
         lr: peak learning rate of the policy.
         critic_lr: peak learning rate of the critic and the value head.
         warmup_iterations: PPO iterations of linear warm-up from 0.
-        warmup_share: instead of that, their share of all the PPO iterations of the run, in [0, 1].
-        final_lr_share: share of the peak at the last iteration, linear in between; 1 = constant.
+        warmup_fraction: instead of that, their share of all the PPO iterations of the run, in [0,
+            1].
+        final_lr_fraction: share of the peak at the last iteration, linear in between; 1 = constant.
         betas: of AdamW.
         eps: of AdamW; a larger one damps parameters whose gradients are tiny, such as the output
             rows of tokens that are never sampled.
@@ -125,8 +126,8 @@ class OptimArgs:
     lr: float = 1e-6
     critic_lr: float = 1e-5
     warmup_iterations: int = 0
-    warmup_share: float = 0.0
-    final_lr_share: float = 1.0
+    warmup_fraction: float = 0.0
+    final_lr_fraction: float = 1.0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
@@ -135,34 +136,34 @@ class OptimArgs:
     def __post_init__(self) -> None:
         for name in ("lr", "critic_lr", "max_grad_norm"):
             positive(f"model.optim.{name}", getattr(self, name))
-        for name in ("eps", "weight_decay", "final_lr_share"):
+        for name in ("eps", "weight_decay", "final_lr_fraction"):
             at_least(f"model.optim.{name}", getattr(self, name), 0)
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ValueError(f"model.optim.betas={self.betas} must each lie in [0, 1)")
         at_least("model.optim.warmup_iterations", self.warmup_iterations, 0)
-        unit_share("model.optim.warmup_share", self.warmup_share)
-        if self.warmup_iterations > 0 and self.warmup_share > 0.0:
+        unit_fraction("model.optim.warmup_fraction", self.warmup_fraction)
+        if self.warmup_iterations > 0 and self.warmup_fraction > 0.0:
             raise ValueError(
                 f"give model.optim.warmup_iterations={self.warmup_iterations} or "
-                f"model.optim.warmup_share={self.warmup_share}, not both; set the other to 0"
+                f"model.optim.warmup_fraction={self.warmup_fraction}, not both; set the other to 0"
             )
 
     def check_end(self, *, known: bool) -> None:
         """Raise ValueError where a rate depends on the run's end, and that is not known."""
         if known:
             return
-        if self.warmup_share > 0.0:
+        if self.warmup_fraction > 0.0:
             raise ValueError(
-                f"model.optim.warmup_share={self.warmup_share} needs a run with an end; give "
+                f"model.optim.warmup_fraction={self.warmup_fraction} needs a run with an end; give "
                 "trainer.max_epochs, trainer.max_steps or model.optim.warmup_iterations"
             )
-        if self.final_lr_share != 1.0:
+        if self.final_lr_fraction != 1.0:
             raise ValueError(
-                f"model.optim.final_lr_share={self.final_lr_share} needs a run with an end; give "
-                "trainer.max_epochs or trainer.max_steps, or 1 for a constant rate"
+                f"model.optim.final_lr_fraction={self.final_lr_fraction} needs a run with an end; "
+                "give trainer.max_epochs or trainer.max_steps, or 1 for a constant rate"
             )
 
-    def lr_share(self, iteration: int, total_iterations: float) -> float:
+    def lr_fraction(self, iteration: int, total_iterations: float) -> float:
         """Share of the peak learning rate at a PPO iteration.
 
         Raises:
@@ -170,13 +171,13 @@ class OptimArgs:
         """
         self.check_end(known=math.isfinite(total_iterations))
         warmup = self.warmup_iterations
-        if self.warmup_share > 0.0:
-            warmup = round(self.warmup_share * total_iterations)
+        if self.warmup_fraction > 0.0:
+            warmup = round(self.warmup_fraction * total_iterations)
         if iteration < warmup:
             return (iteration + 1) / warmup
         left = max(total_iterations - warmup - 1, 1)
         done = min((iteration - warmup) / left, 1.0)  # 0 in a run without end
-        return 1.0 - (1.0 - self.final_lr_share) * done
+        return 1.0 - (1.0 - self.final_lr_fraction) * done
 
 
 @dataclass(frozen=True)

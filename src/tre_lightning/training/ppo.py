@@ -54,7 +54,7 @@ from tre_lightning.training.diagnostics import Evaluations, RolloutMetrics, Upda
 from tre_lightning.training.kl import next_kl_coef
 from tre_lightning.training.losses import masked_sum, value_loss
 from tre_lightning.training.mismatch import corrected
-from tre_lightning.training.nonfinite import all_finite, end_of_run, with_telling_gradient
+from tre_lightning.training.nonfinite import all_finite, end_of_run, nan_gradient_if_nonfinite
 from tre_lightning.training.objective import PolicyObjective
 from tre_lightning.training.optim import total_batches
 from tre_lightning.training.options import DiagnosticsArgs, OptimArgs, PPOArgs
@@ -219,12 +219,12 @@ class PPOModule(LightningModule):
         """One PPO iteration; gives callbacks the entropies of the rollout, ``[B, T]`` each."""
         started = time.perf_counter()
         methods = find_methods(self.trainer.callbacks)  # type: ignore[attr-defined]
-        share = self.optim_args.lr_share(self.iteration, total_batches(self.trainer))
+        share = self.optim_args.lr_fraction(self.iteration, total_batches(self.trainer))
         rollout = self._sample(prompts, self.rollout_args)
         scores = self._score(self._texts(rollout), prompts)
         sampled = time.perf_counter()
 
-        experience, entropies, scales = self._judge(rollout, scores, methods)
+        experience, entropies, scales = self._evaluate_rollout(rollout, scores, methods)
         self._rollout_metrics.update_scores(experience, binary=self._task.binary_scores)
         self._rollout_metrics.update_timeouts(self._task.scorer_timeouts())
         batch = compute_targets(
@@ -324,7 +324,7 @@ class PPOModule(LightningModule):
         return scores.to(self.device)
 
     @torch.no_grad()
-    def _judge(
+    def _evaluate_rollout(
         self, rollout: Rollout, scores: Tensor, methods: Sequence[Method]
     ) -> tuple[Experience, EntropyStats, dict[str, float]]:
         """Log-probabilities, values and entropies of the policy that sampled; each term's scale."""
@@ -461,7 +461,7 @@ class PPOModule(LightningModule):
             with self._gradient_sync(number == len(micros)):
                 loss = self._loss(micro, methods, count)
                 # Data-parallel strategies average over ranks; the token count is global already.
-                self.manual_backward(with_telling_gradient(loss) * ranks)
+                self.manual_backward(nan_gradient_if_nonfinite(loss) * ranks)
         groups = self._parameter_groups()
         norms = [
             whole(nn.utils.clip_grad_norm_(params, optim.max_grad_norm)).to(self.device)

@@ -95,7 +95,7 @@ class RewardModelModule(LightningModule):
         policy: PolicyArgs = PolicyArgs(),
         lr: float = 1e-5,
         centering_coef: float = 1e-2,
-        final_lr_share: float = 0.1,
+        final_lr_fraction: float = 0.1,
     ) -> None:
         """Keep the options; nothing is loaded yet.
 
@@ -105,25 +105,25 @@ class RewardModelModule(LightningModule):
                 critic is not used.
             lr: learning rate of AdamW at the start.
             centering_coef: weight of the loss that keeps the scores centred at 0; 0 = off.
-            final_lr_share: share of ``lr`` at the last step, linear in between.
+            final_lr_fraction: share of ``lr`` at the last step, linear in between.
         """
         super().__init__()
         positive("model.lr", lr)
-        at_least("model.final_lr_share", final_lr_share, 0)
+        at_least("model.final_lr_fraction", final_lr_fraction, 0)
         if not centering_coef >= 0.0:
             raise ValueError(f"model.centering_coef={centering_coef} must be 0 (off) or positive")
         self.output_dir = output_dir
         self.policy_args = trains_all(options(PolicyArgs, policy))
         self.lr = lr
         self.centering_coef = centering_coef
-        self.final_lr_share = final_lr_share
+        self.final_lr_fraction = final_lr_fraction
         self._train_metrics = PairMetrics()
         self._val_metrics = PairMetrics()
         plain = {
             "output_dir": output_dir,
             "lr": lr,
             "centering_coef": centering_coef,
-            "final_lr_share": final_lr_share,
+            "final_lr_fraction": final_lr_fraction,
         }
         self.save_hyperparameters({**plain, "policy": asdict(self.policy_args)}, logger=False)
 
@@ -183,7 +183,7 @@ class RewardModelModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW, decaying linearly."""
-        return decaying_adamw(self.model, self.trainer, self.lr, self.final_lr_share)
+        return decaying_adamw(self.model, self.trainer, self.lr, self.final_lr_fraction)
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """This rank's part of the mean loss over the batch's pairs, nats."""

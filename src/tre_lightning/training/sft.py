@@ -41,7 +41,7 @@ class SFTModule(LightningModule):
         output_dir: str,
         policy: PolicyArgs = PolicyArgs(),
         lr: float = 1e-5,
-        final_lr_share: float = 0.1,
+        final_lr_fraction: float = 0.1,
     ) -> None:
         """Keep the options; nothing is loaded yet.
 
@@ -49,16 +49,16 @@ class SFTModule(LightningModule):
             output_dir: where the trained model is written.
             policy: which model is trained; its critic is not used.
             lr: learning rate of AdamW at the start.
-            final_lr_share: share of ``lr`` at the last step, linear in between.
+            final_lr_fraction: share of ``lr`` at the last step, linear in between.
         """
         super().__init__()
         positive("model.lr", lr)
-        at_least("model.final_lr_share", final_lr_share, 0)
+        at_least("model.final_lr_fraction", final_lr_fraction, 0)
         self.output_dir = output_dir
         self.policy_args = trains_all(options(PolicyArgs, policy))
         self.lr = lr
-        self.final_lr_share = final_lr_share
-        plain = {"lr": lr, "final_lr_share": final_lr_share, "output_dir": output_dir}
+        self.final_lr_fraction = final_lr_fraction
+        plain = {"lr": lr, "final_lr_fraction": final_lr_fraction, "output_dir": output_dir}
         self.save_hyperparameters({**plain, "policy": asdict(self.policy_args)}, logger=False)
 
     def configure_model(self) -> None:
@@ -87,7 +87,7 @@ class SFTModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW, decaying linearly."""
-        return decaying_adamw(self.policy, self.trainer, self.lr, self.final_lr_share)
+        return decaying_adamw(self.policy, self.trainer, self.lr, self.final_lr_fraction)
 
     def training_step(self, batch: DemonstrationBatch, batch_idx: int) -> Tensor:
         """Mean cross-entropy of the response tokens and the end token, nats."""

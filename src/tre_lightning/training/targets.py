@@ -77,7 +77,8 @@ def compute_targets(
 def token_rewards(experience: Experience, kl_coef: float, kl_estimator: KLEstimator) -> Tensor:
     """Score at the last counted token, minus ``kl_coef`` times the KL to the reference, ``[B, T]``.
 
-    The KL of every counted token by ``kl_estimator``; :mod:`tre_lightning.training.kl` says what for.
+    The KL of every counted token by ``kl_estimator``; :mod:`tre_lightning.training.kl` says what
+    for.
     """
     mask = experience.response_mask
     rewards = torch.zeros_like(experience.old_logprobs)

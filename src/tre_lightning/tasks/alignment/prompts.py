@@ -48,7 +48,8 @@ class RewardArgs:
     Args:
         model: directory or hub name of a sequence classifier with one label; it is frozen, runs on
             the trainer's device, and no checkpoint holds it.
-        url: address of a reward server; :mod:`tre_lightning.tasks.alignment.remote` has the protocol.
+        url: address of a reward server; :mod:`tre_lightning.tasks.alignment.remote` has the
+            protocol.
         batch_size: responses in a forward pass or request.
         max_length: longest text (prompt and response) of ``model``, tokens; a longer one cannot be
             scored. None = the model's context.
@@ -89,8 +90,8 @@ class PreferenceDataModule(PromptDataModule):
     r"""Prompts without a gold answer; a reward model scores the responses.
 
     Training, validation and test prompts are disjoint. Without files they are the synthetic ones of
-    :mod:`tre_lightning.tasks.alignment.pairs`, about 1,500 different ones to train on and 750 each to
-    validate and test; a reward model trained on the synthetic pairs has seen most of them.
+    :mod:`tre_lightning.tasks.alignment.pairs`, about 1,500 different ones to train on and 750 each
+    to validate and test; a reward model trained on the synthetic pairs has seen most of them.
 
     A policy with a chat template gets a prompt's messages in it, another one a transcript
     ``\n\nHuman: ...\n\nAssistant:``. The scorer gets the messages.

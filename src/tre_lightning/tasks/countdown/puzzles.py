@@ -2,7 +2,8 @@
 
 A puzzle asks to combine all the given numbers, each once, into the target. A worked solution is a
 chain of steps ``3 * 4 = 12 , 12 + 5 = 17`` in which every result is a positive integer; both it
-and the text of :func:`as_answer` score 1.0 under ``tre_lightning.tasks.countdown.scorer.score_countdown``.
+and the text of :func:`as_answer` score 1.0 under
+``tre_lightning.tasks.countdown.scorer.score_countdown``.
 """
 
 import hashlib

@@ -1,12 +1,12 @@
 r"""Scorer of MATH answers: 1 exactly when the last closed ``\boxed`` or ``\fbox`` equals the gold.
 
 A trained policy finds every hole of a grader, so this one decides by itself what is compared, and
-how; the parts are in `tre_lightning.tasks.mathematics.grading`. `last_boxed` finds the answer. A reader
-turns answer and gold into forms (value, list, tuple or interval, union, matrix, equation, base-n
-number, ...) or refuses them; forms are matched part by part, and plain numbers as fractions. Only
-what is left, two expressions such as ``2\sqrt{3}`` and ``\sqrt{12}``, goes to math-verify's LaTeX
-grammar (its package latex2sympy2_extended), in a worker process that can be killed, and only as
-LaTeX that was written here, from an allow-list. Two expressions are equal if they have the same
+how; the parts are in `tre_lightning.tasks.mathematics.grading`. `last_boxed` finds the answer. A
+reader turns answer and gold into forms (value, list, tuple or interval, union, matrix, equation,
+base-n number, ...) or refuses them; forms are matched part by part, and plain numbers as fractions.
+Only what is left, two expressions such as ``2\sqrt{3}`` and ``\sqrt{12}``, goes to math-verify's
+LaTeX grammar (its package latex2sympy2_extended), in a worker process that can be killed, and only
+as LaTeX that was written here, from an allow-list. Two expressions are equal if they have the same
 value at several points, exactly for rational ones and to 120 digits for others. math-verify's
 extraction, normalisation and comparison are not used: they take 1/2^98 for 1/2^99, ``3t`` for 3 and
 ``N`` for ``n``.

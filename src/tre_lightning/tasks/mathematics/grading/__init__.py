@@ -1,4 +1,4 @@
-r"""Whether two MATH answers in LaTeX are equal; the scorer is `tre_lightning.tasks.mathematics.scorer`.
+r"""Whether two MATH answers in LaTeX are equal; the scorer is `..scorer`.
 
 No module needs one that comes later:
 
