@@ -67,7 +67,7 @@ COUNTDOWN = {
     "model.rollout.max_new_tokens": 512,
 }
 HH = {
-    "data.class_path": "tre_lightning.tasks.alignment.prompts.PreferenceDataModule",
+    "data.class_path": "tre_lightning.tasks.PreferenceDataModule",
     "data.init_args.train_file": "HuggingFaceH4/ultrafeedback_binarized",
     "data.init_args.train_split": "train_prefs",
     "data.init_args.exclude_file": "Anthropic/hh-rlhf",

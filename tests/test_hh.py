@@ -28,7 +28,7 @@ from tre_lightning.tasks.alignment.scorer import RewardModelScorer
 from tre_lightning.tasks.alignment.server import RewardServer
 
 ROOT = Path(__file__).parents[1]
-PAIRS = "tre_lightning.tasks.alignment.pairs.PreferencePairs"
+PAIRS = "tre_lightning.tasks.PreferencePairs"
 ARCHITECTURE = {
     "model_type": "qwen3",
     "vocab_size": 192,
@@ -340,7 +340,7 @@ def ppo_words(directory: Path, command: str = "fit", **reward: Any) -> list[str]
             "optim": {"lr": 0.003, "critic_lr": 0.01},
         },
         "data": {
-            "class_path": "tre_lightning.tasks.alignment.prompts.PreferenceDataModule",
+            "class_path": "tre_lightning.tasks.PreferenceDataModule",
             "init_args": {
                 "reward": reward,
                 "batch_size": 4,

@@ -190,7 +190,7 @@ def test_the_data_of_a_layer_say_what_is_trained(tmp_path: Path) -> None:
     """``fit`` trains a reward model where a layer names its pairs."""
     write(
         tmp_path / "pairs.yaml",
-        "data: {class_path: tre_lightning.tasks.alignment.pairs.PreferencePairs}\n"
+        "data: {class_path: tre_lightning.tasks.PreferencePairs}\n"
         "model: {policy: {architecture: {model_type: qwen3}}}",
     )
     top = write(

@@ -130,7 +130,8 @@ def test_terms_are_described_by_coefficient_and_region() -> None:
 
 
 def test_options_that_are_not_the_default_are_described() -> None:
-    assert describe(ClipCov()) == "ClipCov" and describe(ClipCov(0.002)) == "ClipCov (fraction 0.002)"
+    assert describe(ClipCov()) == "ClipCov"
+    assert describe(ClipCov(0.002)) == "ClipCov (fraction 0.002)"
     assert (
         describe(TrustRegionEntropy(0.001, top_k=2, rescale=False, name="second"))
         == "TrustRegionEntropy (coef 0.001, top_k 2, rescale False)"

@@ -408,7 +408,7 @@ def supervised(command: str, directory: Path) -> list[str]:
             "init_args": {"task": runs.TINY["data"], "steps": 2, "batch_size": 8},
         },
         "reward": {
-            "class_path": "tre_lightning.tasks.alignment.pairs.PreferencePairs",
+            "class_path": "tre_lightning.tasks.PreferencePairs",
             "init_args": {"synthetic_size": 12, "val_size": 4, "batch_size": 4, "max_length": 64},
         },
     }

@@ -1,5 +1,7 @@
 """Tasks: prompts, scorers and demonstrations."""
 
+from tre_lightning.tasks.alignment.pairs import PreferencePairs
+from tre_lightning.tasks.alignment.prompts import PreferenceDataModule
 from tre_lightning.tasks.base import Prompt, PromptDataModule
 from tre_lightning.tasks.countdown.prompts import CountdownDataModule
 from tre_lightning.tasks.countdown.puzzles import PuzzleSpec
@@ -13,6 +15,8 @@ __all__ = [
     "CountdownDataModule",
     "Demonstrations",
     "MathDataModule",
+    "PreferenceDataModule",
+    "PreferencePairs",
     "Prompt",
     "PromptDataModule",
     "PuzzleSpec",
