@@ -32,6 +32,7 @@ ROOMS = {
 }
 # Supervised training is of a task's data; PPO knows no task.
 ALSO = {"training.sft": {"tasks"}, "training.reward_model": {"tasks.alignment"}}
+ALSO["policy.head"] = {"methods.hooks"}  # until what the policy says of tokens is one record
 
 
 def imports() -> Iterator[tuple[str, str]]:
@@ -39,14 +40,11 @@ def imports() -> Iterator[tuple[str, str]]:
     for file in SOURCE.rglob("*.py"):
         module = ".".join(file.relative_to(SOURCE).with_suffix("").parts)
         for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module is not None:
-                names = [f"{node.module}.{name.name}" for name in node.names]
-            else:
-                names = [
-                    name.name for name in getattr(node, "names", ()) if isinstance(node, ast.Import)
-                ]
-            for name in names:
-                package, _, imported = name.partition(".")
+            if not isinstance(node, ast.Import | ast.ImportFrom):
+                continue
+            of = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            for name in node.names:
+                package, _, imported = f"{of}{name.name}".partition(".")
                 if package == "tre_lightning":
                     yield module, imported
 
