@@ -19,7 +19,7 @@ SOURCE = ROOT / "src" / "tre_lightning"
 # From the bottom up; a room imports itself and these. CONTRIBUTING.md says why.
 ROOMS = {
     "common": set[str](),
-    "entropy": {"common"},
+    "entropy": set[str](),
     "batches": {"common"},
     "ops": {"entropy"},
     "policy": {"entropy", "ops", "batches", "common"},
@@ -58,7 +58,7 @@ def test_rooms_import_only_what_lies_below_them() -> None:
         seen.add(room)
         allowed = {room, *ROOMS[room], *ALSO.get(module, ())}
         assert any(f"{imported}.".startswith(f"{name}.") for name in allowed), (module, imported)
-    assert seen >= ROOMS.keys() - {"common"}
+    assert seen >= ROOMS.keys() - {"entropy"}  # the paper's file needs nothing of ours
 
 
 def test_every_file_is_in_a_room() -> None:
