@@ -22,8 +22,8 @@ train-hh: .venv/.stamp runs/hh_reward_tiny/model ## train the smallest example o
 runs/hh_reward_tiny/model: | .venv/.stamp
 	$(BIN)/python -m tre_lightning reward fit --config configs/reward/hh_tiny.yaml
 
-test: .venv/.stamp ## run the tests; fails under 90 % line coverage
-	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=90 $(ARGS)
+test: .venv/.stamp ## run the tests on all cores; fails under 90 % line coverage
+	$(BIN)/python -m pytest -n logical --dist worksteal --cov --cov-report=term-missing:skip-covered --cov-fail-under=90 $(ARGS)
 
 test-slow: .venv/.stamp ## run the shipped examples in full; fails where their score does not rise
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -32,11 +32,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional
 
-from tre_lightning.ops import (
-    Region,
-    fused_linear_logprobs_and_entropy,
-    logprobs_and_entropy,
-)
+from tre_lightning.ops import Region, fused_linear_logprobs_and_entropy, logprobs_and_entropy
 from tre_lightning.ops.functions import fused_linear_loss
 
 REGIONS = {"TRE-K": Region(top_k=2), "TRE-P": Region(top_p=0.99), "full": Region()}
@@ -221,9 +217,8 @@ def time_linear(count: int, vocabulary: int, dtype: str, repetitions: int) -> Fi
 
 def time_update(dtype: str, repetitions: int) -> Fields:
     """One micro-batch of a PPO update of a 0.5B model, with and without entropy."""
-    from tre_lightning.head import Head
-    from tre_lightning.losses import label_logprobs
-    from tre_lightning.policy import ActorCritic, PolicyArgs
+    from tre_lightning.policy.actor_critic import ActorCritic, PolicyArgs
+    from tre_lightning.policy.head import Head, label_logprobs
 
     torch.manual_seed(0)
     model = ActorCritic.load(PolicyArgs(architecture=QWEN, critic="shared")).to(DTYPES[dtype])

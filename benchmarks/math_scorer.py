@@ -28,8 +28,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
-from tre_lightning.rewards.math import MathScorer, last_boxed
-from tre_lightning.rewards.mathematics.reader import read as read_form
+from tre_lightning.tasks.mathematics.grading.reader import read as read_form
+from tre_lightning.tasks.mathematics.scorer import MathScorer, last_boxed
 
 
 class Case(NamedTuple):

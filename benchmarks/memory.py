@@ -266,8 +266,8 @@ class Device:
 
     flops: float = 989e12  # H100 SXM, dense bfloat16
     bandwidth: float = 3.35e12  # bytes a second
-    compute_share: float = 0.4  # MFU of judging and update
-    bandwidth_share: float = 0.6  # of sampling, which reads weights and cache once a token
+    compute_fraction: float = 0.4  # MFU of judging and update
+    bandwidth_fraction: float = 0.6  # of sampling, which reads weights and cache once a token
 
 
 def device_seconds(run: Run, responses: int, prompts: int, device: Device) -> dict[str, float]:
@@ -277,7 +277,7 @@ def device_seconds(run: Run, responses: int, prompts: int, device: Device) -> di
     device's own memory, and the cache of its rows, ``run.rows`` at a time.
     """
     model, width = run.model, 2
-    speed = device.flops * device.compute_share
+    speed = device.flops * device.compute_fraction
     own = responses / run.devices
     turns = max(1.0, own / run.rows)
     weights = width * (model.trunk + model.table)
@@ -289,7 +289,7 @@ def device_seconds(run: Run, responses: int, prompts: int, device: Device) -> di
         "sampling": max(
             sampling_flops(run, 1, 0) * own / speed
             + (sampling_flops(run, 1, 1) - sampling_flops(run, 1, 0)) * share / speed,
-            reading / (device.bandwidth * device.bandwidth_share),
+            reading / (device.bandwidth * device.bandwidth_fraction),
         ),
         "judging": judging_flops(run, 1) * own / speed,
         "update": update_flops(run, 1) * own / speed,
@@ -341,7 +341,7 @@ def run_of(size: str, **fields: Any) -> Run:
 
 def do_job(job: Fields) -> None:
     """In the fresh process: two iterations, their peak and the second one's processor seconds."""
-    from tre_lightning.lora import LoraArgs
+    from tre_lightning.policy.lora import LoraArgs
 
     how = job["how"]
     before = [0]

@@ -43,7 +43,7 @@ Set for trl, where its defaults are slower or do something else:
 * the rest is trl's defaults: for example the fused AdamW, and in GRPOTrainer the fused head.
 
 Ours runs as on the command line, which has the C library keep freed memory
-(:mod:`tre_lightning.memory`); *same malloc* is trl with that setting too.
+(:mod:`tre_lightning.common.malloc`); *same malloc* is trl with that setting too.
 """
 
 import argparse
@@ -72,7 +72,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
-from tre_lightning.seeding import generator
+from tre_lightning.common.seeding import generator
 
 KL_COEF = 0.05  # of PPO; PPOTrainer's default
 LR = 1e-5
@@ -233,12 +233,13 @@ def run_ours(
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.utilities import disable_possible_user_warnings
 
-    from tre_lightning.args import OptimArgs, PPOArgs, RolloutArgs
-    from tre_lightning.data.prompts import Prompt, PromptDataModule
-    from tre_lightning.memory import keep_freed_memory
-    from tre_lightning.policy import PolicyArgs
-    from tre_lightning.ppo import PPOModule
-    from tre_lightning.rollout import PromptBatch
+    from tre_lightning.batches import PromptBatch
+    from tre_lightning.common.malloc import keep_freed_memory
+    from tre_lightning.policy.actor_critic import PolicyArgs
+    from tre_lightning.sampling.options import RolloutArgs
+    from tre_lightning.tasks.base import Prompt, PromptDataModule
+    from tre_lightning.training.options import OptimArgs, PPOArgs
+    from tre_lightning.training.ppo import PPOModule
 
     keep_freed_memory()
     disable_possible_user_warnings()
@@ -286,7 +287,7 @@ def run_ours(
         for name, function in {
             "texts and scores": "_score",
             "texts and scores ": "_texts",
-            "judging pass": "_judge",
+            "judging pass": "_evaluate_rollout",
             "update": "_update",
             "forward": "_loss",
             "backward": "manual_backward",
@@ -539,7 +540,7 @@ def do_job(job: Fields) -> None:
         found = run_ours(*common, job["detailed"])
     else:
         if job["who"] == "trl, same malloc":
-            from tre_lightning.memory import keep_freed_memory
+            from tre_lightning.common.malloc import keep_freed_memory
 
             keep_freed_memory()
         found = run_trl(*common)

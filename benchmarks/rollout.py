@@ -33,10 +33,10 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from tre_lightning.engines import ContinuousBatching, InProcess, RolloutEngine, Sampling
-from tre_lightning.kv_cache import growing_cache
-from tre_lightning.rollout import PromptBatch
-from tre_lightning.seeding import generator
+from tre_lightning.batches import PromptBatch
+from tre_lightning.common.seeding import generator
+from tre_lightning.policy.kv_cache import growing_cache
+from tre_lightning.sampling import ContinuousBatching, InProcess, RolloutEngine, Sampling
 
 PAD = 0
 GREEDY = 1e-8  # temperature at which sampling takes the most probable token
@@ -52,7 +52,7 @@ class Setting:
     num_responses: int = 8  # a prompt, when sampling
     max_new_tokens: int = 64
     prompt_lengths: tuple[int, int] = (8, 32)  # tokens, uniformly distributed
-    end_share: float = 1 / 16  # of the vocabulary that ends a response
+    end_fraction: float = 1 / 16  # of the vocabulary that ends a response
     vocabulary: int = 8192
     hidden: int = 256
     layers: int = 4
@@ -90,7 +90,7 @@ def make_prompts(setting: Setting, count: int) -> PromptBatch:
 
 def samplers(model: Any, setting: Setting) -> tuple[dict[str, Sampler], Tensor]:
     """Each maps prompts, responses a prompt and temperature to responses ``[B, T]``; end tokens."""
-    count = round(setting.end_share * setting.vocabulary)
+    count = round(setting.end_fraction * setting.vocabulary)
     ends = torch.randperm(setting.vocabulary - 1, generator=generator("ends"))[:count] + 1
     eos = ends.tolist()
 

@@ -32,14 +32,15 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from transformers import PreTrainedModel
 
+from tre_lightning.batches import PromptBatch
+from tre_lightning.common.seeding import derived_seed, generator, uniforms
 from tre_lightning.compare.statistics import estimate
 from tre_lightning.entropy import full_entropy
-from tre_lightning.losses import label_logprobs
 from tre_lightning.methods import EntropyBonus, LossTerm, PolicyOutputs, Tokens, TrustRegionEntropy
 from tre_lightning.ops.functions import token_stats
-from tre_lightning.policy import PolicyArgs, load_language_model
-from tre_lightning.rollout import PromptBatch, generate
-from tre_lightning.seeding import derived_seed, generator, uniforms
+from tre_lightning.policy.actor_critic import PolicyArgs, load_language_model
+from tre_lightning.policy.head import label_logprobs
+from tre_lightning.sampling.in_process import generate
 
 METHODS: dict[str, Callable[[], LossTerm]] = {
     "global": EntropyBonus,

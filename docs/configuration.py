@@ -4,7 +4,6 @@ It comes from the parser that prints ``--help``, so it cannot say anything else.
 """
 
 import inspect
-import pkgutil
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -14,15 +13,15 @@ from typing import Any, Literal, Never, Union, get_args, get_origin
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
-from tre_lightning import data, methods
-from tre_lightning.cli import PPOCLI
-from tre_lightning.data.preferences import PreferencePairs
-from tre_lightning.data.prompts import PromptDataModule
-from tre_lightning.lora import LoraArgs
+from tre_lightning import methods, tasks
+from tre_lightning.cli.main import PPOCLI
+from tre_lightning.cli.warm_start import WarmStart
 from tre_lightning.methods import LinearSchedule, LossTerm, Method
-from tre_lightning.ppo import PPOModule
-from tre_lightning.reward_model import RewardModelModule
-from tre_lightning.warm_start import WarmStart
+from tre_lightning.policy.lora import LoraArgs
+from tre_lightning.tasks.alignment.pairs import PreferencePairs
+from tre_lightning.tasks.base import PromptDataModule
+from tre_lightning.training.ppo import PPOModule
+from tre_lightning.training.reward_model import RewardModelModule
 
 PAGE = Path(__file__).with_suffix(".md")
 OF_EVERY_PARSER = ("help", "config", "print_config")
@@ -85,16 +84,17 @@ def page() -> str:
 
 
 def _tasks() -> list[type]:
-    for module in pkgutil.iter_modules(data.__path__, f"{data.__name__}."):
-        import_module(module.name)
-    return sorted(PromptDataModule.__subclasses__(), key=lambda kind: kind.__module__)
+    kinds = [getattr(tasks, name) for name in tasks.__all__]
+    return [k for k in kinds if issubclass(k, PromptDataModule) and k is not PromptDataModule]
 
 
 def _section(kind: type, skipped: Sequence[str] = ()) -> list[str]:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind)
     summary = (inspect.getdoc(kind) or "").split("\n\n")[0].replace("\n", " ")
-    heading = ["", f"### `{kind.__module__}.{kind.__qualname__}`", "", _escaped(summary), ""]
+    room = ".".join(kind.__module__.split(".")[:2])
+    path = room if hasattr(import_module(room), kind.__name__) else kind.__module__
+    heading = ["", f"### `{path}.{kind.__name__}`", "", _escaped(summary), ""]
     return heading + _table(_rows(parser, (*OF_EVERY_PARSER, *skipped)))
 
 

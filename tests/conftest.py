@@ -1,6 +1,7 @@
 """Shared fixtures: a language model, a tokenizer and prompts that take milliseconds to build."""
 
 import copy
+import os
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,9 +11,13 @@ import pytest
 import torch
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from tre_lightning.policy import ActorCritic, PolicyArgs, load_language_model
-from tre_lightning.rollout import PromptBatch
-from tre_lightning.tokenizer import word_tokenizer
+from tre_lightning.batches import PromptBatch
+from tre_lightning.policy.actor_critic import ActorCritic, PolicyArgs, load_language_model
+from tre_lightning.policy.tokenizers import word_tokenizer
+
+# So small a model gains nothing from threads, and loses much where other processes want the cores.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the tests' child processes
 
 # Tests send Ctrl-C to processes, which inherit what a shell's background makes of it: nothing.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 import runs
-from tre_lightning.head import Head, HeadInput
 from tre_lightning.methods import LossTerm, PolicyOutputs
 from tre_lightning.methods.hooks import weighed
+from tre_lightning.policy.head import Head, HeadInput
 
 Spec = Mapping[str, Any]
 

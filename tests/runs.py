@@ -2,17 +2,21 @@
 
 import copy
 import json
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from functools import partial
 from io import StringIO
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from lightning.pytorch.cli import LightningCLI
@@ -21,17 +25,15 @@ from tensorboard.summary.writer import event_file_writer
 from tensorboard.util import tensor_util
 from torch import Tensor
 
-from tre_lightning.cli import main
-from tre_lightning.data import CountdownDataModule
+from tre_lightning.batches import PromptBatch
+from tre_lightning.cli import main as cli
+from tre_lightning.cli.main import main
 from tre_lightning.methods import EntropyBonus, PolicyOutputs, Tokens
-from tre_lightning.rollout import PromptBatch
+from tre_lightning.tasks import CountdownDataModule
 
 # The warm start of all these runs is trained once a session.
 _cache = tempfile.TemporaryDirectory(prefix="tre_lightning_tests_")
 WARM_STARTS = Path(_cache.name) / "warm_starts"
-
-# So small a model gains nothing from threads, and loses much where other processes want the cores.
-torch.set_num_threads(1)
 
 ITERATIONS = 4  # PPO iterations of the tiny run
 STEPS_AN_ITERATION = 4  # optimiser steps: num_epochs x num_minibatches
@@ -164,9 +166,9 @@ def resume(
     run_dir: Path, ckpt_path: str = "last", *, changes: Mapping[str, Any] | None = None
 ) -> LightningCLI:
     """Go on with a run from a checkpoint."""
-    # TensorBoard reads event files in the order of the seconds in their names.
-    newest = max(int(file.name.split(".")[3]) for file in run_dir.glob("events.out.tfevents.*"))
-    while int(time.time()) <= newest:
+    # TensorBoard reads event files by the seconds, then the processes and numbers, in their names.
+    newest = max(file.name.split(".") for file in run_dir.glob("events.out.tfevents.*"))
+    while newest[-2] != str(os.getpid()) and int(time.time()) <= int(newest[3]):
         time.sleep(0.01)
     return run(run_dir, f"--ckpt_path={ckpt_path}", changes=changes)
 
@@ -178,28 +180,154 @@ def output_of(*args: Any, **options: Any) -> str:
     return out.getvalue()
 
 
+def forked(call: Callable[[], object]) -> BaseProcess:
+    """Call in a process of its own, without the seconds of its imports."""
+    process = multiprocessing.get_context("fork").Process(target=call)
+    process.start()
+    return process
+
+
+class Fork:
+    """A call in a fork of this process, with what the tests use of ``Popen``.
+
+    ``extra`` goes into its environment, and what it prints into ``output``.
+    """
+
+    def __init__(
+        self, call: Callable[[], object], extra: Mapping[str, str], output: IO[Any] | None = None
+    ) -> None:
+        self._file = output or tempfile.TemporaryFile()  # noqa: SIM115 - until the end of this
+
+        def run() -> None:
+            os.setsid()
+            os.environ.update(extra)
+            for descriptor in (1, 2):
+                os.dup2(self._file.fileno(), descriptor)
+            sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False)
+            call()
+
+        self._process = forked(run)
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        """How it ended; None = it goes on."""
+        return self._process.exitcode
+
+    @property
+    def returncode(self) -> int | None:
+        """The same."""
+        return self.poll()
+
+    @property
+    def stdout(self) -> StringIO:
+        """What it has printed so far."""
+        length = os.fstat(self._file.fileno()).st_size
+        return StringIO(os.pread(self._file.fileno(), length, 0).decode())
+
+    def send_signal(self, number: int) -> None:
+        """Unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Unless it has ended."""
+        self.send_signal(signal.SIGKILL)
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Until it has ended."""
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(sys.argv, timeout or 0.0, self.stdout.read())
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+        """What it printed until its end."""
+        self.wait(timeout)
+        return self.stdout.read(), None
+
+
+Process = subprocess.Popen[str] | Fork
+
+
 @contextmanager
-def process(arguments: Sequence[str], **extra: str) -> Iterator["subprocess.Popen[str]"]:
+def process(arguments: Sequence[str], *, fresh: bool = False, **extra: str) -> Iterator[Process]:
     """``python -m tre_lightning`` as a process of its own, which does not outlive the block.
 
-    ``extra`` goes into its environment.
+    It is a fork of this one, unless it must be a ``fresh`` interpreter: Lightning starts the
+    other ranks as it was started itself. ``extra`` goes into its environment.
     """
-    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    child = subprocess.Popen(
-        [sys.executable, "-m", "tre_lightning", *arguments],
-        env={**os.environ, **own, **extra},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    child: Process
+    if fresh:
+        paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+        child = subprocess.Popen(
+            [sys.executable, "-m", "tre_lightning", *arguments],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **extra},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+    else:
+        child = Fork(lambda: _command(arguments), extra)
+    with ending(child):
+        yield child
+
+
+@contextmanager
+def ending(child: Process) -> Iterator[Process]:
+    """The process does not outlive the block, nor do its own children."""
     try:
         yield child
     finally:
-        with suppress(ProcessLookupError):  # its own children too
+        with suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
+        child.kill()
         child.wait()
+
+
+def _command(arguments: Sequence[str]) -> None:
+    sys.argv = [str(Path(cli.__file__).with_name("__main__.py")), *arguments]
+    cli.run()
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def ranks(
+    call: Callable[[int], object], count: int = 2, timeout: float = 240.0
+) -> tuple[list[int], str]:
+    """Call, with the rank, in processes of one run as torchrun starts them.
+
+    Returns:
+        Exit codes by rank, and what they printed, the first one first.
+    """
+    everyone = {
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "GROUP_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "TORCHELASTIC_RUN_ID": "test",
+        "TORCHELASTIC_USE_AGENT_STORE": "False",
+    }
+    end = time.monotonic() + timeout
+    with ExitStack() as stack:
+        forks = [
+            stack.enter_context(
+                ending(Fork(partial(call, r), {**everyone, "RANK": str(r), "LOCAL_RANK": str(r)}))
+            )
+            for r in range(count)
+        ]
+        printed = [fork.communicate(max(0.0, end - time.monotonic()))[0] for fork in forks]
+        return [fork.wait() for fork in forks], "".join(printed)
+
+
+def command_on_ranks(arguments: Sequence[str]) -> tuple[list[int], str]:
+    """``python -m tre_lightning`` on two devices, in the processes of :func:`ranks`."""
+    return ranks(lambda rank: _command(arguments))
 
 
 def checkpoint(run_dir: Path, name: str = "last") -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 
 import batches
 import method_runs
-from tre_lightning.experience import TrainingBatch
+from tre_lightning.batches import TrainingBatch
 from tre_lightning.methods import AdaptiveEntropy
 
 P = [0.5, 0.3, 0.1, 0.1]

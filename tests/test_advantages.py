@@ -1,4 +1,4 @@
-"""Tests of tre_lightning.advantages."""
+"""Tests of tre_lightning.training.advantages."""
 
 import math
 from typing import Any, get_args
@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tre_lightning.advantages import (
+from tre_lightning.common.metrics import centred
+from tre_lightning.policy.actor_critic import PolicyArgs
+from tre_lightning.training.advantages import (
     Estimator,
-    centred,
     check_estimator,
     estimate,
     gae,
@@ -20,8 +21,7 @@ from tre_lightning.advantages import (
     rloo,
     whitened,
 )
-from tre_lightning.policy import PolicyArgs
-from tre_lightning.ppo import PPOModule
+from tre_lightning.training.ppo import PPOModule
 
 NAN = math.nan
 

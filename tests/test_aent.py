@@ -14,7 +14,7 @@ from transformers import AutoConfig
 import batches
 import method_runs
 import runs
-from tre_lightning.experience import TrainingBatch
+from tre_lightning.batches import TrainingBatch
 from tre_lightning.methods import AEnt
 from tre_lightning.ops import Region
 

@@ -5,10 +5,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tre_lightning.data import CountdownDataModule, MathDataModule, PromptDataModule
-from tre_lightning.data.math import normal_form
-from tre_lightning.rewards.countdown import Format
-from tre_lightning.rollout import PromptBatch
+from tre_lightning.batches import PromptBatch
+from tre_lightning.tasks import CountdownDataModule, MathDataModule, PromptDataModule
+from tre_lightning.tasks.countdown.scorer import Format
+from tre_lightning.tasks.mathematics.prompts import normal_form
 
 PROMPTS = PromptBatch(
     prompt_ids=torch.ones(1, 1, dtype=torch.int64),
@@ -102,8 +102,8 @@ def test_a_text_too_long_to_read_is_itself() -> None:
         ("answer", "<answer>3 4 * 5</answer>", "3 4 * 5"),  # not 34
         ("answer", "(3 * 4) + 5", None),
         ("answer", "<answer> </answer>", None),
-        ("answer", "<answer>1</answer><answer>2</answer>", None),  # the scorer reads neither
-        ("answer", "<answer>1</answer> or so", None),
+        ("answer", "<answer>1</answer><answer>2</answer>", "2"),  # the last one
+        ("answer", "<answer>1</answer> or so", "1"),
         ("think_answer", "3 * 4 </think><answer>3*4+5</answer>", "3 * 4 + 5"),
         ("think_answer", "<answer>3*4+5</answer>", None),
     ],

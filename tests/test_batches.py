@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tre_lightning.data.batches import share, spans
+from tre_lightning.tasks.batching import share, spans
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ def test_spans(count: int, size: int, ranks: int, expected: list[tuple[int, int]
     assert spans(count, size, ranks) == expected
 
 
-def test_share() -> None:
+def test_fraction() -> None:
     assert [share(7, rank, 3) for rank in range(3)] == [(0, 2), (2, 4), (4, 7)]
 
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import huggingface_hub.constants
 import pytest
+import torch
 import yaml
 
 import runs
-from tre_lightning.cli import PPOCLI, main
-from tre_lightning.errors import one_line
+from tre_lightning.cli.main import PPOCLI, main
+from tre_lightning.common.errors import one_line
 from tre_lightning.methods import LossTerm, find_methods
 
 REPOSITORY = Path(__file__).parent.parent
@@ -53,7 +54,7 @@ REFUSED: dict[str, tuple[list[str], Mapping[str, Any], list[str]]] = {
     "unknown warm start key": (["--warm_start.stepz=1"], {}, ["warm_start", "stepz"]),
     "unknown flag": (["--nonsense", "3"], {}, ["--nonsense"]),
     "no abbreviation": (["--trainer.max_step", "3"], {}, ["--trainer.max_step"]),
-    "unknown class": ([], {"data.class_path": "tre_lightning.data.Nope"}, ["data", "Nope"]),
+    "unknown class": ([], {"data.class_path": "tre_lightning.tasks.Nope"}, ["data", "Nope"]),
     "type of trainer": (["--trainer.max_epochs=many"], {}, ["trainer.max_epochs", "int", "many"]),
     "type of ppo": (["--model.ppo.num_epochs=two"], {}, ["model.ppo.num_epochs", "int", "two"]),
     "type of data": (["--data.init_args.batch_size=1.5"], {}, ["batch_size", "int", "1.5"]),
@@ -96,14 +97,14 @@ REFUSED: dict[str, tuple[list[str], Mapping[str, Any], list[str]]] = {
         ["model.ppo.num_minibatches=17", "data.batch_size=4", "lower it"],
     ),
     "warm-up of an endless run": (
-        ["--trainer.max_epochs=-1", "--model.optim.warmup_share=0.05"],
+        ["--trainer.max_epochs=-1", "--model.optim.warmup_fraction=0.05"],
         {},
-        ["optim.warmup_share=0.05", "trainer.max_epochs"],
+        ["optim.warmup_fraction=0.05", "trainer.max_epochs"],
     ),
     "two warm-ups": (
-        ["--model.optim.warmup_iterations=2", "--model.optim.warmup_share=0.05"],
+        ["--model.optim.warmup_iterations=2", "--model.optim.warmup_fraction=0.05"],
         {},
-        ["optim.warmup_iterations=2", "optim.warmup_share=0.05", "not both"],
+        ["optim.warmup_iterations=2", "optim.warmup_fraction=0.05", "not both"],
     ),
     "names": (
         [],
@@ -229,14 +230,15 @@ def test_refused_in_one_line(
     assert not run_dir.exists() and not cache.exists()  # nothing written, nothing trained
 
 
+@pytest.mark.parametrize("from_another", [False, True])
 def test_an_earlier_run_is_not_overwritten(
-    done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], from_another: bool
 ) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(done, run_dir)
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
     with pytest.raises(SystemExit) as stopped:
-        runs.run(run_dir)
+        runs.run(run_dir, *([f"--ckpt_path={done}/checkpoints/last.ckpt"] if from_another else []))
     assert stopped.value.code == 2
     message = capsys.readouterr().err.splitlines()[-1]
     for word in ("error: ", f"trainer.default_root_dir={run_dir}", "--ckpt_path last"):
@@ -287,11 +289,56 @@ def loss_terms(cli: PPOCLI) -> list[LossTerm]:
 
 
 @pytest.mark.usefixtures("parsed_only")
-@pytest.mark.parametrize(("given", "seed"), [("true", 0), ("false", 0), ("5", 5), (None, 42)])
+@pytest.mark.parametrize(("given", "seed"), [("5", 5), (None, 42)])
 def test_one_seed_for_all(tmp_path: Path, given: str | None, seed: int) -> None:
     flags = [] if given is None else [f"--seed_everything={given}"]
     cli = fit(*runs.words(tmp_path / "run", *flags)[1:])
-    assert cli.model.seed == cli.datamodule.seed == seed
+    assert cli.model.seed == cli.datamodule.seed == torch.initial_seed() == seed
+
+
+@pytest.mark.usefixtures("parsed_only")
+@pytest.mark.parametrize("command", ["fit", "test"])
+@pytest.mark.parametrize("given", ["true", "false"])
+def test_one_drawn_seed_for_all(
+    tmp_path: Path, command: str, given: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn = []
+    for _ in range(2):
+        words = runs.words(tmp_path / "run", f"--seed_everything={given}", command=command)
+        cli = main(words)
+        assert isinstance(cli, PPOCLI)
+        seed = cli.model.seed
+        assert cli.datamodule.seed == torch.initial_seed() == cli.options.seed_everything == seed
+        assert cli.warm_start_config["seed_everything"] == seed
+        assert cli.warm_start_config["data"]["init_args"]["task"]["init_args"]["seed"] == seed
+        assert f"--seed_everything {seed} repeats it" in capsys.readouterr().out
+        drawn.append(seed)
+    assert drawn[0] != drawn[1]
+
+
+@pytest.mark.usefixtures("parsed_only")
+def test_a_rank_takes_the_seed_that_the_first_one_drew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = runs.words(tmp_path / "run", "--seed_everything=true")[1:]
+    seed = fit(*words).model.seed
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert fit(*words).model.seed == seed
+    monkeypatch.delenv("TRE_LIGHTNING_SEED")  # started by torchrun, which knows no seed
+    with pytest.raises(SystemExit):
+        fit(*words)
+    assert "seed_everything=true draws a seed" in capsys.readouterr().err
+
+
+def test_a_drawn_seed_is_written_down_and_goes_on(tmp_path: Path) -> None:
+    run_dir, drawn = tmp_path / "run", "--seed_everything=true"
+    first = runs.run(run_dir, drawn, "--trainer.max_epochs=1")
+    saved = yaml.safe_load((run_dir / "config.yaml").read_text())
+    seed = first.model.seed
+    assert saved["seed_everything"] == seed == first.datamodule.seed
+    assert runs.run(run_dir, drawn, "--ckpt_path=last").model.seed == seed
+    assert runs.run(run_dir, drawn, "--ckpt_path=best", command="test").datamodule.seed == seed
 
 
 @pytest.mark.usefixtures("parsed_only")
@@ -373,7 +420,7 @@ def test_a_number_outside_the_vocabulary_is_refused(
         runs.run(tmp_path / "run", changes={"data.init_args.eval_file": str(puzzles)})
     assert stopped.value.code == 2
     message = capsys.readouterr().err
-    assert "'3 31 = 28 :' holds a word that the tokenizer does not know" in message
+    assert f"{puzzles}:1: the prompt '3 31 = 28 :' holds a word that the tokenizer" in message
     assert not (tmp_path / "run").exists()
 
 

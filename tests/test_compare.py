@@ -7,7 +7,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import IO, Any
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import runs
-from tre_lightning.cli import main as fit
+import tre_lightning.compare.run
+from tre_lightning.cli.main import main as fit
+from tre_lightning.common.paths import locked
 from tre_lightning.compare.__main__ import main
 from tre_lightning.compare.curves import gather
 from tre_lightning.compare.plan import Method, Plan, Trial, read_plan, specification
@@ -37,7 +40,7 @@ from tre_lightning.compare.statistics import (
     p_value,
     t_quantile,
 )
-from tre_lightning.compare.trial import RESULT, SPECIFICATION, late_mean, locked, read_curves
+from tre_lightning.compare.trial import RESULT, SPECIFICATION, late_mean, read_curves
 
 PLANS = Path(__file__).parents[1] / "configs" / "compare"
 METHOD = {
@@ -95,8 +98,21 @@ def made_up(plan: Plan, trial: Trial, final: float | None, **test: float | None)
 # ----- a whole comparison
 
 
+@pytest.fixture
+def forked_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials are forks of this process, without the seconds of their imports."""
+
+    def start(words: list[str], env: dict[str, str], stdout: IO[bytes], **_: Any) -> runs.Fork:
+        assert words[:3] == [sys.executable, "-m", "tre_lightning.compare"]
+        return runs.Fork(lambda: main(words[3:]), env, stdout)
+
+    forking = SimpleNamespace(**{**vars(subprocess), "Popen": start})
+    monkeypatch.setattr(tre_lightning.compare.run, "subprocess", forking)
+
+
+@pytest.mark.usefixtures("forked_trials")
 def test_comparison_resumes_after_a_kill_and_reports(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = write_plan(tmp_path)
     plan = read_plan(file)
@@ -104,10 +120,9 @@ def test_comparison_resumes_after_a_kill_and_reports(
     hold = tmp_path / "held"
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "tre_lightning.compare", "--config", str(file), "--jobs", "2"]
-    env = {**os.environ, "PYTHONPATH": path}
 
-    # Ctrl-C in the second iteration of the first trial
-    holding = {**env, "HOLD": "train:1", "HOLD_FILE": str(hold)}
+    # Ctrl-C in the second iteration of the first trial, of processes of their own
+    holding = {**os.environ, "PYTHONPATH": path, "HOLD": "train:1", "HOLD_FILE": str(hold)}
     child = subprocess.Popen(command, env=holding, stderr=subprocess.PIPE, text=True)
     try:
         while not hold.exists() and child.poll() is None:
@@ -123,9 +138,9 @@ def test_comparison_resumes_after_a_kill_and_reports(
     assert child.returncode == 130 and not (first / RESULT).exists()
     begun = {path.name: path.stat().st_mtime_ns for path in first.glob("events*")}
 
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("\ndone ") + done.stdout.startswith("done ") == 6
+    main(command[3:])
+    done = [line for line in capsys.readouterr().out.splitlines() if line.startswith("done ")]
+    assert len(done) == 6
     results = sorted((tmp_path / "out" / "trials").glob("*/*/result.json"))
     assert len(results) == 6  # 2 x 2 x 1 chose, 2 x 1 x 1 are reported
     for result in map(json.loads, (result.read_text() for result in results)):
@@ -161,14 +176,14 @@ def test_comparison_resumes_after_a_kill_and_reports(
 
     # what is done is not counted as left
     (first / RESULT).unlink()
-    monkeypatch.setenv("PYTHONPATH", path)
     main(command[3:])
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("done  "))
     assert line.startswith("done    clip=0.2/seed=1") and " 0 left" in line
 
 
+@pytest.mark.usefixtures("forked_trials")
 def test_failed_trial_is_named_and_the_others_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # a false top_k fails in its own process; the plan cannot see it
     file = write_plan(
@@ -180,7 +195,6 @@ def test_failed_trial_is_named_and_the_others_go_on(
             "worse": {"config": "tre.yaml", "option": "no_such_option", "values": [1]},
         },
     )
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     with pytest.raises(SystemExit) as stopped:
         main(["--config", str(file)])
     out = capsys.readouterr()
@@ -393,7 +407,7 @@ def test_pass_at_k_is_the_largest_k() -> None:
     outcome = Outcome(2, {"test/pass@1": 0.1, "test/pass@8": 0.5, "test/pass@16": 0.7})
     assert metric(outcome, "test/pass@k") == 0.7
     assert math.isnan(metric(Outcome(2, {"test/pass@1": 0.1}), "test/pass@k"))
-    assert math.isnan(metric(outcome, "test/invalid_share"))
+    assert math.isnan(metric(outcome, "test/invalid_fraction"))
 
 
 def test_thinned_curve_keeps_both_ends_and_few_digits() -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from tre_lightning.data import CountdownDataModule, Prompt, PuzzleSpec
-from tre_lightning.data.sources import read_rows
-from tre_lightning.tokenizer import word_tokenizer
+from tre_lightning.policy.tokenizers import word_tokenizer
+from tre_lightning.tasks import CountdownDataModule, Prompt, PuzzleSpec
+from tre_lightning.tasks.sources import read_rows
 
 
 def rows(*targets: int) -> list[dict[str, Any]]:

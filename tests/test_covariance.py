@@ -16,7 +16,7 @@ from torch import Tensor
 
 import batches
 import runs
-from tre_lightning.experience import TrainingBatch
+from tre_lightning.batches import TrainingBatch
 from tre_lightning.methods import ClipCov, KLCov, LinearSchedule, PolicyOutputs
 from tre_lightning.methods.covariance import covariances
 from tre_lightning.methods.hooks import POLICY, weighed
@@ -81,7 +81,7 @@ def test_constant_advantages_covary_with_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("share", "expected"),
+    ("fraction", "expected"),
     [
         (0.0002, [[0, 0, 0], [0, 1, 0], [0, 0, 0]]),  # at least 1
         (0.34, [[1, 0, 0], [0, 1, 0], [0, 0, 0]]),  # 2.04 is rounded down
@@ -89,8 +89,8 @@ def test_constant_advantages_covary_with_nothing() -> None:
         (1.0, [[1, 1, 1], [1, 1, 0], [1, 0, 0]]),
     ],
 )
-def test_kl_cov_holds_the_largest_covariances(share: float, expected: list[list[int]]) -> None:
-    assert held(KLCov(share=share), batch()).int().tolist() == expected
+def test_kl_cov_holds_the_largest_covariances(fraction: float, expected: list[list[int]]) -> None:
+    assert held(KLCov(fraction=fraction), batch()).int().tolist() == expected
 
 
 def test_kl_cov_leaves_unscored_responses_alone() -> None:
@@ -113,27 +113,27 @@ def test_kl_cov_is_the_absolute_difference() -> None:
 
 def test_clip_cov_leaves_out_tokens_of_the_band() -> None:
     # Covariances of 1 and 6 are in the open band; half of the 6 tokens are more than these two.
-    made = kept(ClipCov(share=0.5, low=0.5, high=7.0), batch())
+    made = kept(ClipCov(fraction=0.5, low=0.5, high=7.0), batch())
     assert made[batch().response_mask].tolist() == [0, 1, 1, 1, 0, 1]
     for low, high in ((1.0, 7.0), (0.5, 6.0)):  # the bounds are outside
-        made = kept(ClipCov(share=0.5, low=low, high=high), batch())
+        made = kept(ClipCov(fraction=0.5, low=low, high=high), batch())
         assert (made == 0).sum() == 1
     assert (kept(ClipCov(low=7.0, high=8.0), batch()) == 1).all()
 
 
-@given(share=st.floats(0.001, 1.0), seed=st.integers(0, 50))
-def test_clip_cov_draws_the_share_from_the_band(share: float, seed: int) -> None:
-    minibatch, method = random_batch(seed), ClipCov(share, low=-0.5, high=0.5)
+@given(fraction=st.floats(0.001, 1.0), seed=st.integers(0, 50))
+def test_clip_cov_draws_the_share_from_the_band(fraction: float, seed: int) -> None:
+    minibatch, method = random_batch(seed), ClipCov(fraction, low=-0.5, high=0.5)
     out = kept(method, minibatch) == 0
     parts = covariances(minibatch)
     band = minibatch.response_mask & (parts > -0.5) & (parts < 0.5)
     assert not (out & ~band).any()
-    wanted = max(1, math.floor(share * 20 + 1e-9))
+    wanted = max(1, math.floor(fraction * 20 + 1e-9))
     assert out.sum() == min(wanted, int(band.sum()))
 
 
 def test_clip_cov_draws_by_its_key() -> None:
-    minibatch, method = random_batch(), ClipCov(share=0.1, low=-100.0, high=100.0)
+    minibatch, method = random_batch(), ClipCov(fraction=0.1, low=-100.0, high=100.0)
     draws = [kept(method, minibatch, ("minibatches", i)) for i in range(200)]
     assert torch.equal(draws[3], kept(method, minibatch, ("minibatches", 3)))
     assert all((made == 0).sum() == 2 for made in draws)
@@ -143,12 +143,12 @@ def test_clip_cov_draws_by_its_key() -> None:
 
 
 def test_clip_cov_leaves_unscored_responses_alone() -> None:
-    made = kept(ClipCov(share=1.0, low=-100.0, high=100.0), without(batch(), 1))
+    made = kept(ClipCov(fraction=1.0, low=-100.0, high=100.0), without(batch(), 1))
     assert made.int().tolist() == [[0, 0, 0], [1, 1, 1], [0, 1, 1]]
 
 
 def test_share_0_switches_clip_cov_off() -> None:
-    assert ClipCov(share=0.0).policy_weights(batch(), KEY) is None
+    assert ClipCov(fraction=0.0).policy_weights(batch(), KEY) is None
 
 
 # --- both ---
@@ -161,19 +161,23 @@ def test_a_minibatch_without_tokens() -> None:
 
 
 def test_defaults_are_the_authors() -> None:
-    assert (KLCov().coef, KLCov().share) == (1.0, 0.0002)
-    assert (ClipCov().share, ClipCov().low, ClipCov().high) == (0.0002, 1.0, 5.0)
+    assert (KLCov().coef, KLCov().fraction) == (1.0, 0.0002)
+    assert (ClipCov().fraction, ClipCov().low, ClipCov().high) == (0.0002, 1.0, 5.0)
 
 
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
         (KLCov, {"coef": -1.0}, r"\[mine\]\.coef=-1\.0"),
-        (KLCov, {"share": 0.0}, r"\[mine\]\.share=0\.0 must be above 0 .*coef=0 switches it off"),
-        (KLCov, {"share": 1.5}, r"\[mine\]\.share=1\.5 must be .* at most 1"),
-        (KLCov, {"share": math.nan}, r"\[mine\]\.share=nan"),
-        (ClipCov, {"share": -0.1}, r"\[mine\]\.share=-0\.1 must lie in \[0, 1\]"),
-        (ClipCov, {"share": math.nan}, r"\[mine\]\.share=nan"),
+        (
+            KLCov,
+            {"fraction": 0.0},
+            r"\[mine\]\.fraction=0\.0 must be above 0 .*coef=0 switches it off",
+        ),
+        (KLCov, {"fraction": 1.5}, r"\[mine\]\.fraction=1\.5 must be .* at most 1"),
+        (KLCov, {"fraction": math.nan}, r"\[mine\]\.fraction=nan"),
+        (ClipCov, {"fraction": -0.1}, r"\[mine\]\.fraction=-0\.1 must lie in \[0, 1\]"),
+        (ClipCov, {"fraction": math.nan}, r"\[mine\]\.fraction=nan"),
         (ClipCov, {"low": 5.0, "high": 5.0}, r"\[mine\]\.low=5\.0 must be below high=5\.0"),
         (ClipCov, {"high": math.nan}, r"\[mine\]\.low=1\.0 must be below high=nan"),
     ],
@@ -187,7 +191,7 @@ def test_bad_options_are_refused(
 
 def test_they_pickle() -> None:
     minibatch = random_batch()
-    penalty = KLCov(LinearSchedule(1.0, 0.0, 4), share=0.3)
+    penalty = KLCov(LinearSchedule(1.0, 0.0, 4), fraction=0.3)
     copied = pickle.loads(pickle.dumps(penalty))
     assert torch.equal(held(copied, minibatch), held(penalty, minibatch))
     assert copied.coef_at(1) == 0.75 and copied.state_key == penalty.state_key
@@ -213,8 +217,8 @@ def trained(run_dir: Path, *callbacks: dict[str, Any], flags: Sequence[str] = ()
 # Of each the options with which it acts in a run of one iteration.
 METHODS = {
     "forking_tokens": method("ForkingTokens"),
-    "kl_cov": method("KLCov", share=0.3),
-    "clip_cov": method("ClipCov", share=0.1, low=-100.0, high=100.0),
+    "kl_cov": method("KLCov", fraction=0.3),
+    "clip_cov": method("ClipCov", fraction=0.1, low=-100.0, high=100.0),
     "entropy_advantage": method("EntropyAdvantage"),
     "tre": runs.TRE,
 }
@@ -247,7 +251,7 @@ def test_two_methods_act_together(
 def test_switched_off_they_are_plain_ppo(
     alone: dict[str, dict[str, Tensor]], tmp_path: Path
 ) -> None:
-    off = trained(tmp_path / "run", method("KLCov", coef=0.0), method("ClipCov", share=0.0))
+    off = trained(tmp_path / "run", method("KLCov", coef=0.0), method("ClipCov", fraction=0.0))
     assert runs.distance(off, alone[""]) == 0.0
 
 
@@ -280,7 +284,7 @@ class Recorded(KLCov):
 
 def test_micro_batches_do_not_change_what_kl_cov_holds(tmp_path: Path) -> None:
     # Not the trained weights: rounding at the first update is a difference whose sign counts.
-    spec = {"class_path": "test_covariance.Recorded", "init_args": {"share": 0.3}}
+    spec = {"class_path": "test_covariance.Recorded", "init_args": {"fraction": 0.3}}
     held_by = []
     for size in (16, 3):
         Recorded.seen.clear()

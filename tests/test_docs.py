@@ -11,10 +11,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import batches
 import runs
+import tre_lightning
 from tre_lightning import methods
 from tre_lightning.methods import LossTerm, PolicyOutputs
-from tre_lightning.rewards.math import score_math
-from tre_lightning.rewards.walks import score_walk
+from tre_lightning.tasks.mathematics.scorer import score_math
+from tre_lightning.tasks.walks.scorer import score_walk
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,7 +25,7 @@ def test_metrics_page_defines_exactly_what_a_run_logs(
 ) -> None:
     puzzles = tmp_path_factory.mktemp("data") / "eval.jsonl"
     puzzles.write_text('{"nums": [3, 4, 5], "target": 17}\n')
-    weighing = {"class_path": "tre_lightning.methods.ForkingTokens", "init_args": {"share": 0.5}}
+    weighing = {"class_path": "tre_lightning.methods.ForkingTokens", "init_args": {"fraction": 0.5}}
     changes = {
         "trainer.callbacks": [runs.TRE, weighing],
         "model.rollout": {"num_responses": 8, "max_new_tokens": 8},
@@ -129,3 +130,19 @@ def test_walk_scores_are_as_the_comments_say() -> None:
     assert [score for _, score in calls] == ["1.0", "1.0", "0.0", "0.0"]
     for call, score in calls:
         assert eval(call, {"score_walk": score_walk}) == float(score), call  # our own docs
+
+
+def test_examples_of_the_api_page_print_what_they_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (ROOT / "docs" / "api.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    printed: list[str] = []
+    names = {"print": lambda *values: printed.append(" ".join(map(str, values)))}
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(code, names)  # one after another, as the page says
+    said = re.findall(r"^print\(.*\)  # (.*)$", page, re.MULTILINE)
+    assert printed == [line.split(": ")[0] for line in said]
+    public = set(re.findall(r"^## (\w+)$", page, re.MULTILINE))
+    assert public == set(vars(tre_lightning)["__all__"]) - {"__version__"}

@@ -1,4 +1,4 @@
-"""Tests of tre_lightning.engines: the samplers behind the interface, and the correction."""
+"""Tests of tre_lightning.sampling: the samplers behind the interface, and the correction."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -14,22 +14,20 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import runs
-from tre_lightning import ppo
-from tre_lightning.args import RolloutArgs, VLLMArgs
-from tre_lightning.engines import (
+from tre_lightning.batches import PromptBatch, Rollout, TrainingBatch
+from tre_lightning.common.seeding import uniforms
+from tre_lightning.sampling import (
     VLLM,
     ContinuousBatching,
     InProcess,
     RolloutEngine,
     Sampling,
     check_engine,
-    corrected,
-    importance_weights,
     make_engine,
 )
-from tre_lightning.experience import TrainingBatch
-from tre_lightning.rollout import PromptBatch, Rollout
-from tre_lightning.seeding import uniforms
+from tre_lightning.sampling.options import RolloutArgs, VLLMArgs
+from tre_lightning.training import ppo
+from tre_lightning.training.mismatch import corrected, importance_weights
 
 MakePrompts = Callable[[Sequence[int]], PromptBatch]
 VOCAB_SIZE, PAD = 50, 0

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import batches
 import runs
+from tre_lightning.batches import TrainingBatch
 from tre_lightning.entropy import EntropyStats
-from tre_lightning.experience import TrainingBatch
 from tre_lightning.methods import EntropyAdvantage, PolicyOutputs
 from tre_lightning.methods.hooks import shaped
 from tre_lightning.ops import Region

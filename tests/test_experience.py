@@ -1,4 +1,4 @@
-"""Tests of tre_lightning.experience."""
+"""Tests of tre_lightning.training.targets."""
 
 import itertools
 import math
@@ -8,17 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tre_lightning.advantages import Estimator, grpo, rloo, whitened
-from tre_lightning.experience import (
-    Experience,
-    TrainingBatch,
+from tre_lightning.batches import Experience, Rollout, TrainingBatch
+from tre_lightning.training.advantages import Estimator, grpo, rloo, whitened
+from tre_lightning.training.kl import KLEstimator
+from tre_lightning.training.targets import (
     build_experience,
     compute_targets,
     minibatches,
     token_rewards,
 )
-from tre_lightning.kl import KLEstimator
-from tre_lightning.rollout import Rollout
 
 NAN = math.nan
 

@@ -18,9 +18,9 @@ from transformers import (
 )
 
 import runs
-from tre_lightning.args import OptimArgs
-from tre_lightning.cli import PPOCLI, main
-from tre_lightning.sharding import check_sharding, shards
+from tre_lightning.cli.main import PPOCLI, main
+from tre_lightning.policy.sharding import check_sharding, shards
+from tre_lightning.training.options import OptimArgs
 
 EXPERIMENTS = Path(__file__).parents[1] / "configs" / "experiment"
 METHOD = EXPERIMENTS.parent / "method" / "tre_p.yaml"
@@ -43,14 +43,14 @@ SHARED: dict[str, Any] = {
     "model.optim.lr": 1e-6,
     "model.optim.critic_lr": 1e-5,
     "model.optim.warmup_iterations": 0,
-    "model.optim.warmup_share": 0.05,
-    "model.optim.final_lr_share": 1.0,
+    "model.optim.warmup_fraction": 0.05,
+    "model.optim.final_lr_fraction": 1.0,
     "model.evaluation.temperature": 1.0,
     "model.evaluation.top_p": 0.7,
     "warm_start": None,
 }
 MATH = {
-    "data.class_path": "tre_lightning.data.MathDataModule",
+    "data.class_path": "tre_lightning.tasks.MathDataModule",
     "data.init_args.train_file": "DigitalLearningGmbH/MATH-lighteval",
     "data.init_args.train_split": "train",
     "data.init_args.eval_file": "DigitalLearningGmbH/MATH-lighteval",
@@ -58,7 +58,7 @@ MATH = {
     "model.rollout.max_new_tokens": 8192,
 }
 COUNTDOWN = {
-    "data.class_path": "tre_lightning.data.CountdownDataModule",
+    "data.class_path": "tre_lightning.tasks.CountdownDataModule",
     "data.init_args.train_file": "Jiayi-Pan/Countdown-Tasks-3to4",
     "data.init_args.train_split": "train",
     "data.init_args.train_size": 7500,
@@ -67,7 +67,7 @@ COUNTDOWN = {
     "model.rollout.max_new_tokens": 512,
 }
 HH = {
-    "data.class_path": "tre_lightning.data.hh.PreferenceDataModule",
+    "data.class_path": "tre_lightning.tasks.PreferenceDataModule",
     "data.init_args.train_file": "HuggingFaceH4/ultrafeedback_binarized",
     "data.init_args.train_split": "train_prefs",
     "data.init_args.exclude_file": "Anthropic/hh-rlhf",
@@ -116,7 +116,7 @@ def test_the_settings_are_those_published(
     assert len(terms) == 1
     # 150 iterations, of which round(7.5) warm up.
     iterations = cli.trainer.max_epochs * cli.datamodule.iterations_per_epoch
-    shares = [cli.model.optim_args.lr_share(i, iterations) for i in range(iterations)]
+    shares = [cli.model.optim_args.lr_fraction(i, iterations) for i in range(iterations)]
     assert shares == [i / 8 for i in range(1, 9)] + [1.0] * 142
 
 
@@ -163,13 +163,13 @@ def test_the_rows_of_the_hub_are_split_as_in_the_paper(monkeypatch: pytest.Monke
 def test_the_warm_up_may_be_a_share_of_the_run(
     share: float, total: float, expected: list[float]
 ) -> None:
-    optim = OptimArgs(warmup_share=share)
-    assert [optim.lr_share(i, total) for i in range(4)] == pytest.approx(expected)
+    optim = OptimArgs(warmup_fraction=share)
+    assert [optim.lr_fraction(i, total) for i in range(4)] == pytest.approx(expected)
 
 
-def test_the_rate_decays_after_a_warm_up_of_a_share() -> None:
-    optim = OptimArgs(warmup_share=0.25, final_lr_share=0.5)
-    shares = [optim.lr_share(i, 8) for i in range(8)]
+def test_the_rate_decays_after_a_warm_up_of_a_fraction() -> None:
+    optim = OptimArgs(warmup_fraction=0.25, final_lr_fraction=0.5)
+    shares = [optim.lr_fraction(i, 8) for i in range(8)]
     assert shares == pytest.approx([0.5, 1.0, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5])
 
 

@@ -2,13 +2,11 @@
 
 import errno
 import math
-import multiprocessing
 import os
 import random
 import resource
 import shutil
 import signal
-import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,17 +20,17 @@ import torch
 from torch import Tensor
 
 import runs
-import tre_lightning.objective
-import tre_lightning.ppo
-import tre_lightning.rollout
-from tre_lightning.args import PPOArgs
+import tre_lightning.sampling.in_process
+import tre_lightning.training.objective
+import tre_lightning.training.ppo
+from tre_lightning.batches import PromptBatch
 from tre_lightning.callbacks.checkpoint import IterationCheckpoint, find_checkpoint
 from tre_lightning.callbacks.progress import RunProgress
-from tre_lightning.distributed import world
-from tre_lightning.errors import CheckpointError
+from tre_lightning.common.distributed import world
+from tre_lightning.common.errors import CheckpointError
 from tre_lightning.methods import EntropyBonus, PolicyOutputs, Tokens
-from tre_lightning.nonfinite import with_telling_gradient
-from tre_lightning.rollout import PromptBatch
+from tre_lightning.training.nonfinite import nan_gradient_if_nonfinite
+from tre_lightning.training.options import PPOArgs
 
 PATIENCE = 90.0  # seconds; a hanging process must fail, not hang
 
@@ -111,7 +109,7 @@ def error_of(capsys: pytest.CaptureFixture[str], call: Callable[[], object]) -> 
 def test_the_gradient_tells_of_the_loss(value: float) -> None:
     weight = torch.ones((), dtype=torch.float64, requires_grad=True)
     # Added without a gradient of its own, as an infinity at a token that does not count.
-    with_telling_gradient(3.0 * weight + value).backward()
+    nan_gradient_if_nonfinite(3.0 * weight + value).backward()
     assert weight.grad is not None
     assert weight.grad.item() == 3.0 if value == 2.0 else weight.grad.isnan()
 
@@ -161,14 +159,14 @@ def test_too_many_skipped_updates_end_the_run(
     if kind == "value":
         changes = poisoned(max_skipped_updates=3)
         calls = 0
-        value_loss = tre_lightning.ppo.value_loss
+        value_loss = tre_lightning.training.ppo.value_loss
 
         def failing(values: Tensor, *args: Tensor, **options: Any) -> Tensor:
             nonlocal calls
             calls += 1
             return value_loss(values, *args, **options) * (math.nan if calls >= 6 else 1.0)
 
-        monkeypatch.setattr(tre_lightning.ppo, "value_loss", failing)
+        monkeypatch.setattr(tre_lightning.training.ppo, "value_loss", failing)
     line = error_of(capsys, lambda: runs.run(run_dir, changes=changes))
     said = "3 updates in a row", "max_skipped_updates", named, "model.optim.lr", "--ckpt_path last"
     for word in said:
@@ -363,7 +361,7 @@ def test_a_run_on_a_full_disk_can_go_on(
         RunProgress.on_train_batch_start = full  # type: ignore[method-assign]
         runs.run(run_dir, changes=poisoned())
 
-    assert exit_code(forked(filling)) == 1
+    assert exit_code(runs.forked(filling)) == 1
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     for word in ("last.ckpt could not be written", "is intact", "make room", "--ckpt_path last"):
@@ -375,13 +373,6 @@ def test_a_run_on_a_full_disk_can_go_on(
 
 
 # ----- killed processes
-
-
-def forked(call: Callable[[], object]) -> BaseProcess:
-    """Call in a process of its own, without the seconds of its imports."""
-    process = multiprocessing.get_context("fork").Process(target=call)
-    process.start()
-    return process
 
 
 def exit_code(process: BaseProcess) -> int | None:
@@ -434,8 +425,8 @@ def moments(draw: random.Random) -> Iterator[Callable[[], None]]:
     """Random moments of a tiny run at which to die: of the rollout, the update, the checkpoint."""
     before = draw.random() < 0.5
     rollout, update = draw.randint(1, 40), draw.randint(1, 12)
-    yield lambda: die_at(tre_lightning.rollout, "pick_tokens", rollout, before=before)
-    yield lambda: die_at(tre_lightning.objective, "policy_loss", update, before=before)
+    yield lambda: die_at(tre_lightning.sampling.in_process, "pick_tokens", rollout, before=before)
+    yield lambda: die_at(tre_lightning.training.objective, "policy_loss", update, before=before)
     save, place = draw.randint(1, 4), draw.randrange(4)
     functions = [(os, "link"), (Path, "replace"), (torch, "save")]
     if place == len(functions):
@@ -466,7 +457,7 @@ def test_killed_at_a_random_moment(seed: int, whole: Path, tmp_path: Path) -> No
         moment()
         go_on(run_dir)
 
-    assert exit_code(forked(killed)) == -signal.SIGKILL
+    assert exit_code(runs.forked(killed)) == -signal.SIGKILL
     go_on(run_dir)
     runs.assert_same_run(run_dir, whole)
 
@@ -476,7 +467,7 @@ def test_killed_at_a_random_moment(seed: int, whole: Path, tmp_path: Path) -> No
 def test_killed_at_any_time(seed: int, whole: Path, tmp_path: Path) -> None:
     run_dir, draw = tmp_path / "run", random.Random(seed)
     for _ in range(2):
-        process = forked(lambda: go_on(run_dir))
+        process = runs.forked(lambda: go_on(run_dir))
         time.sleep(draw.uniform(0.0, 2.5))
         process.kill()
         assert exit_code(process) in (-signal.SIGKILL, 0)
@@ -487,33 +478,17 @@ def test_killed_at_any_time(seed: int, whole: Path, tmp_path: Path) -> None:
 # ----- several processes
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
-def ranks(run_dir: Path, changes: dict[str, Any], prepare: Callable[[int], None]) -> list[Any]:
-    """Two processes of one run, started as by torchrun; exit codes by rank."""
-    port = free_port()
+def ranks(
+    run_dir: Path, changes: dict[str, Any], prepare: Callable[[int], None]
+) -> tuple[list[int], str]:
+    """Exit codes of two processes of one run, and what they print."""
     flags = ("--trainer.strategy=ddp", "--trainer.devices=2")
 
     def start(rank: int) -> None:
-        os.environ |= {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "LOCAL_WORLD_SIZE": "2",
-            "GROUP_RANK": "0",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "TORCHELASTIC_RUN_ID": "test",
-            "TORCHELASTIC_USE_AGENT_STORE": "False",
-        }
         prepare(rank)
         runs.run(run_dir, *flags, changes=changes)
 
-    processes = [forked(lambda rank=rank: start(rank)) for rank in range(2)]
-    return [exit_code(process) for process in processes]
+    return runs.ranks(start, timeout=PATIENCE)
 
 
 distributed = pytest.mark.skipif(
@@ -522,13 +497,11 @@ distributed = pytest.mark.skipif(
 
 
 @distributed
-def test_all_ranks_skip_what_one_of_them_sees(
-    whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_all_ranks_skip_what_one_of_them_sees(whole: Path, tmp_path: Path) -> None:
     changes = poisoned("constant", 2 * runs.STEPS_AN_ITERATION + 1, 100, max_skipped_updates=5)
-    codes = ranks(tmp_path / "run", changes, lambda rank: None)
+    codes, printed = ranks(tmp_path / "run", changes, lambda rank: None)
     assert codes == [1, 0]  # the first one speaks for both
-    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    lines = [line for line in printed.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "5 updates in a row" in lines[0], lines
     assert "not finite: loss/poison;" in lines[0]
     assert runs.saved_iteration(tmp_path / "run") == 3
@@ -568,12 +541,11 @@ def test_a_scorer_that_fails_on_one_rank_ends_all(
     codes: list[int],
     whole: Path,
     tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
 ) -> None:
     run_dir = tmp_path / "run"
     changes = {**poisoned(), "data.class_path": f"test_faults.{kind}"}
-    assert ranks(run_dir, changes, lambda rank: None) == codes
-    printed = capfd.readouterr().err
+    ended, printed = ranks(run_dir, changes, lambda rank: None)
+    assert ended == codes
     lines = [line for line in printed.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and lines[0].startswith(said), printed
     assert "--ckpt_path last" in lines[0]
@@ -582,9 +554,7 @@ def test_a_scorer_that_fails_on_one_rank_ends_all(
 
 
 @distributed
-def test_a_full_disk_of_the_first_rank_ends_all(
-    whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_full_disk_of_the_first_rank_ends_all(whole: Path, tmp_path: Path) -> None:
     def prepare(rank: int) -> None:
         original, saves = torch.save, 0
 
@@ -597,8 +567,8 @@ def test_a_full_disk_of_the_first_rank_ends_all(
 
         torch.save = full  # the first rank alone writes
 
-    assert ranks(tmp_path / "run", poisoned(), prepare) == [1, 0]
-    printed = capfd.readouterr().err
+    codes, printed = ranks(tmp_path / "run", poisoned(), prepare)
+    assert codes == [1, 0]
     lines = [line for line in printed.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "could not be written" in lines[0], printed
     assert "No space left" in lines[0] and "Traceback" not in printed
@@ -609,9 +579,9 @@ def test_a_full_disk_of_the_first_rank_ends_all(
 def test_a_rank_that_dies_ends_the_others(victim: int, whole: Path, tmp_path: Path) -> None:
     def prepare(rank: int) -> None:
         if rank == victim:
-            die_at(tre_lightning.objective, "policy_loss", 6, before=True)
+            die_at(tre_lightning.training.objective, "policy_loss", 6, before=True)
 
-    codes = ranks(tmp_path / "run", poisoned(), prepare)
+    codes, _ = ranks(tmp_path / "run", poisoned(), prepare)
     assert codes[victim] == -signal.SIGKILL
     assert codes[1 - victim] not in (0, None)
     assert runs.saved_iteration(tmp_path / "run") == 1
@@ -624,7 +594,7 @@ def test_a_rank_of_lightnings_launcher_dies(victim: str, whole: Path, tmp_path: 
     hold = tmp_path / "hold"
     flags = ("--trainer.strategy=ddp", "--trainer.devices=2")
     words = runs.words(tmp_path / "run", *flags, changes=poisoned())
-    with runs.process(words, HOLD="train:2", HOLD_FILE=str(hold)) as process:
+    with runs.process(words, fresh=True, HOLD="train:2", HOLD_FILE=str(hold)) as process:
         end = time.monotonic() + PATIENCE
         while not hold.exists():
             assert process.poll() is None and time.monotonic() < end

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import shutil
 import statistics
 from collections.abc import Iterator
@@ -14,8 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import runs
-from tre_lightning.cli import main
-from tre_lightning.data import CountdownDataModule, PuzzleSpec
+from tre_lightning.cli.main import main
+from tre_lightning.tasks import CountdownDataModule, PuzzleSpec
 
 ENTROPY = {"class_path": "tre_lightning.methods.EntropyBonus", "init_args": {"coef": 0.02}}
 
@@ -162,9 +163,11 @@ def test_validate_test_and_predict_from_a_checkpoint(
     for tag, values in by_prompt.items():
         assert float(scores[tag]) == pytest.approx(sum(values) / 5), tag
         assert errors[f"{tag}_se"] == pytest.approx(statistics.stdev(values) / 5**0.5), tag
-    unused = ["<unused" in response for record in records for response in record["responses"]]
-    share = sum(unused) / len(unused)
-    assert 0.0 < share < 1.0 and float(scores["test/invalid_share"]) == pytest.approx(share)
+    textless = re.compile("<(unused|pad|unk)")
+    responses = [response for record in records for response in record["responses"]]
+    share = sum(bool(textless.search(response)) for response in responses) / len(responses)
+    assert not any("<eos>" in response for response in responses)  # it ends a response
+    assert 0.0 < share < 1.0 and float(scores["test/invalid_fraction"]) == pytest.approx(share)
     assert errors.keys() == {f"{tag}_se" for tag in by_prompt} | {"test/response_length_se"}
     assert runs.scalars(run_dir) == curves  # the curves of the training are as they were
 
@@ -182,7 +185,7 @@ def test_sft_alone_trains_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[
             "lr": 0.02,
         },
         "data": {
-            "class_path": "tre_lightning.data.Demonstrations",
+            "class_path": "tre_lightning.tasks.Demonstrations",
             "init_args": {"task": runs.TINY["data"], "steps": 5, "batch_size": 8},
         },
         "trainer": {
@@ -371,7 +374,7 @@ def test_micro_batch_size_does_not_change_the_update(
     whole, parts = runs.weights(whole_batch), runs.weights(tmp_path / "run")
     assert runs.distance(whole, parts) < 1e-10
     scalars = runs.scalars(whole_batch)
-    assert 0.0 < scalars["rollout/finished_share"][0][1] < 1.0  # responses of unequal lengths
+    assert 0.0 < scalars["rollout/finished_fraction"][0][1] < 1.0  # responses of unequal lengths
     others = runs.scalars(tmp_path / "run")
     assert others.keys() == scalars.keys()
     for tag, events in scalars.items():

@@ -1,4 +1,4 @@
-"""Tests of tre_lightning.methods.forking_tokens and of the selection that it shares."""
+"""Tests of tre_lightning.methods.forking_tokens and of the selection that it fractions."""
 
 import math
 import pickle
@@ -15,13 +15,13 @@ from torch import Tensor
 
 import batches
 import runs
+from tre_lightning.batches import TrainingBatch
 from tre_lightning.entropy import EntropyStats
-from tre_lightning.experience import TrainingBatch
-from tre_lightning.losses import masked_sum
 from tre_lightning.methods import ForkingTokens, Method, PolicyOutputs
 from tre_lightning.methods.hooks import POLICY, weighed
-from tre_lightning.methods.selection import share_of, top
+from tre_lightning.methods.selection import fraction_of, top
 from tre_lightning.ops import Region
+from tre_lightning.training.losses import masked_sum
 
 KEY = ("minibatches", 0)
 ENTROPIES = [[0.1, 2.0, 0.3], [1.5], [0.2, 0.0, 0.9, 1.0, 0.4, 0.8]]  # 10 tokens
@@ -48,7 +48,7 @@ def rows(values: Tensor, minibatch: TrainingBatch) -> list[list[float]]:
 
 
 @pytest.mark.parametrize(
-    ("count", "share", "down", "up"),
+    ("count", "fraction", "down", "up"),
     [
         (10, 0.2, 2, 2),
         (11, 0.2, 2, 3),
@@ -60,9 +60,9 @@ def rows(values: Tensor, minibatch: TrainingBatch) -> list[list[float]]:
         (0, 0.5, 0, 0),
     ],
 )
-def test_share_of_by_hand(count: int, share: float, down: int, up: int) -> None:
-    assert share_of(count, share) == down
-    assert share_of(count, share, up=True) == up
+def test_share_of_by_hand(count: int, fraction: float, down: int, up: int) -> None:
+    assert fraction_of(count, fraction) == down
+    assert fraction_of(count, fraction, up=True) == up
 
 
 def test_top_takes_the_earlier_of_equals() -> None:
@@ -92,7 +92,7 @@ def test_the_largest_entropies_of_the_whole_minibatch_count() -> None:
     minibatch = batch(ENTROPIES)
     made = weights(ForkingTokens(), minibatch)
     assert rows(made, minibatch) == [[0, 1, 0], [1], [0, 0, 0, 0, 0, 0]]
-    made = weights(ForkingTokens(share=0.31), minibatch)  # 3.1 is rounded up
+    made = weights(ForkingTokens(fraction=0.31), minibatch)  # 3.1 is rounded up
     assert rows(made, minibatch) == [[0, 1, 0], [1], [0, 0, 1, 1, 0, 0]]
 
 
@@ -100,14 +100,14 @@ def test_the_largest_entropies_of_the_whole_minibatch_count() -> None:
     entropies=st.lists(
         st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0]), min_size=1, max_size=6), min_size=1
     ),
-    share=st.floats(0.01, 1.0),
+    fraction=st.floats(0.01, 1.0),
 )
-def test_exactly_the_share_is_selected(entropies: list[list[float]], share: float) -> None:
+def test_exactly_the_share_is_selected(entropies: list[list[float]], fraction: float) -> None:
     minibatch = batch(entropies)
     mask, observed = minibatch.response_mask, minibatch.observed["forking_tokens"]
-    made = weights(ForkingTokens(share), minibatch)
+    made = weights(ForkingTokens(fraction), minibatch)
     count = int(mask.sum())
-    assert abs(made.sum().item() - max(1.0, share * count)) < 1.0
+    assert abs(made.sum().item() - max(1.0, fraction * count)) < 1.0
     assert set(made.unique().tolist()) <= {0.0, 1.0}
     out = observed[mask & (made == 0)]
     assert out.numel() == 0 or out.max() <= observed[made == 1].min()
@@ -117,7 +117,7 @@ def test_unscored_responses_are_not_selected() -> None:
     minibatch = batch(ENTROPIES)
     mask = minibatch.response_mask.clone()
     mask[0] = False  # its 2.0 was the largest
-    made = weights(ForkingTokens(share=2 / 7), replace(minibatch, response_mask=mask))
+    made = weights(ForkingTokens(fraction=2 / 7), replace(minibatch, response_mask=mask))
     assert made[1].tolist() == [1, 0, 0, 0, 0, 0]
     assert made[2].tolist() == [0, 0, 0, 1, 0, 0]
 
@@ -156,9 +156,9 @@ def test_the_entropy_of_the_whole_vocabulary_is_observed() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"share": 0.0}, r"\[mine\]\.share=0\.0 must be above 0"),
-        ({"share": 1.1}, r"\[mine\]\.share=1\.1 must be .* at most 1"),
-        ({"share": math.nan}, r"\[mine\]\.share=nan"),
+        ({"fraction": 0.0}, r"\[mine\]\.fraction=0\.0 must be above 0"),
+        ({"fraction": 1.1}, r"\[mine\]\.fraction=1\.1 must be .* at most 1"),
+        ({"fraction": math.nan}, r"\[mine\]\.fraction=nan"),
         ({"average_over": "some"}, r"\[mine\]\.average_over='some' .* 'all' or 'selected'"),
     ],
 )
@@ -190,23 +190,23 @@ def forking(**options: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("average_over", ["all", "selected"])
 def test_all_tokens_are_plain_ppo(average_over: str, tmp_path: Path) -> None:
-    whole = trained(tmp_path / "whole", forking(share=1.0, average_over=average_over))
-    some = trained(tmp_path / "some", forking(share=0.2, average_over=average_over))
+    whole = trained(tmp_path / "whole", forking(fraction=1.0, average_over=average_over))
+    some = trained(tmp_path / "some", forking(fraction=0.2, average_over=average_over))
     plain = trained(tmp_path / "plain")
     assert runs.distance(whole, plain) == 0.0
     assert runs.distance(some, plain) > 0.0
-    shares = {name: runs.scalars(tmp_path / name) for name in ("whole", "some", "plain")}
-    assert shares["whole"]["policy/active_share"] == [(0, 1.0)]
+    fractions = {name: runs.scalars(tmp_path / name) for name in ("whole", "some", "plain")}
+    assert fractions["whole"]["policy/active_fraction"] == [(0, 1.0)]
     # 16 responses of at most 8 tokens in 2 minibatches: rounding up adds less than 1 token in 8.
-    assert 0.2 <= shares["some"]["policy/active_share"][0][1] < 0.2 + 1 / 8
-    assert "policy/active_share" not in shares["plain"]
+    assert 0.2 <= fractions["some"]["policy/active_fraction"][0][1] < 0.2 + 1 / 8
+    assert "policy/active_fraction" not in fractions["plain"]
 
 
 def test_micro_batches_do_not_change_the_selection(tmp_path: Path) -> None:
     made = [
         trained(
             tmp_path / f"{size}",
-            forking(share=0.2, average_over="selected"),
+            forking(fraction=0.2, average_over="selected"),
             flags=(f"--model.ppo.micro_batch_size={size}", "--trainer.precision=64-true"),
         )
         for size in (16, 3)

@@ -1,4 +1,4 @@
-"""Tests of tre_lightning.head."""
+"""Tests of tre_lightning.policy.head."""
 
 import copy
 from collections.abc import Callable
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tre_lightning.entropy import entropy_stats, full_entropy, trust_region_entropy
-from tre_lightning.head import Head, HeadInput, plain_head
 from tre_lightning.methods.hooks import PolicyOutputs
 from tre_lightning.ops import Region
-from tre_lightning.policy import PolicyArgs, head_input, load_language_model
+from tre_lightning.policy.actor_critic import PolicyArgs, head_input, load_language_model
+from tre_lightning.policy.head import Head, HeadInput, plain_head
 
 REGIONS = (Region(), Region(top_k=3), Region(top_k=1), Region(top_p=0.9))
 MEMORY = 4 * 50 * 8  # four rows of the fixtures' vocabulary in float64

@@ -19,16 +19,16 @@ from transformers import (
 )
 
 import runs
-from tre_lightning.cli import PPOCLI, RewardCLI, main
-from tre_lightning.data.hh import PreferenceDataModule, RewardArgs, read_prompt
-from tre_lightning.data.preferences import synthetic_vocabulary
-from tre_lightning.rewards.preference import RewardModelScorer
-from tre_lightning.rewards.server import RewardServer
-from tre_lightning.rollout import PromptBatch
-from tre_lightning.tokenizer import word_tokenizer
+from tre_lightning.batches import PromptBatch
+from tre_lightning.cli.main import PPOCLI, RewardCLI, main
+from tre_lightning.policy.tokenizers import word_tokenizer
+from tre_lightning.tasks.alignment.pairs import synthetic_vocabulary
+from tre_lightning.tasks.alignment.prompts import PreferenceDataModule, RewardArgs, read_prompt
+from tre_lightning.tasks.alignment.scorer import RewardModelScorer
+from tre_lightning.tasks.alignment.server import RewardServer
 
 ROOT = Path(__file__).parents[1]
-PAIRS = "tre_lightning.data.preferences.PreferencePairs"
+PAIRS = "tre_lightning.tasks.PreferencePairs"
 ARCHITECTURE = {
     "model_type": "qwen3",
     "vocab_size": 192,
@@ -302,7 +302,7 @@ def serving(server: Any) -> Iterator[str]:
 def test_both_ways_give_the_same_scores(words: PreTrainedTokenizerBase, reward_dir: str) -> None:
     task = PreferenceDataModule(RewardArgs(model=reward_dir, batch_size=3), batch_size=2)
     task.check(words)
-    batch = task._train_batch(0)
+    batch = task._train_batch(0, 0)
     assert isinstance(batch, PromptBatch)
     responses = ["well , bread", "stupid", "", " ".join(["rain"] * 100)]
     scores = task.score(responses, batch)
@@ -340,7 +340,7 @@ def ppo_words(directory: Path, command: str = "fit", **reward: Any) -> list[str]
             "optim": {"lr": 0.003, "critic_lr": 0.01},
         },
         "data": {
-            "class_path": "tre_lightning.data.hh.PreferenceDataModule",
+            "class_path": "tre_lightning.tasks.PreferenceDataModule",
             "init_args": {
                 "reward": reward,
                 "batch_size": 4,
@@ -389,7 +389,7 @@ def test_from_reward_model_to_policy(tmp_path: Path, capsys: pytest.CaptureFixtu
     main(words)
     scalars = runs.scalars(tmp_path / "ppo")
     assert [step for step, _ in scalars["val/score"]] == [0, 2, 5]
-    assert max(score for _, score in scalars["rollout/unscorable_share"]) == 0.0
+    assert max(score for _, score in scalars["rollout/unscorable_fraction"]) == 0.0
     names = runs.weights(tmp_path / "ppo").keys()
     assert all(name.startswith("actor_critic.") for name in names)  # the reward model is in none
     tested = main(["test", *words[1:], "--ckpt_path=last"])
@@ -508,7 +508,7 @@ def test_the_last_data_class_says_what_is_trained(
         monkeypatch.setattr(cli, "__init__", lambda self, *args: chosen.append(type(self)))
     pairs, task, other = (tmp_path / name for name in ("pairs.yaml", "task.yaml", "other.yaml"))
     pairs.write_text(yaml.safe_dump({"data": {"class_path": PAIRS}}))
-    task.write_text("data: {class_path: tre_lightning.data.CountdownDataModule}")
+    task.write_text("data: {class_path: tre_lightning.tasks.CountdownDataModule}")
     other.write_text("trainer: {max_epochs: 1}")
     cases: list[tuple[list[str], type]] = [
         (["fit", f"--config={pairs}", "--config", str(other)], RewardCLI),

@@ -10,8 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 import batches
-from tre_lightning.experience import TrainingBatch
-from tre_lightning.head import Head, HeadInput
+from tre_lightning.batches import TrainingBatch
 from tre_lightning.methods import (
     EntropyBonus,
     LinearSchedule,
@@ -24,6 +23,7 @@ from tre_lightning.methods import (
 )
 from tre_lightning.methods.hooks import POLICY, shaped, weighed
 from tre_lightning.ops import Region
+from tre_lightning.policy.head import Head, HeadInput
 
 P = [0.5, 0.3, 0.1, 0.1]
 NONE = batches.tokens(0)  # these terms look at the outputs alone

@@ -22,7 +22,7 @@ def walks(steps: int, shares: dict[tuple[str, int], float]) -> Results:
     chosen = {"ppo": None, "tre": 0.01, "late": None}
     outcomes = {
         Trial(method, chosen[method], seed): Outcome(
-            40, {"test/pass@1": share, "test/invalid_share": 0.0, "entropy/full": 0.5}
+            40, {"test/pass@1": share, "test/invalid_fraction": 0.0, "entropy/full": 0.5}
         )
         for (method, seed), share in shares.items()
     }

@@ -12,9 +12,9 @@ from tensorboard.plugins.hparams import metadata
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import runs
+from tre_lightning.callbacks.entropy_histograms import BINS, EntropyHistograms
+from tre_lightning.callbacks.heat_map import Sample, heat_map, printable
 from tre_lightning.entropy import entropy_stats
-from tre_lightning.entropy_histograms import BINS, EntropyHistograms
-from tre_lightning.heat_map import Sample, heat_map, printable
 
 HISTOGRAMS = (
     "entropy/region_size_histogram",
@@ -46,7 +46,7 @@ def test_histograms_of_every_iteration(run_dir: Path) -> None:
     for tag in HISTOGRAMS:
         assert [e.step for e in found.Histograms(tag)] == list(range(runs.ITERATIONS)), tag
     lengths = [v for _, v in runs.scalars(run_dir)["rollout/response_length"]]
-    single = [v for _, v in runs.scalars(run_dir)["entropy/single_token_share"]]
+    single = [v for _, v in runs.scalars(run_dir)["entropy/single_token_fraction"]]
     full = [v for _, v in runs.scalars(run_dir)["entropy/full"]]
     tokens = [length * 16 for length in lengths]  # 4 prompts x 4 responses
     for i, event in enumerate(found.Histograms(HISTOGRAMS[0])):

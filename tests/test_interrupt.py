@@ -3,7 +3,6 @@
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 import runs
-from tre_lightning.cli import command_to_resume
+from tre_lightning.cli.main import command_to_resume
 from tre_lightning.methods import EntropyBonus, PolicyOutputs, Tokens
 
 PATIENCE = 180.0  # seconds; a hanging process must fail, not hang
@@ -65,11 +64,13 @@ def precise(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def held(run_dir: Path, where: str, *flags: str) -> Iterator[tuple["subprocess.Popen[str]", Path]]:
+def held(
+    run_dir: Path, where: str, *flags: str, fresh: bool = False
+) -> Iterator[tuple[runs.Process, Path]]:
     """A process that waits at a batch or an update while the file that comes with it exists."""
     hold = run_dir.with_name("hold")
     words = runs.words(run_dir, *flags, changes=CHANGES)
-    with runs.process(words, HOLD=where, HOLD_FILE=str(hold)) as process:
+    with runs.process(words, fresh=fresh, HOLD=where, HOLD_FILE=str(hold)) as process:
         end = time.monotonic() + PATIENCE
         while not hold.exists():
             assert process.poll() is None, process.stdout and process.stdout.read()[-3000:]
@@ -78,7 +79,7 @@ def held(run_dir: Path, where: str, *flags: str) -> Iterator[tuple["subprocess.P
         yield process, hold
 
 
-def ended(process: "subprocess.Popen[str]", hold: Path | None = None) -> str:
+def ended(process: runs.Process, hold: Path | None = None) -> str:
     """What the process printed until its end; ``hold`` is to be let go, by every rank."""
     end = time.monotonic() + PATIENCE
     while process.poll() is None and time.monotonic() < end:
@@ -142,7 +143,7 @@ def test_all_ranks_stop_after_the_same_iteration(
     number: signal.Signals, everyone: bool, code: int, precise: Path, tmp_path: Path
 ) -> None:
     run_dir, flags = tmp_path / "run", ("--trainer.strategy=ddp", "--trainer.devices=2")
-    with held(run_dir, "train:2", PRECISION, *flags) as (process, hold):
+    with held(run_dir, "train:2", PRECISION, *flags, fresh=True) as (process, hold):
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         if everyone:
             os.killpg(process.pid, number)  # as a terminal does

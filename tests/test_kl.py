@@ -14,12 +14,12 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 import runs
-from tre_lightning.args import PPOArgs
-from tre_lightning.experience import build_experience, compute_targets
-from tre_lightning.kl import KLEstimator, KLPlace, kl_estimate, kl_loss, next_kl_coef
+from tre_lightning.batches import PromptBatch, Rollout
 from tre_lightning.methods import PolicyOutputs
-from tre_lightning.objective import PolicyObjective
-from tre_lightning.rollout import PromptBatch, Rollout
+from tre_lightning.training.kl import KLEstimator, KLPlace, kl_estimate, kl_loss, next_kl_coef
+from tre_lightning.training.objective import PolicyObjective
+from tre_lightning.training.options import PPOArgs
+from tre_lightning.training.targets import build_experience, compute_targets
 
 V, T = 3, 3  # tokens and length of the sequences that are enumerated
 SEQUENCES = torch.tensor(list(product(range(V), repeat=T)))

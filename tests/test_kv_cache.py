@@ -1,4 +1,4 @@
-"""Tests of tre_lightning.kv_cache."""
+"""Tests of tre_lightning.policy.kv_cache."""
 
 import copy
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from tre_lightning.kv_cache import GrowingLayer, growing_cache
+from tre_lightning.policy.kv_cache import GrowingLayer, growing_cache
 
 SHAPE = (3, 2, 4)  # rows, heads, width
 

@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 import runs
-from tre_lightning.cli import PPOCLI, RewardCLI, main
-from tre_lightning.layers import with_layers
+from tre_lightning.cli.config_files import with_layers
+from tre_lightning.cli.main import PPOCLI, RewardCLI, main
 from tre_lightning.methods import LossTerm
 
 ENTROPY = "tre_lightning.methods.EntropyBonus"
@@ -190,7 +190,7 @@ def test_the_data_of_a_layer_say_what_is_trained(tmp_path: Path) -> None:
     """``fit`` trains a reward model where a layer names its pairs."""
     write(
         tmp_path / "pairs.yaml",
-        "data: {class_path: tre_lightning.data.preferences.PreferencePairs}\n"
+        "data: {class_path: tre_lightning.tasks.PreferencePairs}\n"
         "model: {policy: {architecture: {model_type: qwen3}}}",
     )
     top = write(

@@ -1,4 +1,4 @@
-"""Tests of tre_lightning.loggers: what TensorBoard shows together, and other loggers."""
+"""Tests of tre_lightning.callbacks.loggers: what TensorBoard shows together, and other loggers."""
 
 import csv
 import math
@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 import runs
-from tre_lightning.loggers import LAYOUT
+from tre_lightning.callbacks.loggers import LAYOUT
 
 LAYERS = Path(__file__).parent.parent / "configs" / "logger"
 NOT_DRAWN = {"epoch"}

@@ -1,4 +1,4 @@
-"""Tests of tre_lightning.lora, and of policies that have adapters."""
+"""Tests of tre_lightning.policy.lora, and of policies that have adapters."""
 
 import sys
 import warnings
@@ -12,8 +12,17 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import runs
-from tre_lightning.head import Head, plain_head
-from tre_lightning.lora import (
+from tre_lightning.batches import PromptBatch
+from tre_lightning.methods import PolicyOutputs
+from tre_lightning.ops import Region
+from tre_lightning.policy.actor_critic import (
+    ActorCritic,
+    PolicyArgs,
+    head_input,
+    load_language_model,
+)
+from tre_lightning.policy.head import Head, plain_head
+from tre_lightning.policy.lora import (
     LoraArgs,
     add_adapters,
     fingerprint,
@@ -22,13 +31,10 @@ from tre_lightning.lora import (
     merged_state_dict,
     without_adapters,
 )
-from tre_lightning.methods import PolicyOutputs
-from tre_lightning.ops import Region
-from tre_lightning.policy import ActorCritic, PolicyArgs, head_input, load_language_model
-from tre_lightning.ppo import PPOModule
-from tre_lightning.reward_model import RewardModelModule
-from tre_lightning.rollout import PromptBatch, generate
-from tre_lightning.sft import SFTModule
+from tre_lightning.sampling.in_process import generate
+from tre_lightning.training.ppo import PPOModule
+from tre_lightning.training.reward_model import RewardModelModule
+from tre_lightning.training.sft import SFTModule
 
 IDS = torch.tensor([[5, 9, 3, 17, 30, 8]])
 KEY = ("adapters", "test", 0)
@@ -87,6 +93,38 @@ def test_named_layers_only(policy: PreTrainedModel) -> None:
     assert all(".q_proj." in name or ".v_proj." in name for name in trained)
     a = dict(policy.named_parameters())["model.layers.0.self_attn.q_proj.lora_A.default.weight"]
     assert a.shape == (3, 16)
+
+
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "phimoe", "qwen3_moe"])
+def test_experts_and_routers_stay_frozen(model_type: str, architecture: dict[str, Any]) -> None:
+    # Neither is a linear layer here: all experts are one tensor, a router picks and does not add.
+    options = {**architecture, **EXPERTS, "model_type": model_type, "moe_intermediate_size": 8}
+    policy = load_language_model(PolicyArgs(architecture=options))
+    args = PolicyArgs(model="m", lora=LoraArgs(rank=2))
+    model = ActorCritic.build(args, policy, None)
+    model.try_out(args)
+    mask = torch.ones_like(IDS, dtype=torch.bool)
+    source, _ = model(IDS, mask, mask[:, 1:], lambda source: source)
+    source.hidden.sum().backward()
+    trained = {name: p.grad for name, p in policy.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 2 * 4 and all(".self_attn." in name for name in trained)
+    assert all(gradient is not None for gradient in trained.values())
+
+
+@pytest.mark.parametrize(
+    ("model_type", "names"),
+    [("mixtral", ["w1", "w2", "w3"]), ("mixtral", ["experts"]), ("phimoe", ["router"])],
+)
+def test_named_experts_and_routers_are_refused(
+    model_type: str, names: list[str], architecture: dict[str, Any]
+) -> None:
+    options = {**architecture, **EXPERTS, "model_type": model_type}
+    policy = load_language_model(PolicyArgs(architecture=options))
+    with pytest.raises(ValueError, match=r"model\.policy\.lora\.target_modules=\['"):
+        add_adapters(policy, LoraArgs(rank=2, target_modules=names), *KEY)
 
 
 def test_an_adapter_adds_alpha_over_rank_times_b_a(policy: PreTrainedModel) -> None:
@@ -472,9 +510,9 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     flags = (KL, "--trainer.max_epochs=1", "--model.ppo.num_minibatches=1")
     runs.run(tmp_path / "one", *flags, changes=changes)
     two = ("--trainer.devices=2", "--trainer.strategy=ddp")
-    with runs.process(runs.words(tmp_path / "two", *flags, *two, changes=changes)) as process:
-        printed, _ = process.communicate(timeout=120.0)
-    assert process.returncode == 0, printed[-3000:]
+    words = runs.words(tmp_path / "two", *flags, *two, changes=changes)
+    codes, printed = runs.command_on_ranks(words)
+    assert codes == [0, 0], printed[-3000:]
     one, both = runs.weights(tmp_path / "one"), runs.weights(tmp_path / "two")
     assert runs.distance(one, both) < 1e-5
     assert (tmp_path / "two" / "model" / "README.md").exists()

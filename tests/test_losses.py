@@ -1,17 +1,12 @@
-"""Tests of tre_lightning.losses."""
+"""Tests of tre_lightning.training.losses."""
 
 import math
 
 import pytest
 import torch
 
-from tre_lightning.losses import (
-    label_logprobs,
-    masked_sum,
-    policy_loss,
-    policy_ratio,
-    value_loss,
-)
+from tre_lightning.policy.head import label_logprobs
+from tre_lightning.training.losses import masked_sum, policy_loss, policy_ratio, value_loss
 
 # --- label_logprobs ---
 

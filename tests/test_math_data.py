@@ -17,12 +17,12 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 import runs
-from tre_lightning.data import ArithmeticSpec, CountdownDataModule, MathDataModule
-from tre_lightning.data.arithmetic import Problem, generate, mistaken, split_of, worked
-from tre_lightning.data.sources import read_rows
-from tre_lightning.rewards.math import boxed_answers, last_boxed
-from tre_lightning.rollout import PromptBatch
-from tre_lightning.tokenizer import word_tokenizer
+from tre_lightning.batches import PromptBatch
+from tre_lightning.policy.tokenizers import word_tokenizer
+from tre_lightning.tasks import ArithmeticSpec, CountdownDataModule, MathDataModule
+from tre_lightning.tasks.mathematics.arithmetic import Problem, generate, mistaken, split_of, worked
+from tre_lightning.tasks.mathematics.scorer import boxed_answers, last_boxed
+from tre_lightning.tasks.sources import read_rows
 
 pytest.importorskip("math_verify")
 
@@ -160,7 +160,7 @@ def test_heldout_problems_are_different_and_as_many_as_asked_for(
     data = MathDataModule(val_size=40, test_size=60)
     val, test = data.heldout_prompts("val")["val"], data.heldout_prompts("test")["test"]
     assert len(set(texts(val))) == 40 and len(set(texts(test))) == 60
-    monkeypatch.setattr("tre_lightning.data.math._DRAWS_A_PROBLEM", 1)
+    monkeypatch.setattr("tre_lightning.tasks.mathematics.prompts._DRAWS_A_PROBLEM", 1)
     with pytest.raises(ValueError, match=r"data\.val_size=300, but .* different val problems"):
         MathDataModule(val_size=300).heldout_prompts("val")  # some of 300 draws are the same
 
@@ -344,6 +344,30 @@ def test_a_long_prompt_anywhere_in_a_file_is_an_error(
         data.check(words)
 
 
+def test_an_error_about_a_prompt_names_its_row_and_shows_its_end(
+    tmp_path: Path, words: PreTrainedTokenizerBase
+) -> None:
+    """The beginning is the same for all prompts of a chat."""
+    templated = copy.deepcopy(words)
+    templated.chat_template = "{% for m in messages %}a b {{ m.content }}{% endfor %}"
+    rows = [{"problem": "a b c"}, {"problem": "a " * 300 + "z"}, {"problem": "a %"}]
+    held_out = write(tmp_path / "b.jsonl", [{"problem": "x", "answer": 1}])
+    for row, said in ((rows[1], "a a z'"), (rows[2], "'a %'")):
+        file = write(tmp_path / "a.jsonl", [{**r, "answer": 1} for r in (rows[0], row)])
+        for tokenizer in (words, templated):
+            data = MathDataModule(train_file=file, eval_file=held_out, instruction="")
+            data.max_prompt_length = 99
+            with pytest.raises(ValueError, match=re.escape(f"{file}:2: the prompt ")) as raised:
+                data.check(tokenizer)
+            assert said in str(raised.value) and len(str(raised.value)) < 450
+    templated.chat_template = (
+        "{% for m in messages %}{% if 'c' in m.content %}{{ raise_exception('no c') }}"
+        "{% endif %}{{ m.content }}{% endfor %}"
+    )
+    with pytest.raises(ValueError, match=re.escape(f"{file}:1: the prompt 'a b c': ")):
+        MathDataModule(train_file=file, eval_file=held_out, instruction="").check(templated)
+
+
 def test_dropping_leaves_something(tmp_path: Path, words: PreTrainedTokenizerBase) -> None:
     data = lengths(tmp_path, long_prompts="drop", max_prompt_length=1)
     with pytest.raises(ValueError, match=r"too short for all 2 prompts of data\.eval_file"):
@@ -407,7 +431,7 @@ def test_timeouts_score_0_and_are_counted() -> None:
 # ----- whole runs
 
 TINY = {
-    "class_path": "tre_lightning.data.MathDataModule",
+    "class_path": "tre_lightning.tasks.MathDataModule",
     "init_args": {
         "arithmetic": {"number_range": [1, 6], "max_value": 24},
         "instruction": "",
@@ -430,7 +454,7 @@ def test_fit_test_and_predict(tmp_path: Path) -> None:
     runs.run(run_dir, changes=RUN)
     curves = runs.scalars(run_dir)
     assert [step for step, _ in curves["val/pass@1"]] == [0, 1, 3]
-    assert [value for _, value in curves["rollout/unscorable_share"]] == [0.0] * runs.ITERATIONS
+    assert [value for _, value in curves["rollout/unscorable_fraction"]] == [0.0] * runs.ITERATIONS
     assert [value for _, value in curves["rollout/scorer_timeouts"]] == [0.0] * runs.ITERATIONS
     assert [step for step, _ in curves["val/majority@2"]] == [0, 1, 3]
     scores = runs.run(run_dir, "--ckpt_path=last", command="test", changes=RUN)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tre_lightning.rewards.math import MathScorer
+from tre_lightning.tasks.mathematics.scorer import MathScorer
 
 # One pair a line: gold | answer.
 EQUAL = r"""

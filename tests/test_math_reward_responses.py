@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tre_lightning.rewards.math import MathScorer, last_boxed
+from tre_lightning.tasks.mathematics.scorer import MathScorer, last_boxed
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tre_lightning.rewards.math import MathScorer, score_math, score_math_batch
+from tre_lightning.tasks.mathematics.scorer import MathScorer, score_math, score_math_batch
 
 ROOTS = [(f"{k}\\sqrt{{3}}", f"\\boxed{{\\sqrt{{{3 * k * k}}}}}") for k in range(2, 40)]
 
@@ -71,7 +71,7 @@ def test_a_group_of_equal_answers_is_one_job_but_many_timeouts(
         jobs.extend(batch)
         return [None] * len(batch)
 
-    monkeypatch.setattr("tre_lightning.rewards.workers.WorkerPool.map", give_up)
+    monkeypatch.setattr("tre_lightning.tasks.mathematics.workers.WorkerPool.map", give_up)
     scorer = MathScorer()
     for _ in range(2):  # a time-out is not remembered: the machine may have been busy
         assert scorer.score(["\\boxed{\\sqrt{12}}"] * 4, ["2\\sqrt{3}"] * 4) == [0.0] * 4
@@ -119,8 +119,8 @@ def test_wrong_options_are_refused() -> None:
 def test_neither_the_trainer_nor_a_worker_imports_what_it_does_not_need() -> None:
     script = r"""
 import sys
-import tre_lightning.rewards.math
-from tre_lightning.rewards.mathematics.matching import equal_in_worker
+import tre_lightning.tasks.mathematics.scorer
+from tre_lightning.tasks.mathematics.grading.matching import equal_in_worker
 
 never = ["torch", "numpy", "transformers", "lightning", "math_verify"]
 late = ["latex2sympy2_extended", "sympy", "mpmath"]

@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import runs
-from tre_lightning.cli import PPOCLI, main
-from tre_lightning.policy import (
+from tre_lightning.batches import PromptBatch
+from tre_lightning.cli.main import PPOCLI, main
+from tre_lightning.policy.actor_critic import (
     ActorCritic,
     PolicyArgs,
     checkpoint_gradients,
     load_language_model,
     weight_type,
 )
-from tre_lightning.rollout import PromptBatch, generate
+from tre_lightning.sampling.in_process import generate
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 IDS = torch.tensor([[5, 9, 3, 17, 30, 8]])

@@ -1,4 +1,4 @@
-"""Tests of tre_lightning.metrics."""
+"""Tests of tre_lightning.common.metrics."""
 
 import itertools
 import math
@@ -16,21 +16,20 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 from torchmetrics import ExplainedVariance, Metric
 
-from tre_lightning.diagnostics import EvaluationMetrics, Evaluations
-from tre_lightning.metrics import (
+from tre_lightning.common.metrics import (
     MajorityAtK,
     MaskedExplainedVariance,
     MaskedMean,
     PassAtK,
     StandardError,
-    approx_kl,
-    clipped,
     cumulative_tail_risk,
     majority_by_prompt,
     number_answers,
     pass_at_k,
     pass_at_k_by_prompt,
 )
+from tre_lightning.training.diagnostics import EvaluationMetrics, Evaluations
+from tre_lightning.training.losses import approx_kl, clipped
 
 NAN, INF = math.nan, math.inf
 Update = tuple[Tensor, ...]
@@ -373,7 +372,7 @@ def test_masked_mean_weighs_tokens_not_updates() -> None:
     assert value(metric) == 3.0
 
 
-def test_masked_mean_of_bools_is_their_share() -> None:
+def test_masked_mean_of_bools_is_their_fraction() -> None:
     ratio, advantages = torch.tensor([[1.5, 1.0, 1.5]]), torch.ones(1, 3)
     metric = MaskedMean()
     metric.update(clipped(ratio, advantages, 0.2, 0.2), torch.tensor([[True, True, False]]))
@@ -604,8 +603,8 @@ def test_evaluation_by_hand() -> None:
         "majority@3_se": math.sqrt(1 / 3 / 3),  # of 1, 0, 0
         "response_length": 2.0,
         "response_length_se": 1 / math.sqrt(3),  # of 2, 3, 1
-        "finished_share": 5 / 9,
-        "invalid_share": 1 / 9,
+        "finished_fraction": 5 / 9,
+        "invalid_fraction": 1 / 9,
     }
     assert evaluate(metrics, slice(3), slice(3, 9)) == pytest.approx(expected)
     assert evaluate(metrics, slice(9)) == pytest.approx(expected)  # and flush has emptied it
@@ -614,13 +613,13 @@ def test_evaluation_by_hand() -> None:
 def test_a_single_prompt_has_no_standard_error() -> None:
     found = evaluate(EvaluationMetrics(num_responses=3), slice(3))
     means = {"score", "pass@1", "pass@3", "majority@3", "response_length"}
-    assert found.keys() == means | {"finished_share", "invalid_share"}
+    assert found.keys() == means | {"finished_fraction", "invalid_fraction"}
 
 
 def test_a_task_without_right_and_answers_has_its_scores_alone() -> None:
     metrics = EvaluationMetrics(num_responses=3)
     metrics.update(**EVALUATED, binary=False)
-    shares = {"finished_share", "invalid_share"}
+    shares = {"finished_fraction", "invalid_fraction"}
     assert metrics.flush().keys() == {"score", "response_length", *shares}
 
 

@@ -1,4 +1,4 @@
-"""Tests of tre_lightning.model_card, and of the card that a run writes."""
+"""Tests of tre_lightning.callbacks.model_card, and of the card that a run writes."""
 
 from pathlib import Path
 from typing import Any
@@ -8,9 +8,9 @@ import yaml
 from huggingface_hub import ModelCard
 
 import runs
-from tre_lightning.cli import main
+from tre_lightning.callbacks.model_card import describe, hub_name, model_card
+from tre_lightning.cli.main import main
 from tre_lightning.methods import ClipCov, EntropyBonus, LinearSchedule, TrustRegionEntropy
-from tre_lightning.model_card import describe, hub_name, model_card
 
 FACTS: dict[str, Any] = {
     "base_model": "owner/name-1.5B",
@@ -130,7 +130,8 @@ def test_terms_are_described_by_coefficient_and_region() -> None:
 
 
 def test_options_that_are_not_the_default_are_described() -> None:
-    assert describe(ClipCov()) == "ClipCov" and describe(ClipCov(0.002)) == "ClipCov (share 0.002)"
+    assert describe(ClipCov()) == "ClipCov"
+    assert describe(ClipCov(0.002)) == "ClipCov (fraction 0.002)"
     assert (
         describe(TrustRegionEntropy(0.001, top_k=2, rescale=False, name="second"))
         == "TrustRegionEntropy (coef 0.001, top_k 2, rescale False)"

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from tre_lightning.entropy import Region
 from tre_lightning.ops import scan as scan_module
 from tre_lightning.ops import torch_rows
-from tre_lightning.ops.region import Region, RegionRows, Summary
+from tre_lightning.ops.region import RegionRows, Summary
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

@@ -13,12 +13,12 @@ import torch
 import batches
 import method_runs
 import runs
-from tre_lightning.experience import TrainingBatch
+from tre_lightning.batches import TrainingBatch
 from tre_lightning.methods import PAEC, LinearSchedule
 
 P = [0.5, 0.3, 0.1, 0.1]
 SURE = [0.97, 0.02, 0.005, 0.005]
-ON = method_runs.spec("PAEC", coef=5.0, anchor_iterations=1, floor_share=1.0)
+ON = method_runs.spec("PAEC", coef=5.0, anchor_iterations=1, floor_fraction=1.0)
 NONE = batches.tokens(0)
 
 
@@ -60,7 +60,7 @@ def test_competition_falls_with_the_gap_of_the_two_best() -> None:
 
 def test_weights_are_the_scores_of_the_chosen() -> None:
     batch = rollout([(0.2, 1.0), (0.8, 2.0)], [(0.4, 3.0)], [(0.1, 9.0)])
-    weights = PAEC(share=0.5).token_weights(batch)  # 4 tokens, of which 0.8 and 0.4
+    weights = PAEC(fraction=0.5).token_weights(batch)  # 4 tokens, of which 0.8 and 0.4
     expected = torch.tensor([[0.0, 4 * 0.8 / 1.2], [4 * 0.4 / 1.2, 0.0], [0.0, 0.0]])
     torch.testing.assert_close(weights, expected)
 
@@ -74,13 +74,13 @@ def test_no_score_no_weight() -> None:
 
 
 def test_masked_mean_by_hand() -> None:
-    term = PAEC(share=0.5)
+    term = PAEC(fraction=0.5)
     term.adapt(rollout([(0.2, 1.0), (0.8, 2.0)], [(0.4, 3.0)], [(0.1, 9.0)]))
     assert term.logged() == {"entropy": pytest.approx((0.8 * 2.0 + 0.4 * 3.0) / 1.2)}
 
 
 def test_penalty_acts_below_the_floor_only() -> None:
-    term = PAEC(coef=0.1, share=0.5, anchor_iterations=2, floor_share=0.5)
+    term = PAEC(coef=0.1, fraction=0.5, anchor_iterations=2, floor_fraction=0.5)
     assert term.coef_at(0) == 0.0 and term.logged() == {}
     seen = []
     for mean in (3.0, 1.0, 0.75, 1.0, 5.0, 0.0):  # the anchor is 2, the floor 1
@@ -91,7 +91,9 @@ def test_penalty_acts_below_the_floor_only() -> None:
 
 
 def test_beta_may_follow_a_schedule() -> None:
-    term = PAEC(coef=LinearSchedule(0.4, 0.0, 2), anchor_iterations=1, floor_share=1.0, share=0.5)
+    term = PAEC(
+        coef=LinearSchedule(0.4, 0.0, 2), anchor_iterations=1, floor_fraction=1.0, fraction=0.5
+    )
     term.adapt(flat(3.0))
     term.adapt(flat(1.0))
     assert [term.coef_at(i) for i in range(3)] == pytest.approx([1.6, 0.8, 0.0])
@@ -100,7 +102,7 @@ def test_beta_may_follow_a_schedule() -> None:
 def test_gradient_is_that_of_the_penalty() -> None:
     generator = torch.Generator().manual_seed(5)
     logits = (2.0 * torch.randn(5, 30, generator=generator)).double().requires_grad_()
-    term = PAEC(coef=0.7, top_p=0.8, share=0.4, anchor_iterations=1, floor_share=1.0)
+    term = PAEC(coef=0.7, top_p=0.8, fraction=0.4, anchor_iterations=1, floor_fraction=1.0)
     seen = term.observe(method_runs.outputs(term, logits), None).detach()
     batch = rollout([(float(score), float(entropy)) for score, entropy in seen])
     term.adapt(rollout([(1.0, 9.0)]))  # the floor
@@ -129,7 +131,7 @@ def test_a_rollout_without_a_counted_token_changes_nothing() -> None:
 
 def test_state_keeps_the_anchor() -> None:
     def new() -> PAEC:
-        return PAEC(coef=0.1, share=0.5, anchor_iterations=2, floor_share=1.0)
+        return PAEC(coef=0.1, fraction=0.5, anchor_iterations=2, floor_fraction=1.0)
 
     term, resumed = new(), new()
     term.adapt(flat(3.0))
@@ -148,11 +150,11 @@ def test_state_keeps_the_anchor() -> None:
     [
         ({"coef": -1.0}, r"\[paec\]\.coef=-1.0"),
         ({"top_p": 0.0}, r"top_p=0.0"),
-        ({"share": 1.5}, r"\[paec\]\.share=1.5 "),
+        ({"fraction": 1.5}, r"\[paec\]\.fraction=1.5 "),
         ({"mix": -0.5}, r"mix=-0.5 "),
         ({"anchor_iterations": 0}, r"anchor_iterations=0 "),
-        ({"floor_share": 1.5}, r"floor_share=1.5 "),
-        ({"floor_share": math.nan}, r"floor_share=nan "),
+        ({"floor_fraction": 1.5}, r"floor_fraction=1.5 "),
+        ({"floor_fraction": math.nan}, r"floor_fraction=nan "),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:

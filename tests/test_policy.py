@@ -1,4 +1,4 @@
-"""Tests of tre_lightning.policy."""
+"""Tests of tre_lightning.policy.actor_critic."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -17,21 +17,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tre_lightning.head import HeadInput
-from tre_lightning.policy import (
+from tre_lightning.batches import PromptBatch, Rollout, sequence_inputs
+from tre_lightning.policy.actor_critic import (
     ActorCritic,
     PolicyArgs,
-    end_tokens,
     head_input,
     load_language_model,
-    load_tokenizer,
     parameter_shapes,
     response_positions,
-    sequence_inputs,
-    unused_tokens,
 )
-from tre_lightning.rollout import PromptBatch, Rollout, generate
-from tre_lightning.tokenizer import word_tokenizer
+from tre_lightning.policy.head import HeadInput
+from tre_lightning.policy.tokenizers import end_tokens, load_tokenizer, word_tokenizer
+from tre_lightning.sampling.in_process import generate
 
 PROMPTS, RESPONSES = [3, 6, 1], [4, 2, 1]
 
@@ -392,9 +389,3 @@ def test_the_architecture_is_not_used_up(architecture: dict[str, Any]) -> None:
     args = PolicyArgs(architecture=architecture)
     load_language_model(args)
     assert load_language_model(args).config.hidden_size == 16
-
-
-def test_tokens_that_only_fill_the_vocabulary_are_unused() -> None:
-    config = AutoConfig.for_model("llama", vocab_size=8)
-    tokenizer = word_tokenizer(["one", "<two>"], config)  # 0 to 2 are special
-    assert sorted(unused_tokens(tokenizer)) == [5, 6, 7]

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 import runs
-from tre_lightning.cli import PPOCLI, main
+from tre_lightning.cli.main import PPOCLI, main
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -35,9 +35,9 @@ def test_it_can_be_given_back(
     words = command.split()
     given = ["--config", f"{CONFIGS}/{file}.yaml"] if file else []
     if file is None:  # what a warm start needs
-        data = {"task": {"class_path": "tre_lightning.data.CountdownDataModule"}}
+        data = {"task": {"class_path": "tre_lightning.tasks.CountdownDataModule"}}
         sft = {"model": {"output_dir": str(tmp_path / "model")}, "data": {"init_args": data}}
-        sft["data"]["class_path"] = "tre_lightning.data.demonstrations.Demonstrations"  # type: ignore[assignment]
+        sft["data"]["class_path"] = "tre_lightning.tasks.demonstrations.Demonstrations"  # type: ignore[assignment]
         (tmp_path / "sft.yaml").write_text(yaml.safe_dump(sft))
         given = ["--config", str(tmp_path / "sft.yaml")]
     first = printed(capsys, *words, *given)

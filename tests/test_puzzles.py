@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tre_lightning.data.puzzles import (
+from tre_lightning.tasks.countdown.puzzles import (
     SPLITS,
     Puzzle,
     PuzzleSpec,
@@ -21,8 +21,8 @@ from tre_lightning.data.puzzles import (
     read_puzzle,
     worked_solution,
 )
-from tre_lightning.data.sources import read_rows
-from tre_lightning.rewards import score_countdown
+from tre_lightning.tasks.countdown.scorer import score_countdown
+from tre_lightning.tasks.sources import read_rows
 
 SPECS = [
     PuzzleSpec(),

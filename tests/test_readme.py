@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import runs
-from tre_lightning.cli import main
+from tre_lightning.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -76,6 +76,10 @@ def test_a_method_is_added_as_its_page_says(
     (tmp_path / "confidence.yaml").write_text(layer)
     cli = main([*words[3:], *SHORT, "--trainer.log_every_n_steps=1"])
     assert "loss/confidence" in runs.scalars(Path(cli.trainer.default_root_dir))
+
+
+def test_it_is_short_enough_to_be_read() -> None:
+    assert len(README.split()) <= 1200
 
 
 def test_targets_of_make_exist() -> None:

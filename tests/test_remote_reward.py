@@ -21,10 +21,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from tre_lightning.chat import ChatPrompt
-from tre_lightning.rewards.preference import RewardModelScorer
-from tre_lightning.rewards.remote import RemoteScorer, RewardServerError
-from tre_lightning.rewards.server import RewardServer, main
+from tre_lightning.policy.chat import ChatPrompt
+from tre_lightning.tasks.alignment.remote import RemoteScorer, RewardServerError
+from tre_lightning.tasks.alignment.scorer import RewardModelScorer
+from tre_lightning.tasks.alignment.server import RewardServer, main
 
 PROMPTS: list[ChatPrompt] = [
     "w1 w2",
@@ -482,7 +482,7 @@ def test_scores_that_are_not_finite_are_null(sums: RewardServer) -> None:
 
 
 def test_the_command_serves_until_it_is_told_to_stop(reward_dir: Path) -> None:
-    command = [sys.executable, "-m", "tre_lightning.rewards.server"]
+    command = [sys.executable, "-m", "tre_lightning.tasks.alignment.server"]
     command += ["--model", str(reward_dir), "--port", "0", "--device", "cpu"]
     child = subprocess.Popen(
         command,

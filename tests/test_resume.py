@@ -4,7 +4,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ ITERATIONS = EPOCH * EPOCHS
 CHANGES = {
     "data.init_args.iterations_per_epoch": EPOCH,
     "trainer.max_epochs": EPOCHS,
-    "checkpoint": {"keep_all": True, "monitor": "val/finished_share"},
+    "checkpoint": {"keep_all": True, "monitor": "val/finished_fraction"},
 }
 
 
@@ -52,7 +51,7 @@ def test_the_whole_run_is_worth_interrupting(whole: Path) -> None:
     assert [step for step, _ in scalars["rollout/score"]] == list(range(ITERATIONS))
     assert [step for step, _ in scalars["val/score"]] == [0, 2, 5, 8]
     assert len({value for _, value in scalars["val/score"]}) > 2
-    scores = [value for _, value in scalars["val/finished_share"][1:]]
+    scores = [value for _, value in scalars["val/finished_fraction"][1:]]
     assert runs.saved_iteration(whole, "best") == EPOCH * (1 + scores.index(max(scores)))
     assert runs.saved_iteration(whole, "best") < ITERATIONS
 
@@ -147,7 +146,10 @@ def test_checkpoints_may_be_rarer_than_iterations(
     whole: Path, tmp_path: Path, stop_at: Callable[[str, int], None]
 ) -> None:
     run_dir = tmp_path / "run"
-    changes = {**CHANGES, "checkpoint": {"every_n_iterations": 2, "monitor": "val/finished_share"}}
+    changes = {
+        **CHANGES,
+        "checkpoint": {"every_n_iterations": 2, "monitor": "val/finished_fraction"},
+    }
     stop_at("on_train_batch_start", 9)
     with pytest.raises(Stop):
         runs.run(run_dir, changes=changes)
@@ -197,7 +199,7 @@ def test_a_failing_update_loses_its_iteration_only(tmp_path: Path) -> None:
 @contextmanager
 def process_held(
     run_dir: Path, batch: str, changes: dict[str, Any]
-) -> Iterator[tuple["subprocess.Popen[str]", Path]]:
+) -> Iterator[tuple[runs.Process, Path]]:
     """A process that scores a batch until the file that comes with it is deleted."""
     hold = run_dir.with_name("hold")
     words = runs.words(run_dir, changes=changes)
@@ -250,5 +252,5 @@ def test_terminated_before_training(tmp_path: Path) -> None:
 
 def test_best_score_survives(whole: Path) -> None:
     best = runs.checkpoint(whole)["callbacks"]["IterationCheckpoint"]["best_score"]
-    scores = [value for _, value in runs.scalars(whole)["val/finished_share"][1:]]
+    scores = [value for _, value in runs.scalars(whole)["val/finished_fraction"][1:]]
     assert math.isclose(best, max(scores), rel_tol=1e-6)

@@ -4,9 +4,6 @@ import copy
 import json
 import logging
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +23,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tre_lightning.chat import as_messages
-from tre_lightning.data.preferences import (
+import runs
+from tre_lightning.policy.actor_critic import PolicyArgs
+from tre_lightning.policy.chat import as_messages
+from tre_lightning.policy.encoding import pad
+from tre_lightning.policy.tokenizers import word_tokenizer
+from tre_lightning.tasks.alignment.pairs import (
     Pair,
     PairBatch,
     PreferencePairs,
@@ -38,17 +39,8 @@ from tre_lightning.data.preferences import (
     synthetic_prompt,
     synthetic_vocabulary,
 )
-from tre_lightning.policy import PolicyArgs
-from tre_lightning.reward_model import PairMetrics, RewardModelModule, preference_loss
-from tre_lightning.rewards.preference import (
-    RewardModelScorer,
-    encode,
-    pad,
-    scalar_scores,
-)
-from tre_lightning.tokenizer import word_tokenizer
-
-torch.set_num_threads(1)  # so small a model gains nothing from threads
+from tre_lightning.tasks.alignment.scorer import RewardModelScorer, encode, scalar_scores
+from tre_lightning.training.reward_model import PairMetrics, RewardModelModule, preference_loss
 
 ARCHITECTURE = {
     "model_type": "qwen3",
@@ -207,7 +199,7 @@ def test_without_a_template_a_text_is_a_transcript_with_an_end(
     assert [words(row, speaker_tokenizer) for row in rows] == [
         "Human: bread Assistant: thanks <eos>",
         "Human: bread Assistant: rain Human: stars Assistant: <eos>",
-        "System: chess Human: bread Assistant: thanks <eos>",  # one end, not two
+        "System: chess Human: bread Assistant: thanks <unk> <unk> <eos>",  # it stays text
     ]
     assert encode(speaker_tokenizer, [], []) == []
 
@@ -535,7 +527,8 @@ def test_too_long_pairs_are_left_out_and_counted(
     counts = [int(record.getMessage().split()[2]) for record in caplog.records]
     assert sum(counts) == 10 and "longer than data.max_length=6" in caplog.text
     data.max_length = 4
-    with pytest.raises(ValueError, match=r"data\.max_length=4 is too short for all 15 train pairs"):
+    assert len(val.margin) == 15  # as many as are asked for, of those that are short enough
+    with pytest.raises(ValueError, match=r"data\.max_length=4 is too short for all 30 pairs"):
         data.encode(tokenizer, pad_token_id=0)
 
 
@@ -711,20 +704,8 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     one.mkdir()
     two.mkdir()
     train(1, one)
-    script = two / "train.py"
-    script.write_text(
-        f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from pathlib import Path\nfrom test_reward_model import train\n"
-        f"train(2, Path({str(two)!r}))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,  # a deadlock must fail, not hang
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    codes, printed = runs.ranks(lambda rank: train(2, two))
+    assert codes == [0, 0], printed[-3000:]
     (weights, numbers), (other_weights, other_numbers) = (
         torch.load(directory / "end.pt", weights_only=True) for directory in (one, two)
     )

@@ -1,6 +1,7 @@
 """The Countdown scorer: hand-computed cases, hostile texts and an independent oracle."""
 
 import ast
+import re
 import time
 from collections.abc import Sequence
 from fractions import Fraction
@@ -10,8 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tre_lightning.rewards import score_countdown
-from tre_lightning.rewards.countdown import Format
+from tre_lightning.tasks.countdown.scorer import Format, score_countdown
 
 
 def answer(expression: str, numbers: Sequence[int], target: int) -> float:
@@ -102,56 +102,98 @@ def test_integers_have_at_most_nine_digits() -> None:
     assert answer("1234567890", [123456789, 0], 1234567890) == 0.0
 
 
-@pytest.mark.parametrize(
-    "response",
-    [
-        "<think>hm</think><answer>3+5</answer>",
-        "hm</think>\n<answer> 3+5 </answer> \r\n\t",  # the prompt held the opening tag
-        "So: <think>\n1 < 2 <answer? \n</think> thus <answer>3+5</answer>",
-    ],
-)
-def test_think_answer_layouts_that_score(response: str) -> None:
-    """The thought may hold anything but tags; whitespace may follow the answer."""
-    assert score_countdown(response, [3, 5], 8) == 1.0
+# What a response looks like, and whether its answer is the final one by default and by the authors.
+LAYOUTS = [
+    ("<think>hm</think><answer>3+5</answer>", 1, 1),
+    ("hm</think>\n<answer> 3+5 </answer> \r\n\t", 1, 1),  # the prompt held the opening tag
+    ("So: <think>\n1 < 2 <answer? \n</think><answer>3+5</answer>", 1, 1),
+    # tags that the thought mentions
+    ("<think>hm<answer>1</answer></think><answer>3+5</answer>", 1, 1),
+    ("<think>I end with <answer> </answer>.</think> <answer>3+5</answer>", 1, 1),
+    ("<think>in <answer>, or </answer>?</think><answer>3+5</answer>", 1, 1),
+    ("<think>now </think> and </answer><answer>\n</think><answer>3+5</answer>", 1, 1),
+    ("<think><think>hm</think><answer>3+5</answer>", 1, 1),
+    ("<think>hm</think></think><answer>3+5</answer>", 1, 1),
+    ("<think>hm</think><think>hm</think><answer>3+5</answer>", 1, 1),
+    # words between thought and answer, or behind it
+    ("<think>hm</think> thus <answer>3+5</answer>", 1, 0),
+    ("<think>hm</think><answer>3+5</answer>.", 1, 0),
+    ("<think>hm</think><answer>3+5</answer>\u00a0", 1, 0),
+    ("<think>hm</think><answer>3+5</answer></answer>", 1, 0),
+    ("<think>hm</think><answer>3+5</answer><answer>", 1, 0),
+    ("<think>hm</think><answer>3+5</answer> <think>", 1, 0),
+    ("<think>hm</think><answer>1</answer><answer>3+5</answer>", 1, 0),  # the last one
+    ("<think>hm</think><answer><answer>3+5</answer>", 1, 0),
+    # another one is the last, or there is none
+    ("<think>hm</think><answer>3+5</answer><answer>1</answer>", 0, 0),
+    ("<think>hm</think><answer>3+5<answer>1</answer></answer>", 0, 0),
+    ("3+5", 0, 0),
+    ("", 0, 0),
+    ("<answer>3+5</answer>", 0, 0),  # no thought has ended
+    ("<think>hm<answer>3+5</answer>", 0, 0),
+    ("<think>hm</think>3+5", 0, 0),
+    ("<think>hm</think><answer>3+5", 0, 0),
+    ("<think>hm</think>3+5</answer>", 0, 0),
+    ("<think>hm</think></answer>3+5<answer>", 0, 0),
+    ("</think><think><answer>3+5</answer>", 0, 0),  # a thought that does not end
+    ("hm</think><answer><think>3+5</answer>", 0, 0),
+    ("<answer>3+5</answer><think>hm</think>", 0, 0),
+    ("<think>hm</think><answer>3+5</answer></think>", 0, 0),
+    ("<answer>3+5</think></answer>", 0, 0),
+    ("<THINK>hm</THINK><ANSWER>3+5</ANSWER>", 0, 0),
+    ("<think>hm</think><answer >3+5</answer>", 0, 0),
+    ("<think>hm</think><answer>3+5</ answer>", 0, 0),
+]
+
+
+@pytest.mark.parametrize(("response", "usual", "strict"), LAYOUTS)
+def test_the_final_answer_is_the_last_one_behind_the_thought(
+    response: str, usual: int, strict: int
+) -> None:
+    """The expression itself is right in all of them."""
+    assert score_countdown(response, [3, 5], 8) == usual
+    assert score_countdown(response, [3, 5], 8, strict=True) == strict
 
 
 @pytest.mark.parametrize(
-    "response",
+    ("response", "usual", "strict"),
     [
-        "3+5",
-        "<answer>3+5</answer>",  # no thought closed
-        "<think>hm<answer>3+5</answer>",
-        "<think>hm</think>3+5",
-        "<think>hm</think><answer>3+5",
-        "<think>hm</think>3+5</answer>",
-        "<think>hm</think></answer>3+5<answer>",
-        "<think>hm</think><answer>3+5</answer>.",
-        "<think>hm</think><answer>3+5</answer>\u00a0",
-        "<think>hm</think><answer>3+5</answer></answer>",
-        "<think>hm</think><answer>1</answer><answer>3+5</answer>",
-        "<think>hm</think><answer><answer>3+5</answer>",
-        "<think>hm<answer>1</answer></think><answer>3+5</answer>",
-        "<think><think>hm</think><answer>3+5</answer>",
-        "<think>hm</think></think><answer>3+5</answer>",
-        "</think><think><answer>3+5</answer>",
-        "hm</think><answer><think>3+5</answer>",
-        "<answer>3+5</answer><think>hm</think>",
-        "<answer>3+5</think></answer>",
-        "<THINK>hm</THINK><ANSWER>3+5</ANSWER>",
-        "<think>hm</think><answer >3+5</answer>",
+        ("<think>hm <answer>3+5</answer>\n", 1, 1),
+        ("It is <answer>3+5</answer>", 1, 1),
+        ("<answer>1</answer><answer>3+5</answer>", 1, 1),
+        ("<think><answer>1</answer></think><answer>3+5</answer>", 1, 1),
+        ("<think>hm</think> so <answer>3+5</answer>", 1, 0),
+        ("<answer>3+5</answer> ok", 1, 0),
+        ("<answer>3+5</answer><answer>1</answer>", 0, 0),
+        ("<answer>3+5</answer></think>", 0, 0),
     ],
 )
-def test_think_answer_layouts_that_do_not_score(response: str) -> None:
-    """Every tag once, in order, and nothing after: the expression itself is right."""
-    assert score_countdown(response, [3, 5], 8) == 0.0
+def test_answer_format_needs_no_thought(response: str, usual: int, strict: int) -> None:
+    found = [
+        score_countdown(response, [3, 5], 8, format="answer", strict=strictly)
+        for strictly in (False, True)
+    ]
+    assert found == [usual, strict]
 
 
-def test_answer_format_takes_any_text_before() -> None:
-    """Unlike think_answer it needs no thought, but the answer is still one and last."""
-    assert score_countdown("<think>hm <answer>3+5</answer>\n", [3, 5], 8, format="answer") == 1.0
-    twice = "<answer>3+5</answer><answer>3+5</answer>"
-    assert score_countdown(twice, [3, 5], 8, format="answer") == 0.0
-    assert score_countdown("<answer>3+5</answer> ok", [3, 5], 8, format="answer") == 0.0
+PARTS = st.sampled_from(["<think>", "</think>", "<answer>", "</answer>", "3+5", "1", " ", "x"])
+
+
+@given(st.lists(PARTS, max_size=9).map("".join), st.sampled_from(["think_answer", "answer"]))
+def test_the_final_answer_by_another_way_to_find_it(response: str, form: Any) -> None:
+    """Blocks by a regular expression; nothing that is strictly right is wrong otherwise."""
+    *_, rest = response.split("</think>")
+    blocks = [*re.finditer(r"<answer>((?:(?!<answer>).)*?)</answer>", rest)]
+    think = form == "think_answer"
+    thought = "</think>" in response
+    known = bool(blocks) and (thought or not think)
+    strict = False
+    if known:
+        before, after = rest[: blocks[-1].start()], rest[blocks[-1].end() :]
+        known = blocks[-1][1].strip() == "3+5" and not (think and "<think>" in before)
+        strict = known and not after.strip() and not (thought and before.strip())
+    assert score_countdown(response, [3, 5], 8, format=form) == known
+    assert score_countdown(response, [3, 5], 8, format=form, strict=True) == strict
 
 
 @pytest.mark.parametrize(
@@ -222,6 +264,10 @@ def test_max_chars_counts_the_whole_response() -> None:
     [
         "<think><answer>" * 800,
         "<answer>1</answer>" * 800,
+        "</think>" * 100_000 + "<answer>" * 100_000,
+        "</think>" + "</answer><answer>" * 100_000,
+        "</think>" + "<answer>" * 100_000 + "</answer>" * 100_000,
+        "</think>" + "<answer>x</answer>" * 50_000,
         "<think>" * 100_000,
         "<" * 1_000_000,
         "(" * 1_000_000,
@@ -242,8 +288,8 @@ def test_hostile_texts_score_zero_quickly(response: str, max_chars: int) -> None
     """Catches evaluation, backtracking, recursion and anything quadratic, even past the cap."""
     start = time.monotonic()
     for form in get_args(Format):
-        score = score_countdown(response, [1, 44, 19, 35], 98, format=form, max_chars=max_chars)
-        assert score == 0.0
+        options = {"format": form, "max_chars": max_chars, "strict": form == "answer"}
+        assert score_countdown(response, [1, 44, 19, 35], 98, **options) == 0.0
     assert time.monotonic() - start < 2
 
 

@@ -1,4 +1,4 @@
-"""Tests of tre_lightning.rollout."""
+"""Tests of tre_lightning.sampling.in_process."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,17 +10,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import runs
-from tre_lightning.args import RolloutArgs
-from tre_lightning.engines import in_process
-from tre_lightning.policy import PolicyArgs, load_language_model
-from tre_lightning.rollout import (
-    PromptBatch,
-    Rollout,
-    concatenate,
-    generate,
-    pick_tokens,
-    positions,
-)
+from tre_lightning.batches import PromptBatch, Rollout
+from tre_lightning.policy.actor_critic import PolicyArgs, load_language_model
+from tre_lightning.policy.reading import positions, reading
+from tre_lightning.sampling import in_process
+from tre_lightning.sampling.in_process import concatenate, generate, pick_tokens
+from tre_lightning.sampling.options import RolloutArgs
 
 MakePrompts = Callable[[Sequence[int]], PromptBatch]
 VOCAB_SIZE, PAD, EOS = 50, 0, 1
@@ -351,6 +346,7 @@ def passes(model: PreTrainedModel) -> list[tuple[int, int]]:
     def note(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
         made.append(tuple(kwargs["input_ids"].shape))
 
+    reading(model)  # its passes do not count
     model.register_forward_pre_hook(note, with_kwargs=True)
     return made
 
@@ -408,7 +404,7 @@ def test_a_prompt_is_read_once_and_no_more_rows_are_sampled_than_allowed(
 def test_the_mode_is_that_of_before(
     policy: PreTrainedModel, make_prompts: MakePrompts, training: bool, fails: bool
 ) -> None:
-    policy.train(training)
+    reading(policy.train(training))
     seen: list[bool] = []
 
     def note(module: PreTrainedModel, _: Any) -> None:

@@ -1,10 +1,10 @@
-"""Tests of tre_lightning.seeding."""
+"""Tests of tre_lightning.common.seeding."""
 
 import itertools
 
 import torch
 
-from tre_lightning.seeding import derived_seed, generator, permutation, uniforms
+from tre_lightning.common.seeding import derived_seed, generator, permutation, uniforms
 
 
 def test_a_seed_is_the_same_on_every_machine_and_version() -> None:

@@ -16,7 +16,7 @@ import batches
 import method_runs
 import runs
 from batches import Rows
-from tre_lightning.experience import TrainingBatch
+from tre_lightning.batches import TrainingBatch
 from tre_lightning.methods import SIREN, LinearSchedule
 from tre_lightning.methods.selection import above_quantile
 
@@ -40,12 +40,12 @@ def test_entropy_is_that_of_the_renormalised_nucleus() -> None:
 
 def test_weights_make_the_mean_one_over_the_tokens_of_highest_entropy() -> None:
     # 4 tokens, 2 of them chosen: each stands for 4 / 2.
-    weights = SIREN(share=0.5).token_weights(rollout([1.0, 5.0, 2.0], [3.0]))
+    weights = SIREN(fraction=0.5).token_weights(rollout([1.0, 5.0, 2.0], [3.0]))
     assert weights.tolist() == [[0.0, 2.0, 0.0], [2.0, 0.0, 0.0]]
     # ceil(0.3 * 4) = 2
-    weights = SIREN(share=0.3).token_weights(rollout([4.0, 1.0], [2.0, 5.0]))
+    weights = SIREN(fraction=0.3).token_weights(rollout([4.0, 1.0], [2.0, 5.0]))
     assert weights.tolist() == [[2.0, 0.0], [0.0, 2.0]]
-    assert SIREN(share=1.0).token_weights(rollout([4.0, 1.0])).tolist() == [[1.0, 1.0]]
+    assert SIREN(fraction=1.0).token_weights(rollout([4.0, 1.0])).tolist() == [[1.0, 1.0]]
 
 
 # Entropies of four responses. The authors' quantile at tau = 0.75, interpolated: of [1, 2, 3, 4, 5]
@@ -54,7 +54,7 @@ RESPONSES = ([1.0, 2.0, 3.0, 4.0, 5.0], [1.0, 5.0, 2.0], [9.0], [2.0, 2.0])
 
 
 def test_within_responses_the_mean_is_the_authors() -> None:
-    term = SIREN(coef=0.1, share=0.25, within="response")
+    term = SIREN(coef=0.1, fraction=0.25, within="response")
     first = rollout(*RESPONSES)
     term.adapt(first)
     assert term.anchor == pytest.approx((5.0 + 5.0 + 0.0 + 0.0) / 4)
@@ -77,17 +77,17 @@ def test_within_responses_the_mean_is_the_authors() -> None:
     st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=9), min_size=1, max_size=4),
     st.sampled_from([0.05, 0.2, 0.25, 0.5, 0.9, 1.0]),
 )
-def test_the_quantile_is_that_of_numpy(rows: list[list[int]], share: float) -> None:
+def test_the_quantile_is_that_of_numpy(rows: list[list[int]], fraction: float) -> None:
     mask = batches.padded([[1.0] * len(row) for row in rows]).bool()
-    above = above_quantile(batches.padded(rows, math.nan), mask, share)
+    above = above_quantile(batches.padded(rows, math.nan), mask, fraction)
     for row, found in zip(rows, above.tolist(), strict=True):
-        quantile = np.quantile(np.array(row, dtype=float), 1 - share)
+        quantile = np.quantile(np.array(row, dtype=float), 1 - fraction)
         expected = [bool(value > quantile + 1e-9) for value in row]
         assert found == expected + [False] * (len(found) - len(row))
 
 
 def test_coefficient_follows_the_distance_to_the_first_rollout() -> None:
-    term = SIREN(coef=0.1, share=0.5)
+    term = SIREN(coef=0.1, fraction=0.5)
     assert term.coef_at(0) == 0.0 and term.logged() == {}
     seen = []
     # Means of the upper halves: 3.5, the anchor; 4.5; 2.5 (2 of 3 tokens); 3.5.
@@ -105,7 +105,7 @@ def test_coefficient_follows_the_distance_to_the_first_rollout() -> None:
 
 
 def test_beta_may_follow_a_schedule() -> None:
-    term = SIREN(coef=LinearSchedule(0.4, 0.0, 2), share=1.0)
+    term = SIREN(coef=LinearSchedule(0.4, 0.0, 2), fraction=1.0)
     term.adapt(rollout([1.0]))
     term.adapt(rollout([3.0]))
     assert [term.coef_at(i) for i in range(3)] == pytest.approx([1.6, 0.8, 0.0])
@@ -115,7 +115,7 @@ def test_beta_may_follow_a_schedule() -> None:
 def test_gradient_is_that_of_the_squared_distance(anchor: float) -> None:
     generator = torch.Generator().manual_seed(3)
     logits = (2.0 * torch.randn(5, 30, generator=generator)).double().requires_grad_()
-    term = SIREN(coef=0.7, top_p=0.8, share=0.4)
+    term = SIREN(coef=0.7, top_p=0.8, fraction=0.4)
     seen = term.observe(method_runs.outputs(term, logits), None).detach().tolist()
     term.adapt(rollout([anchor]))
     term.adapt(rollout(seen))
@@ -133,7 +133,7 @@ def test_gradient_is_that_of_the_squared_distance(anchor: float) -> None:
 
 
 def test_a_rollout_without_a_counted_token_changes_nothing() -> None:
-    term = SIREN(coef=0.1, share=1.0)
+    term = SIREN(coef=0.1, fraction=1.0)
     empty = rollout([7.0])
     empty = replace(empty, response_mask=torch.zeros_like(empty.response_mask))
     term.adapt(empty)
@@ -146,7 +146,7 @@ def test_a_rollout_without_a_counted_token_changes_nothing() -> None:
 
 
 def test_state_keeps_the_anchor() -> None:
-    term, resumed = SIREN(coef=0.1, share=1.0), SIREN(coef=0.1, share=1.0)
+    term, resumed = SIREN(coef=0.1, fraction=1.0), SIREN(coef=0.1, fraction=1.0)
     term.adapt(rollout([1.0]))
     resumed.load_state_dict(term.state_dict())
     copied = pickle.loads(pickle.dumps(term))
@@ -157,7 +157,7 @@ def test_state_keeps_the_anchor() -> None:
 
 def test_defaults_are_those_of_the_authors_script() -> None:
     term = SIREN()
-    assert (term.coef, term.region.top_p, term.share) == (0.005, 0.8, 0.2)
+    assert (term.coef, term.region.top_p, term.fraction) == (0.005, 0.8, 0.2)
 
 
 @pytest.mark.parametrize(
@@ -165,8 +165,8 @@ def test_defaults_are_those_of_the_authors_script() -> None:
     [
         ({"coef": -1.0}, r"\[siren\]\.coef=-1.0"),
         ({"top_p": 1.0}, r"top_p=1.0"),
-        ({"share": 0.0}, r"\[siren\]\.share=0.0 "),
-        ({"share": math.nan}, r"\[siren\]\.share=nan "),
+        ({"fraction": 0.0}, r"\[siren\]\.fraction=0.0 "),
+        ({"fraction": math.nan}, r"\[siren\]\.fraction=nan "),
         ({"within": "batch"}, r"\[siren\]\.within=batch .*rollout, response"),
     ],
 )

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import runs
-from tre_lightning.cli import main
-from tre_lightning.rewards.preference import RewardModelScorer
+from tre_lightning.cli.main import main
+from tre_lightning.tasks.alignment.scorer import RewardModelScorer
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 EXAMPLES = ("countdown_tiny", "math_tiny", "hh_tiny")
@@ -65,7 +65,7 @@ def test_a_short_run_of_an_example(name: str, tmp_path: Path) -> None:
     scalars = runs.scalars(run_dir)
     assert [step for step, _ in scalars["val/score"]] == [0, 2]
     assert [step for step, _ in scalars["rollout/score"]] == [0, 1, 2]
-    assert [value for _, value in scalars["rollout/unscorable_share"]] == [0.0, 0.0, 0.0]
+    assert [value for _, value in scalars["rollout/unscorable_fraction"]] == [0.0, 0.0, 0.0]
 
     trained = runs.weights(run_dir)
     policy = AutoModelForCausalLM.from_pretrained(run_dir / "model")

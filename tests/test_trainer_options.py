@@ -15,11 +15,12 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 
 import runs
-from tre_lightning import args, methods
-from tre_lightning.cli import PPOCLI, main
-from tre_lightning.lora import LoraArgs
+from tre_lightning import methods
+from tre_lightning.cli.main import PPOCLI, main
+from tre_lightning.cli.warm_start import WarmStart
 from tre_lightning.methods import LinearSchedule, Method
-from tre_lightning.warm_start import WarmStart
+from tre_lightning.policy.lora import LoraArgs
+from tre_lightning.training import options as args
 
 # Every argument of the trainer: values that change nothing of a run, and values that are refused
 # with a word of the remedy. An argument of a later Lightning is in neither, and fails the test.
@@ -403,11 +404,11 @@ def supervised(command: str, directory: Path) -> list[str]:
     """A tiny ``sft fit`` or ``reward fit``."""
     data: dict[str, Any] = {
         "sft": {
-            "class_path": "tre_lightning.data.Demonstrations",
+            "class_path": "tre_lightning.tasks.Demonstrations",
             "init_args": {"task": runs.TINY["data"], "steps": 2, "batch_size": 8},
         },
         "reward": {
-            "class_path": "tre_lightning.data.preferences.PreferencePairs",
+            "class_path": "tre_lightning.tasks.PreferencePairs",
             "init_args": {"synthetic_size": 12, "val_size": 4, "batch_size": 4, "max_length": 64},
         },
     }

@@ -11,8 +11,8 @@ from torch import Tensor
 import batches
 import runs
 from tre_lightning.entropy import entropy_of_tokens, trust_region_entropy, trust_region_mask
-from tre_lightning.head import Head, HeadInput
 from tre_lightning.methods import LinearSchedule, PolicyOutputs, TrustRegionEntropy
+from tre_lightning.policy.head import Head, HeadInput
 
 P = [0.5, 0.3, 0.1, 0.06, 0.04]
 SURE = [0.96, 0.02, 0.01, 0.006, 0.004]

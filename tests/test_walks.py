@@ -5,9 +5,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tre_lightning.data.walks import Walk, WalkDataModule, WalkSpec, random_steps, walk_split
-from tre_lightning.rewards.walks import score_walk
-from tre_lightning.rollout import PromptBatch
+from tre_lightning.batches import PromptBatch
+from tre_lightning.tasks.walks.prompts import (
+    Walk,
+    WalkDataModule,
+    WalkSpec,
+    random_steps,
+    walk_split,
+)
+from tre_lightning.tasks.walks.scorer import score_walk
 
 RIGHT = "#2 5 + 7 = 12 #1 12 - 3 = 9"
 SMALL = WalkSpec(steps=2, largest_number=4, largest_size=2, sizes=1)

@@ -15,7 +15,7 @@ import pytest
 
 import tre_lightning
 from runs import is_running
-from tre_lightning.rewards.workers import WorkerPool
+from tre_lightning.tasks.mathematics.workers import WorkerPool
 
 SOURCE = str(Path(tre_lightning.__file__).parents[1])
 FOREVER = "7 ** 10 ** 9"  # one operation in C, which no signal handler of Python interrupts
@@ -44,7 +44,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
 
 def run_script(body: str, **options: Any) -> subprocess.Popen[str]:
     header = f"import os, sys; sys.path.insert(0, {SOURCE!r})\n"
-    header += "from tre_lightning.rewards.workers import WorkerPool\n"
+    header += "from tre_lightning.tasks.mathematics.workers import WorkerPool\n"
     script = header + textwrap.dedent(body)
     return subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, **options

@@ -2,24 +2,29 @@
 
 import math
 import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.utilities import rank_zero_only
+from lightning_utilities import apply_to_collection
 
-from tre_lightning.args import at_least
-from tre_lightning.distributed import agreed, world
-from tre_lightning.errors import CheckpointError
+from tre_lightning.common.distributed import agreed, world
+from tre_lightning.common.errors import CheckpointError
+from tre_lightning.common.validation import at_least
 
 FOLDER = "checkpoints"
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+_OF_THE_RUN = ("iterations_an_epoch", "prompts", "slurm_job")
 
 
 class IterationCheckpoint(Checkpoint):
@@ -57,7 +62,8 @@ class IterationCheckpoint(Checkpoint):
     ) -> None:
         """Save the iteration that has just ended, unless the epoch ends with it."""
         iteration = cast(int, pl_module.iteration)
-        due = iteration % self.every_n_iterations == 0 or trainer.received_sigterm
+        stops = trainer.received_sigterm or trainer.should_stop
+        due = iteration % self.every_n_iterations == 0 or stops
         if due and not trainer.is_last_batch:
             self._save_last(trainer, pl_module)
 
@@ -72,6 +78,8 @@ class IterationCheckpoint(Checkpoint):
         """Save the last iteration of the epoch before its validation."""
         if not self._fits(trainer) or (batch_idx, dataloader_idx) != (0, 0):
             return
+        if _stops_within_epoch(trainer):
+            return  # saved already, and a resumed run has no validation here
         # Lightning repeats a validation that looks cut off: one step started, none finished.
         progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
         counts = [cast(Any, progress.total), cast(Any, progress.current)]
@@ -82,8 +90,9 @@ class IterationCheckpoint(Checkpoint):
             count.started = count.completed
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the last iteration of the epoch."""
-        self._save_last(trainer, pl_module)
+        """Save the last iteration of the epoch; not of one that was cut off, which goes on."""
+        if not _stops_within_epoch(trainer):
+            self._save_last(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the best so far."""
@@ -102,6 +111,12 @@ class IterationCheckpoint(Checkpoint):
             raise MisconfigurationException(
                 f"checkpoint.monitor={self.monitor} is not logged; use one of {', '.join(logged)}"
             )
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Make plain numbers of NumPy's in the states of callbacks."""
+        checkpoint["callbacks"] = _plain(checkpoint["callbacks"])
 
     def state_dict(self) -> dict[str, Any]:
         """The best score so far."""
@@ -131,9 +146,19 @@ class IterationCheckpoint(Checkpoint):
                     trainer.strategy.barrier()  # at the end of save_checkpoint, others wait in one
                 raise
             if trainer.is_global_zero:
+                self._read_back(trainer, partial)
                 if name == LAST:
                     self._keep_previous(target)
                 partial.replace(target)
+
+    def _read_back(self, trainer: Trainer, file: Path) -> None:
+        """Raise CheckpointError if what was written cannot be loaded; tensors stay unread."""
+        if (reason := damage(file)) is None:
+            return
+        file.unlink()
+        with _as_run_error():
+            check_states(trainer.callbacks)  # type: ignore[attr-defined]
+        raise CheckpointError(f"the checkpoint could not be read back: {reason}")
 
     def _keep_previous(self, last: Path) -> None:
         """Let ``previous.ckpt`` be what ``last.ckpt`` is, unless that is damaged."""
@@ -148,6 +173,60 @@ class IterationCheckpoint(Checkpoint):
                 last.replace(previous)
             else:
                 link.replace(previous)
+
+
+def _stops_within_epoch(trainer: Trainer) -> bool:
+    """Whether something (a Timer, early stopping) ends the run before its epoch's last batch.
+
+    Lightning counts such an epoch as a whole one, but only after the batch, when it is saved.
+    """
+    return trainer.should_stop and not trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+
+
+def check_states(callbacks: Sequence[Callback]) -> None:
+    """Refuse callbacks whose state a checkpoint would hold and could not give back.
+
+    Raises:
+        ValueError: naming the callback.
+    """
+    for callback in callbacks:
+        try:
+            state = _plain(callback.state_dict())
+        except Exception:  # it may need a run that has begun
+            continue
+        if reason := _unreadable(
+            apply_to_collection(state, torch.Tensor, lambda t: t.new_empty(0))
+        ):
+            raise ValueError(
+                f"the state_dict() of the callback {callback.state_key} cannot be read back from a "
+                f"checkpoint ({reason}); let it hold tensors, numbers, texts, lists and dicts"
+            )
+
+
+def _plain(state: Any) -> Any:
+    """The state with Python's numbers for NumPy's, which a checkpoint could not give back."""
+    return apply_to_collection(state, np.generic, lambda number: number.item())
+
+
+def _unreadable(state: Any) -> str | None:
+    """Why a state cannot be read back after it was saved; None = it can be."""
+    file = BytesIO()
+    try:
+        torch.save(state, file)
+        file.seek(0)
+        torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        found = re.search(r"Unsupported (global|class|operand)[^.]*\S", str(error), re.IGNORECASE)
+        return f"{type(error).__name__}: {found[0] if found else str(error)[:100]}"
+    return None
+
+
+@contextmanager
+def _as_run_error() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise CheckpointError(f"{error}; what was saved before is intact") from error
 
 
 @contextmanager
@@ -186,7 +265,7 @@ def find_checkpoint(ckpt_path: str, run_dir: str | Path) -> Path:
                 "best or another checkpoint file, or start the run again in another directory"
             )
         iteration = saved_run(previous)["iteration"]
-        _warn(f"{path} is damaged or missing; going on with {previous} (iteration {iteration})")
+        warn(f"{path} is damaged or missing; going on with {previous} (iteration {iteration})")
         return previous
     if not path.exists():
         raise ValueError(
@@ -197,7 +276,8 @@ def find_checkpoint(ckpt_path: str, run_dir: str | Path) -> Path:
 
 
 @rank_zero_only
-def _warn(message: str) -> None:
+def warn(message: str) -> None:
+    """Say so on stderr; on the first rank."""
     print(f"warning: {message}", file=sys.stderr)
 
 
@@ -219,7 +299,12 @@ def damage(path: Path) -> str | None:
 
 
 def saved_run(path: Path) -> dict[str, Any]:
-    """The finished ``iteration`` and the model's ``shapes`` in the checkpoint of a PPO run.
+    """What the checkpoint of a PPO run says of it.
+
+    Returns:
+        The finished ``iteration``, the optimiser's ``global_step``, the model's ``shapes``, the
+        ``seed``, and what :meth:`tre_lightning.training.ppo.PPOModule.on_save_checkpoint` says of
+        the run.
 
     Raises:
         ValueError: if the file is no checkpoint of a PPO run.
@@ -228,7 +313,14 @@ def saved_run(path: Path) -> dict[str, Any]:
         checkpoint: dict[str, Any] = torch.load(
             path, map_location="cpu", weights_only=True, mmap=True
         )
-        return {key: checkpoint["tre_lightning"][key] for key in ("iteration", "shapes")}
+        state = checkpoint["tre_lightning"]
+        found = {key: state[key] for key in ("iteration", "shapes")}
+        found |= {key: state.get(key) for key in _OF_THE_RUN}  # older ones know less
+        return {
+            **found,
+            "global_step": checkpoint["global_step"],
+            "seed": checkpoint.get("hyper_parameters", {}).get("seed"),
+        }
     except Exception as error:
         raise ValueError(
             f"ckpt_path={path} is not a checkpoint that fit wrote ({type(error).__name__}); give "

@@ -9,13 +9,17 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard import SummaryWriter
 
+from tre_lightning.batches import PromptBatch, Rollout
 from tre_lightning.callbacks.checkpoint import has_run
-from tre_lightning.entropy_histograms import EntropyHistograms, add_histogram
-from tre_lightning.heat_map import Sample, heat_map
-from tre_lightning.hyperparameters import add_hyperparameters, hyperparameters, result_tags
-from tre_lightning.loggers import add_layout
-from tre_lightning.ppo import PPOModule
-from tre_lightning.rollout import PromptBatch, Rollout
+from tre_lightning.callbacks.entropy_histograms import EntropyHistograms, add_histogram
+from tre_lightning.callbacks.heat_map import Sample, heat_map
+from tre_lightning.callbacks.hyperparameters import (
+    add_hyperparameters,
+    hyperparameters,
+    result_tags,
+)
+from tre_lightning.callbacks.loggers import add_layout
+from tre_lightning.training.ppo import PPOModule
 
 
 class Inspection(Callback):

@@ -8,10 +8,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from tre_lightning.callbacks.checkpoint import IterationCheckpoint
-from tre_lightning.data.prompts import PromptDataModule
-from tre_lightning.diagnostics import EvaluationMetrics
 from tre_lightning.methods import Method
-from tre_lightning.ppo import PPOModule
+from tre_lightning.tasks.base import PromptDataModule
+from tre_lightning.training.diagnostics import EvaluationMetrics
+from tre_lightning.training.ppo import PPOModule
 
 _TRAINING = ("entropy/", "loss/", "policy/", "rollout/", "value/")
 

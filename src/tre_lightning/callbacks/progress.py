@@ -17,7 +17,7 @@ from rich.progress import (
 )
 from rich.table import Column
 
-from tre_lightning.horizon import total_batches
+from tre_lightning.training.optim import seconds_left, total_batches
 
 _SHOWN = {
     "rollout/score": "score {:.3f}",
@@ -99,7 +99,8 @@ class RunProgress(ProgressBar):
         elif self._enabled:
             every = 50 if math.isinf(self._total) else max(int(self._total) // self.lines, 1)
             if done % every == 0 or done == self._total:
-                print(f"{self.name} {done}{self._rest(done)}  {_numbers(trainer)}", flush=True)
+                rest = self._rest(done, seconds_left(trainer))
+                print(f"{self.name} {done}{rest}  {_numbers(trainer)}", flush=True)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the bar as it stands."""
@@ -113,12 +114,12 @@ class RunProgress(ProgressBar):
         """Give the terminal back."""
         self.teardown(trainer, pl_module, "fit")
 
-    def _rest(self, done: int) -> str:
-        """Total and time left, where the run has an end."""
-        if math.isinf(self._total):
-            return ""
+    def _rest(self, done: int, limit: float) -> str:
+        """Total and time left, where the run has an end; ``limit`` is the clock's, seconds."""
         pace = (time.perf_counter() - self._started) / max(done - self._start, 1)
-        return f"/{int(self._total)}  eta {timedelta(seconds=round(pace * (self._total - done)))}"
+        left = min(pace * max(self._total - done, 0), limit)
+        total = "" if math.isinf(self._total) else f"/{int(self._total)}"
+        return total if math.isinf(left) else f"{total}  eta {timedelta(seconds=round(left))}"
 
     @staticmethod
     def _done(trainer: Trainer) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from tre_lightning.distributed import highest
+from tre_lightning.common.distributed import highest
 
 LAUNCHER = "TRE_LIGHTNING_LAUNCHER"  # environment: the process that starts the other ranks
 _PAUSE = 1.0  # seconds; launchers pass on the Ctrl-C that their processes had from the terminal
@@ -61,17 +61,26 @@ class GracefulStop(Callback):
         if trainer.state.fn == "fit":
             self.on_train_batch_end(trainer)
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    @property
+    def stops_iterations(self) -> bool:
+        """Whether the run trains, so that :meth:`request` has an iteration to finish."""
+        return bool(self._handlers)
+
+    def request(self, number: int) -> None:
+        """Stop after this iteration, because of a signal."""
         first = not self.received
+        self.received = self.received or number
+        if first and self._trainer.is_global_zero:
+            saved = " and saved" if self._trainer.checkpoint_callbacks else ""
+            _say(f"stopping when this iteration is finished{saved}; Ctrl-C again to end at once")
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
             again = self._interrupted_at and time.monotonic() - self._interrupted_at > _PAUSE
             if again:
                 self._end_now()
             self._interrupted_at = self._interrupted_at or time.monotonic()
-        self.received = self.received or number
-        if first and self._trainer.is_global_zero:
-            saved = " and saved" if self._trainer.checkpoint_callbacks else ""
-            _say(f"stopping when this iteration is finished{saved}; Ctrl-C again to end at once")
+        self.request(number)
 
     def _end_now(self) -> None:
         kill = getattr(self._trainer.strategy.launcher, "kill", None)

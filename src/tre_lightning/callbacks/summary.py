@@ -13,9 +13,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.table import Table
 
+from tre_lightning.callbacks.model_card import describe, hub_name, model_card
 from tre_lightning.methods import find_methods
-from tre_lightning.model_card import describe, hub_name, model_card
-from tre_lightning.ppo import PPOModule
+from tre_lightning.training.ppo import PPOModule
 
 
 class RunSummary(Callback):

@@ -10,13 +10,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tre_lightning.common.errors import one_line_errors
+from tre_lightning.common.paths import check_directory, expanded, locked
 from tre_lightning.compare.curves import draw, write_events
 from tre_lightning.compare.plan import Plan, read_plan
 from tre_lightning.compare.report import report
 from tre_lightning.compare.results import RESULTS, collect, write_results
 from tre_lightning.compare.run import Runner
-from tre_lightning.compare.trial import locked, run_trial
-from tre_lightning.errors import one_line_errors
+from tre_lightning.compare.trial import run_trial
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="trials at a time (default: 1)")
     parser.add_argument("--report", action="store_true", help="only make the report again")
     options = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
+    options.config = expanded(options.config)
     if options.trial is not None:
         with one_line_errors():
             if not options.trial.is_file():
@@ -50,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         runner = Runner(plan, Path(options.config).parent, options.jobs)
         runner.check()
         output = Path(plan.output)
+        check_directory("output", plan.output)
         output.mkdir(parents=True, exist_ok=True)
         if not options.report:
             _run(plan, runner, options.config)

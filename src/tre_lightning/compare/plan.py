@@ -10,7 +10,8 @@ from typing import Any
 from jsonargparse import ArgumentParser
 from omegaconf import OmegaConf
 
-from tre_lightning.layers import read_config, with_layers
+from tre_lightning.cli.config_files import read_config, with_layers
+from tre_lightning.common.paths import expanded
 
 Value = int | float
 Fields = dict[str, Any]
@@ -165,7 +166,7 @@ def read_plan(file: str | Path) -> Plan:
         raise ValueError(f"--config {file} does not exist; give the file of a comparison")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--plan", type=Plan)
-    parsed = parser.parse_object({"plan": read_config(str(file))})
+    parsed = parser.parse_object({"plan": expanded(read_config(str(file)))})
     plan: Plan = parser.instantiate(parsed).plan
     for trial in plan.sweep or plan.final({n: m.settings[0] for n, m in plan.methods.items()}):
         specification(plan, trial, Path(file).parent)

@@ -30,7 +30,7 @@ PASS_AT_K = "test/pass@k"
 COLUMNS = (
     Column("test/pass@1", "pass@1"),
     Column(PASS_AT_K, "pass@k"),
-    Column("test/invalid_share", "invalid responses", ".2%"),
+    Column("test/invalid_fraction", "invalid responses", ".2%"),
     Column("entropy/full", "entropy, nats"),
     Column("entropy/tail_mass", "tail mass", ".2e"),
     Column("test/response_length", "response tokens", ".1f"),

@@ -14,7 +14,7 @@ from tre_lightning.compare.trial import EFFECTIVE_COEF, Curves, read_curves
 RESULTS = "results.json"
 DRAWN = ("val/pass@1", "entropy/full", "entropy/tail_mass")
 KEPT = (
-    "test/invalid_share",
+    "test/invalid_fraction",
     "test/response_length",
     "entropy/full",
     "entropy/tail_mass",

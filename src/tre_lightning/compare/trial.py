@@ -1,12 +1,9 @@
 """One trial in a process of its own: train, test, and write ``result.json``."""
 
-import fcntl
 import json
 import math
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -15,7 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tre_lightning.callbacks.checkpoint import find_checkpoint, folder, saved_run
 from tre_lightning.callbacks.summary import RunSummary
-from tre_lightning.cli import main
+from tre_lightning.cli.main import main
+from tre_lightning.common.paths import locked
 from tre_lightning.compare.plan import Fields
 
 SPECIFICATION = "trial.json"
@@ -40,7 +38,7 @@ def run_trial(file: Path) -> None:
     """Do what a ``trial.json`` says, from its last checkpoint if there is one.
 
     Raises:
-        SystemExit: with 143 where SIGTERM stopped it, else as :func:`tre_lightning.cli.main`.
+        SystemExit: with 143 where SIGTERM stopped it, else as :func:`tre_lightning.cli.main.main`.
         ValueError: if another process is at this trial.
     """
     directory = file.parent
@@ -82,23 +80,6 @@ def run_trial(file: Path) -> None:
         write_json(directory / RESULT, _without_nan(result))
         if not specification["keep_checkpoints"]:
             shutil.rmtree(folder(directory))
-
-
-@contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Keep a second process out of a directory.
-
-    Raises:
-        ValueError: if another one holds it.
-    """
-    with (directory / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(
-                f"another process is at work in {directory}; wait for its end or stop it"
-            ) from None
-        yield
 
 
 def read_curves(directory: Path) -> Curves:

@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-from tre_lightning.experience import TrainingBatch
+from tre_lightning.batches import TrainingBatch
+from tre_lightning.entropy import Region
 from tre_lightning.methods.hooks import LossTerm, PolicyOutputs, Tokens
-from tre_lightning.ops.region import Region
 
 
 class AdaptiveEntropy(LossTerm):

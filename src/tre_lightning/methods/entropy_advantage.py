@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from tre_lightning.experience import TrainingBatch
+from tre_lightning.batches import TrainingBatch
+from tre_lightning.entropy import Region
 from tre_lightning.methods.hooks import Method, PolicyOutputs
-from tre_lightning.ops.region import Region
 
 
 class EntropyAdvantage(Method):

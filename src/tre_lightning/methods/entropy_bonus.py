@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
+from tre_lightning.entropy import Region
 from tre_lightning.methods.hooks import LinearSchedule, LossTerm, PolicyOutputs, Tokens
-from tre_lightning.ops.region import Region
 
 
 class EntropyBonus(LossTerm):

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tre_lightning.entropy import check_region
-from tre_lightning.experience import TrainingBatch
+from tre_lightning.batches import TrainingBatch
+from tre_lightning.entropy import Region, check_region
 from tre_lightning.methods.hooks import LinearSchedule, LossTerm, PolicyOutputs, Tokens
-from tre_lightning.methods.selection import check_share, share_of, top
-from tre_lightning.ops.region import Region
+from tre_lightning.methods.selection import check_fraction, fraction_of, top
 
 _TWO = Region(top_k=2)
 
@@ -33,26 +32,26 @@ class PAEC(LossTerm):
     Not recovered, and our choice: H_t is the entropy of the nucleus; ``top_p`` 0.9; competition is
     the entropy of the two renormalised candidates over log 2, which falls with their gap from 1 to
     0; the score is (1 - mix) * H_t / log|nucleus| + mix * competition, ``mix`` 0.5; m_t is the
-    score itself, 0 below the quantile; ``floor_share`` (rho_min) 0.8; ``coef`` (beta) 0.005. A
+    score itself, 0 below the quantile; ``floor_fraction`` (rho_min) 0.8; ``coef`` (beta) 0.005. A
     summary also names an entropy bonus beside the penalty; it is left out, add
     :class:`~tre_lightning.methods.TrustRegionEntropy` or another term for it.
 
     A square of a mean is no sum over tokens. The term is its linearisation at the policy that
     sampled: coefficient 2 * beta * max(0, floor - masked mean), times minus the masked mean of the
     policy in training. Scores, masks and means are those of the policy that sampled: coefficient
-    and anchor over the global rollout, m_t over the global minibatch, ceil(share * n) tokens of n.
-    The gradient is that of the penalty at the first update of an iteration. ``loss/paec`` is this
-    linear term, not the square.
+    and anchor over the global rollout, m_t over the global minibatch, ceil(fraction * n) tokens of
+    n. The gradient is that of the penalty at the first update of an iteration. ``loss/paec`` is
+    this linear term, not the square.
     """
 
     def __init__(
         self,
         coef: float | LinearSchedule = 0.005,
         top_p: float = 0.9,
-        share: float = 0.2,
+        fraction: float = 0.2,
         mix: float = 0.5,
         anchor_iterations: int = 4,
-        floor_share: float = 0.8,
+        floor_fraction: float = 0.8,
         name: str = "paec",
     ) -> None:
         """Set the penalty, its floor and the mask.
@@ -60,15 +59,15 @@ class PAEC(LossTerm):
         Args:
             coef: beta, >= 0, or a schedule over iterations; 0 = off.
             top_p: mass of the nucleus, above 0 and below 1.
-            share: share of the tokens, those of highest score, above 0 and at most 1.
+            fraction: fraction of the tokens, those of highest score, above 0 and at most 1.
             mix: weight of the top-two competition in the score, from 0 to 1.
             anchor_iterations: PPO iterations that the anchor is the mean of, >= 1.
-            floor_share: floor over anchor, above 0 and at most 1.
+            floor_fraction: floor over anchor, above 0 and at most 1.
             name: name in the logs.
         """
         super().__init__(name, coef)
         check_region(None, top_p, self.where)
-        check_share(f"{self.where}.share", share, "coef=0 switches it off")
+        check_fraction(f"{self.where}.fraction", fraction, "coef=0 switches it off")
         if not 0.0 <= mix <= 1.0:
             raise ValueError(f"{self.where}.mix={mix} must lie in [0, 1]; 0.5 weighs both alike")
         if not anchor_iterations >= 1:
@@ -76,14 +75,14 @@ class PAEC(LossTerm):
                 f"{self.where}.anchor_iterations={anchor_iterations} must be at least 1 "
                 "PPO iteration"
             )
-        check_share(f"{self.where}.floor_share", floor_share, "1 = the anchor")
+        check_fraction(f"{self.where}.floor_fraction", floor_fraction, "1 = the anchor")
         self.region = Region(top_p=top_p)
         self.regions = (self.region,)
         self.observed_regions = (_TWO,)
-        self.share = share
+        self.fraction = fraction
         self.mix = mix
         self.anchor_iterations = anchor_iterations
-        self.floor_share = floor_share
+        self.floor_fraction = floor_fraction
         self.first: list[float] = []  # masked means of the first iterations, nats
         self.entropy = 0.0  # masked mean of the rollout, nats
 
@@ -115,7 +114,7 @@ class PAEC(LossTerm):
 
     def coef_at(self, iteration: int) -> float:
         """2 * beta * (how far the masked mean lies below the floor); 0 while there is no anchor."""
-        floor = 0.0 if self.anchor is None else self.floor_share * self.anchor
+        floor = 0.0 if self.anchor is None else self.floor_fraction * self.anchor
         return 2.0 * super().coef_at(iteration) * max(0.0, floor - self.entropy)
 
     def per_token(self, outputs: PolicyOutputs, tokens: Tokens) -> Tensor:
@@ -147,5 +146,5 @@ class PAEC(LossTerm):
     def _mask(self, batch: TrainingBatch) -> Tensor:
         """Soft mask m, ``[B, T]``; 0 outside the chosen tokens."""
         scores, counted = batch.observed[self.name][..., 0], batch.response_mask
-        chosen = top(scores, counted, share_of(int(counted.sum()), self.share, up=True))
+        chosen = top(scores, counted, fraction_of(int(counted.sum()), self.fraction, up=True))
         return torch.where(chosen, scores, 0.0)

@@ -6,27 +6,27 @@ import torch
 from torch import Tensor
 
 
-def check_share(name: str, share: float, hint: str) -> None:
-    """Raise ValueError, ending with ``hint``, unless the share lies in (0, 1]."""
-    if not 0.0 < share <= 1.0:
-        raise ValueError(f"{name}={share} must be above 0 and at most 1; {hint}")
+def check_fraction(name: str, fraction: float, hint: str) -> None:
+    """Raise ValueError, ending with ``hint``, unless the fraction lies in (0, 1]."""
+    if not 0.0 < fraction <= 1.0:
+        raise ValueError(f"{name}={fraction} must be above 0 and at most 1; {hint}")
 
 
-def share_of(count: int, share: float, *, up: bool = False) -> int:
-    """``share`` of ``count`` tokens, rounded down, or ``up``; at least 1 where there is any."""
-    exact = round(share * count, 6)  # 0.07 * 100 comes out above 7
+def fraction_of(count: int, fraction: float, *, up: bool = False) -> int:
+    """``fraction`` of ``count`` tokens, rounded down, or ``up``; at least 1 where there is any."""
+    exact = round(fraction * count, 6)  # 0.07 * 100 comes out above 7
     return min(count, max(1, math.ceil(exact) if up else math.floor(exact)))
 
 
-def above_quantile(values: Tensor, mask: Tensor, share: float) -> Tensor:
-    """The tokens above the 1 - ``share`` quantile of their own response, ``[B, T]`` bool.
+def above_quantile(values: Tensor, mask: Tensor, fraction: float) -> Tensor:
+    """The tokens above the 1 - ``fraction`` quantile of their own response, ``[B, T]`` bool.
 
     The quantile is interpolated, as numpy's; what equals it is not above: of a single token, or of
     equal ones, there is none. What stands outside the mask (NaN included) does not count.
     """
     ordered = values.double().masked_fill(~mask, math.inf).sort(-1).values
     last = (mask.sum(-1, keepdim=True) - 1).clamp(min=0)
-    place = ((1.0 - share) * last.double()).mul(1e6).round().div(1e6)  # 0.8 * 5 may miss 4
+    place = ((1.0 - fraction) * last.double()).mul(1e6).round().div(1e6)  # 0.8 * 5 may miss 4
     below = ordered.gather(-1, place.long())
     above = ordered.gather(-1, (place.long() + 1).minimum(last))
     quantile = below + (above - below) * (place - place.floor())

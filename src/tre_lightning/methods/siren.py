@@ -5,12 +5,11 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from tre_lightning.args import one_of
-from tre_lightning.entropy import check_region
-from tre_lightning.experience import TrainingBatch
+from tre_lightning.batches import TrainingBatch
+from tre_lightning.common.validation import one_of
+from tre_lightning.entropy import Region, check_region
 from tre_lightning.methods.hooks import LinearSchedule, LossTerm, PolicyOutputs, Tokens
-from tre_lightning.methods.selection import above_quantile, check_share, share_of, top
-from tre_lightning.ops.region import Region
+from tre_lightning.methods.selection import above_quantile, check_fraction, fraction_of, top
 
 Within = Literal["rollout", "response"]
 
@@ -22,19 +21,19 @@ class SIREN(LossTerm):
     2509.25133, with the authors' code (Linn3a/siren). Three parts:
 
     * top-p mask: H_t is the entropy of the renormalised nucleus of mass ``top_p``;
-    * peak-entropy mask: only the tokens whose H_t lies above the tau quantile count, the ``share``
-      = 1 - tau of highest H_t;
+    * peak-entropy mask: only the tokens whose H_t lies above the tau quantile count, the
+      ``fraction`` = 1 - tau of highest H_t;
     * self-anchored: beta * (mean H over these - anchor)^2, the anchor being the initial mean.
 
-    The authors' script has beta 0.005, top_p 0.8 and tau 0.8: ``coef`` 0.005, ``share`` 0.2.
+    The authors' script has beta 0.005, top_p 0.8 and tau 0.8: ``coef`` 0.005, ``fraction`` 0.2.
 
     ``within`` says among which tokens the quantile and the mean are taken. ``rollout``, our choice:
-    the ceil(share * n) highest of the n of a global minibatch (of the rollout for mean and anchor),
-    and the mean over them, every token alike. ``response``, the authors': the tokens above the tau
-    quantile of their own response, the mean over these in each response, and then over responses,
-    every response alike; a response without such a token (it has one token, or all are equal)
-    counts as 0. The authors' first commits took the anchor from one micro-batch; since the commit
-    5cb224d (December 2025) it is this mean at the first step, over the whole first rollout.
+    the ceil(fraction * n) highest of the n of a global minibatch (of the rollout for mean and
+    anchor), and the mean over them, every token alike. ``response``, the authors': the tokens above
+    the tau quantile of their own response, the mean over these in each response, and then over
+    responses, every response alike; a response without such a token (it has one token, or all are
+    equal) counts as 0. The authors' first commits took the anchor from one micro-batch; since the
+    commit 5cb224d (December 2025) it is this mean at the first step, over the whole first rollout.
 
     A square of a mean is no sum over tokens. The term is its linearisation at the policy that
     sampled: coefficient 2 * beta * (mean - anchor), times the mean of H over the chosen tokens.
@@ -54,7 +53,7 @@ class SIREN(LossTerm):
         self,
         coef: float | LinearSchedule = 0.005,
         top_p: float = 0.8,
-        share: float = 0.2,
+        fraction: float = 0.2,
         within: Within = "rollout",
         name: str = "siren",
     ) -> None:
@@ -63,18 +62,18 @@ class SIREN(LossTerm):
         Args:
             coef: beta, >= 0, or a schedule over iterations; 0 = off.
             top_p: mass of the nucleus, above 0 and below 1.
-            share: share of the tokens, those of highest entropy, above 0 and at most 1.
-            within: what the share and the means are of: the whole ``rollout``, or each
+            fraction: fraction of the tokens, those of highest entropy, above 0 and at most 1.
+            within: what the fraction and the means are of: the whole ``rollout``, or each
                 ``response``, as in the authors' code.
             name: name in the logs.
         """
         super().__init__(name, coef)
         check_region(None, top_p, self.where)
-        check_share(f"{self.where}.share", share, "coef=0 switches it off")
+        check_fraction(f"{self.where}.fraction", fraction, "coef=0 switches it off")
         one_of(f"{self.where}.within", within, get_args(Within))
         self.region = Region(top_p=top_p)
         self.regions = (self.region,)
-        self.share = share
+        self.fraction = fraction
         self.within = within
         self.anchor: float | None = None  # nats
         self.entropy = 0.0  # of the chosen tokens of the rollout, nats
@@ -122,10 +121,10 @@ class SIREN(LossTerm):
         """Weight of each token in the mean entropy, ``[B, T]`` float64; 0 at what is not chosen."""
         entropies, mask = batch.observed[self.name], batch.response_mask
         if self.within == "response":
-            peaks = above_quantile(entropies, mask, self.share)
+            peaks = above_quantile(entropies, mask, self.fraction)
             responses = mask.any(1).sum()
             parts = peaks.sum(1, keepdim=True) * responses
         else:
-            peaks = top(entropies, mask, share_of(int(mask.sum()), self.share, up=True))
+            peaks = top(entropies, mask, fraction_of(int(mask.sum()), self.fraction, up=True))
             parts = peaks.sum()
         return peaks.double() / parts.clamp(min=1)

@@ -10,10 +10,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from tre_lightning.args import at_least, one_of
-from tre_lightning.entropy import check_region, entropy_of_tokens, trust_region_mask
+from tre_lightning.common.validation import at_least, one_of
+from tre_lightning.entropy import Region, check_region, entropy_of_tokens, trust_region_mask
 from tre_lightning.methods.hooks import LinearSchedule, LossTerm, PolicyOutputs, Tokens
-from tre_lightning.ops.region import Region
 
 Owner = Literal["current", "behaviour", "reference"]
 

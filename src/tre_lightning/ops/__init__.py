@@ -1,11 +1,11 @@
 """Log-probabilities and entropies at the speed of memory, from logits or from hidden states."""
 
+from tre_lightning.entropy import Region
 from tre_lightning.ops.functions import (
     LogprobsAndEntropy,
     fused_linear_logprobs_and_entropy,
     logprobs_and_entropy,
 )
-from tre_lightning.ops.region import Region
 
 __all__ = [
     "LogprobsAndEntropy",

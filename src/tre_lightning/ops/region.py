@@ -8,13 +8,12 @@ at the edge go to the lower token id, as in :mod:`tre_lightning.entropy`.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tre_lightning.entropy import check_region
+from tre_lightning.entropy import Region
 
 BLOCK = 64  # tokens of one maximum
 _SPARE = 8  # blocks looked at beyond the tokens wanted: where more tie, the whole row is read
@@ -22,27 +21,6 @@ _LOOKS = (16, 128)  # tokens of a nucleus looked for among candidates, before it
 _ROUNDING = 1e-3
 _MOST = 256  # a larger top_k reads the row at once
 STEP = 2**19  # logits worked on at once: buffers of 2 MB, that stay in the processor's cache
-
-
-@dataclass(frozen=True)
-class Region:
-    """Which tokens an entropy is taken over: ``top_k``, ``top_p``, or with neither all tokens.
-
-    Raises:
-        ValueError: if both are given, or one is out of range.
-    """
-
-    top_k: int | None = None
-    top_p: float | None = None
-
-    def __post_init__(self) -> None:
-        if not self.whole:
-            check_region(self.top_k, self.top_p)
-
-    @property
-    def whole(self) -> bool:
-        """Whether it is the whole vocabulary."""
-        return self.top_k is None and self.top_p is None
 
 
 class Summary(NamedTuple):

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tre_lightning.entropy import Region
 from tre_lightning.ops import torch_rows
-from tre_lightning.ops.region import Region, RegionRows, as_computed, find
+from tre_lightning.ops.region import RegionRows, as_computed, find
 
 
 class Scan(NamedTuple):

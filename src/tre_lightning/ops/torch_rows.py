@@ -12,15 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tre_lightning.ops.region import (
-    BLOCK,
-    STEP,
-    Region,
-    RegionRows,
-    Summary,
-    batches,
-    compute_dtype,
-)
+from tre_lightning.entropy import Region
+from tre_lightning.ops.region import BLOCK, STEP, RegionRows, Summary, batches, compute_dtype
 
 _BINS, _BINS_A_NAT = 4096, 64  # the last bin takes all that lies lower
 _FLOOR = -1e30  # stands for a logit of -inf where it meets a factor of 0

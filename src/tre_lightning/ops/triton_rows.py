@@ -20,8 +20,9 @@ import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 from torch import Tensor
 
+from tre_lightning.entropy import Region
 from tre_lightning.ops import torch_rows
-from tre_lightning.ops.region import BLOCK, Region, RegionRows, Summary, as_computed
+from tre_lightning.ops.region import BLOCK, RegionRows, Summary, as_computed
 
 _TILE = 64 * BLOCK  # tokens that one program streams through
 _LOOP = 512  # tokens, or blocks, of one step where one program goes through a row

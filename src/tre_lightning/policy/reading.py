@@ -1,0 +1,361 @@
+"""How a model is given rows of unequal length: found out on a few tokens, not looked up.
+
+The log-probability of a token must be one number wherever it is computed: sampled a token at a time
+from a decoding state, or in one pass over a batch of padded rows. What a model makes of left
+padding, position ids and a decoding state differs from architecture to architecture. So each is
+tried out once, on the model at hand, against what the model says of a row by itself: without
+padding, mask, position ids and state.
+"""
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from tre_lightning.common.errors import Refused
+from tre_lightning.policy.kv_cache import growing_cache
+from tre_lightning.policy.tokenizers import vocabulary_size
+
+# Relative difference of two outputs that are equal but for rounding.
+_CLOSE, _CLOSE_TF32, _CLOSE_HALF = 3e-4, 1e-2, 0.1
+_MASKED = -1e30  # logits of tokens that a model never says
+_ROW, _OTHER, _PROMPT = 9, 12, 6  # tokens of the row that is looked at, of another, of its prompt
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a model was found to read as it reads each row by itself.
+
+    ``padded``: rows padded on the left, with an attention mask and position ids. Every causal model
+    reads rows whose tokens come first, which is what the others get.
+
+    ``cached``: a decoding state, read and extended a token at a time, rows repeated and reordered;
+    the others make a whole pass for each token.
+
+    ``width``: numbers of an output.
+    """
+
+    padded: bool
+    cached: bool
+    width: int
+
+
+def reading(model: nn.Module) -> Reading:
+    """How a language model or its trunk reads; tried out at the first use, with whole weights.
+
+    Raises:
+        Refused: if rows with other tokens behind them are not read as by themselves, or the model
+            is not ready for plain tokens.
+    """
+    found: Reading | None = vars(model).get("_reading")
+    if found is None:
+        found = _tried(model)
+        vars(model)["_reading"] = found  # a copy of the model reads as it does
+    return found
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Rows in the form in which a model gets them, and the way back."""
+
+    inputs: dict[str, Any]
+    shift: Tensor | None = None  # [B, 1] columns by which each row was moved to the left
+
+    def back(self, values: Tensor, columns: Tensor | None = None) -> Tensor:
+        """Outputs ``[B, C, ...]`` at columns ``[K]`` (default: all) of the rows as they came."""
+        if self.shift is None:
+            return values if columns is None else values[:, columns]
+        if columns is None:
+            columns = torch.arange(values.shape[1], device=values.device)
+        return _at(values, columns - self.shift)
+
+
+def laid_out(model: nn.Module, ids: Tensor, mask: Tensor) -> Layout:
+    """Inputs for one pass over rows ``[B, C]``, in the form that the model reads."""
+    return _padded(model, ids, mask) if reading(model).padded else _shifted(ids, mask)
+
+
+def hidden_states(trunk: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    """Last hidden states ``[B, C, D]`` of rows ``[B, C]``."""
+    layout = laid_out(trunk, ids, mask)
+    return layout.back(trunk(**layout.inputs).last_hidden_state)
+
+
+def trunk_of(model: PreTrainedModel) -> PreTrainedModel:
+    """What a language model has below its head.
+
+    Raises:
+        Refused: if there is no such part.
+    """
+    # The children are for classes whose prefix names no part of them, such as Llama 4's.
+    for part in (model.base_model, *model.children()):
+        if isinstance(part, PreTrainedModel) and part is not model:
+            inner = list(part.children())
+            wraps = len(inner) == 1 and isinstance(inner[0], PreTrainedModel)
+            return cast(PreTrainedModel, inner[0]) if wraps else part
+    raise Refused(f"{type(model).__name__} has no trunk below its head")
+
+
+def takes(model: nn.Module, option: str) -> bool:
+    """Whether a model's forward pass names an option."""
+    return option in inspect.signature(model.forward).parameters
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Position ids of a left-padded batch, ``[B, T] bool -> [B, T] int64``; padding gets 0."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """In training mode, layers that checkpoint their gradients drop the cache."""
+    training = [part for part in model.modules() if part.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def is_noisy(model: nn.Module) -> bool:
+    """Whether two passes in the present modes differ, from each other or from evaluation mode."""
+    with _undisturbed(model):
+        row = _tokens(model)[:, :_ROW]
+        with eval_mode(model):
+            plain = _plain(model, row)
+        with torch.enable_grad():  # or there is no gradient checkpointing
+            passes = [_plain(model, row).detach() for _ in range(2)]
+    return not all(_agree(model, plain, again) for again in passes)
+
+
+# ----- decoding
+
+
+@dataclass
+class Cached:
+    """R rows, and the decoding state that the model has made of their C tokens so far."""
+
+    cache: DynamicCache
+    mask: Tensor  # [R, C] bool, True = a real token
+    next_position: Tensor  # [R, 1] int64
+    logits: Tensor  # [R, V] of the next token
+
+    @classmethod
+    def start(cls, model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Self:
+        """Read prompts, ``[R, P]``, padded on the left."""
+        cache = growing_cache(model.config)
+        logits = _next_logits(model, cache, ids, mask, positions(mask))
+        return cls(cache, mask, mask.sum(-1, keepdim=True), logits)
+
+    def read(self, model: PreTrainedModel, tokens: Tensor, counted: Tensor) -> None:
+        """Read one token of each row, ``[R]``; those not ``counted`` (``[R]`` bool) are padding."""
+        self.mask = torch.cat([self.mask, counted.unsqueeze(1)], dim=1)
+        self.logits = _next_logits(
+            model, self.cache, tokens.unsqueeze(1), self.mask, self.next_position
+        )
+        self.next_position = self.next_position + 1
+
+    def take(self, rows: Tensor) -> None:
+        """Keep these rows, ``[R']`` int64, in this order; a row may be kept several times."""
+        # Of the cache's methods the one that knows every kind of layer.
+        self.cache.reorder_cache(rows)  # type: ignore[arg-type]
+        self.mask, self.logits = self.mask[rows], self.logits[rows]
+        self.next_position = self.next_position[rows]
+
+
+@dataclass
+class Whole:
+    """R rows of C tokens so far; every token is a pass over all of them."""
+
+    ids: Tensor  # [R, C] int64
+    mask: Tensor  # [R, C] bool, True = a real token
+    logits: Tensor  # [R, V] of the next token
+
+    @classmethod
+    def start(cls, model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Self:
+        """Read prompts, ``[R, P]``, padded on the left."""
+        return cls(ids, mask, cls._last_logits(model, ids, mask))
+
+    def read(self, model: PreTrainedModel, tokens: Tensor, counted: Tensor) -> None:
+        """Read one token of each row, ``[R]``; what is said of those not ``counted`` is unused."""
+        self.ids = torch.cat([self.ids, tokens.unsqueeze(1)], dim=1)
+        self.mask = torch.cat([self.mask, counted.unsqueeze(1)], dim=1)
+        self.logits = self._last_logits(model, self.ids, self.mask)
+
+    def take(self, rows: Tensor) -> None:
+        """Keep these rows, ``[R']`` int64, in this order; a row may be kept several times."""
+        self.ids, self.mask, self.logits = self.ids[rows], self.mask[rows], self.logits[rows]
+
+    @staticmethod
+    def _last_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+        layout = laid_out(model, ids, mask)
+        last = torch.tensor([ids.shape[1] - 1], device=ids.device)
+        return layout.back(model(**layout.inputs).logits, last)[:, 0]
+
+
+def start_decoding(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Cached | Whole:
+    """Read prompts, ``[R, P]``, padded on the left."""
+    used = mask.any(0)  # these prompts may be shorter than others of their batch
+    kind = Cached if reading(model).cached else Whole
+    return kind.start(model, ids[:, used], mask[:, used])
+
+
+def _next_logits(
+    model: PreTrainedModel, cache: DynamicCache, ids: Tensor, mask: Tensor, position_ids: Tensor
+) -> Tensor:
+    options: dict[str, Any] = {
+        "position_ids": position_ids,
+        "past_key_values": cache,
+        "logits_to_keep": 1,
+    }
+    if takes(model, "cache_params"):  # of a state space model, which looks at new tokens alone
+        options["cache_params"], mask = cache, mask[:, -ids.shape[1] :]
+    named = {name: value for name, value in options.items() if takes(model, name)}
+    out = model(input_ids=ids, attention_mask=mask.long(), use_cache=True, **named)
+    logits: Tensor = out.logits[:, -1]
+    return logits
+
+
+# ----- layouts
+
+
+def _padded(model: nn.Module, ids: Tensor, mask: Tensor) -> Layout:
+    inputs = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": False}
+    if takes(model, "position_ids"):
+        inputs["position_ids"] = positions(mask)
+    return Layout(inputs)
+
+
+def _shifted(ids: Tensor, mask: Tensor) -> Layout:
+    """Each row's tokens first; what a causal model finds behind them changes nothing."""
+    shift = mask.int().argmax(1, keepdim=True)
+    columns = torch.arange(ids.shape[1], device=ids.device) + shift
+    return Layout({"input_ids": _at(ids, columns), "use_cache": False}, shift)
+
+
+def _at(values: Tensor, columns: Tensor) -> Tensor:
+    """Values ``[B, C, ...]`` at each row's columns, ``[B, K]``; beyond an end, that of the end."""
+    rows = torch.arange(len(values), device=values.device).unsqueeze(1)
+    return values[rows, columns.clamp(0, values.shape[1] - 1)]
+
+
+# ----- the trial
+
+
+def _tried(model: nn.Module) -> Reading:
+    with _undisturbed(model), eval_mode(model):
+        versions = [parameter._version for parameter in model.parameters()]
+        tokens = _tokens(model)
+        row, other = tokens[:, :_ROW], tokens[:, _ROW:]
+        plain = _plain(model, row)
+        if plain.shape[:2] != row.shape or plain.shape[-1] == 0:
+            raise Refused(f"{type(model).__name__} gives no output for each token")
+        pair = torch.zeros(2, _OTHER, dtype=row.dtype, device=row.device)
+        pair[0, -_ROW:], pair[1] = row[0], other[0]
+        mask = torch.ones_like(pair, dtype=torch.bool)
+        mask[0, :-_ROW] = False
+
+        shifted = _shifted(pair, mask)
+        whole = shifted.back(_plain(model, shifted.inputs["input_ids"]))
+        if not _agree(model, plain, whole[:1, -_ROW:]):
+            raise Refused(
+                f"{type(model).__name__} reads a token otherwise with others behind it or beside "
+                "it: it is no causal language model"
+            )
+        padded = _works(
+            lambda: _agree(
+                model, plain, _values(model(**_padded(model, pair, mask).inputs))[:1, -_ROW:]
+            )
+        )
+        cached = hasattr(model, "get_output_embeddings") and _works(
+            lambda: _decodes(cast(PreTrainedModel, model), pair, mask, plain)
+        )
+        if versions != [parameter._version for parameter in model.parameters()]:
+            raise Refused(f"{type(model).__name__} changes its weights in a forward pass")
+    return Reading(padded, cached, plain.shape[-1])
+
+
+def _decodes(model: PreTrainedModel, pair: Tensor, mask: Tensor, plain: Tensor) -> bool:
+    """Whether the first of two rows is read from a decoding state as by itself."""
+    start = _OTHER - (_ROW - _PROMPT)
+    state = Cached.start(model, pair[:, :start], mask[:, :start])
+    found = [state.logits[0]]
+    rows = torch.tensor([1, 0, 0], device=pair.device)
+    state.take(rows)
+    for column in range(start, _OTHER - 1):
+        state.read(model, pair[rows, column], torch.ones_like(rows, dtype=torch.bool))
+        found.append(state.logits[2])
+    return _agree(model, plain[0, _PROMPT - 1 : -1], torch.stack(found))
+
+
+def _works(attempt: Callable[[], bool]) -> bool:
+    try:
+        return attempt()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a model may raise anything at what it does not know
+        _log.debug("%s", error)
+        return False
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """No gradients, and the random numbers that a pass may draw belong to nobody."""
+    device = next(model.parameters()).device
+    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+
+
+def _tokens(model: nn.Module) -> Tensor:
+    """Ordinary tokens ``[1, _ROW + _OTHER]``; special ones are at the ends of a vocabulary.
+
+    One is that of padding: in a text it is a token as any other, often that of the end.
+    """
+    config = cast(PreTrainedModel, model).config
+    size, pad = vocabulary_size(config), getattr(config.get_text_config(), "pad_token_id", None)
+    if size is None:
+        raise Refused(f"{type(model).__name__} has no vocabulary")
+    device = next(model.parameters()).device
+    tokens = torch.linspace(size // 8, size // 2, _ROW + _OTHER, device=device).long()
+    if isinstance(pad, int) and 0 <= pad < size:
+        tokens[2] = pad
+    return tokens.unsqueeze(0)
+
+
+def _plain(model: nn.Module, ids: Tensor) -> Tensor:
+    """What a model says of rows without padding, or with tokens behind them."""
+    try:
+        return _values(model(input_ids=ids, use_cache=False))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise Refused(
+            f"{type(model).__name__} cannot read plain tokens ({type(error).__name__}: "
+            f"{str(error)[:200]})"
+        ) from error
+
+
+def _values(output: Any) -> Tensor:
+    """Logits of a language model, or last hidden states of a trunk."""
+    values: Tensor = output.logits if hasattr(output, "logits") else output.last_hidden_state
+    return values
+
+
+def _agree(model: nn.Module, plain: Tensor, other: Tensor) -> bool:
+    """Whether outputs ``[..., W]`` are equal but for rounding, against how they vary."""
+    close = _CLOSE if torch.get_float32_matmul_precision() == "highest" else _CLOSE_TF32
+    if any(p.is_floating_point() and p.element_size() < 4 for p in model.parameters()):
+        close = _CLOSE_HALF
+    plain, other = plain.double(), other.double()
+    said = plain > _MASKED
+    plain, other = plain.where(said, 0.0), other.where(said, 0.0)
+    spread = (plain - plain.mean(-1, keepdim=True)).norm(dim=-1)
+    return bool(((plain - other).norm(dim=-1) <= close * spread).all())

@@ -1,0 +1,1 @@
+"""Alignment: prompts, pairs of responses, and scores of a reward model."""

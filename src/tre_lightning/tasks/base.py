@@ -1,0 +1,462 @@
+"""Prompts and scores of a task, as a LightningDataModule.
+
+A task is a subclass with three things: the stream of training prompts, the held-out prompts, and
+the scorer.
+"""
+
+import hashlib
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from tre_lightning.batches import PromptBatch
+from tre_lightning.common.seeding import permutation
+from tre_lightning.common.validation import at_least
+from tre_lightning.policy.chat import Messages, in_template
+from tre_lightning.policy.encoding import Conversation, encode_conversations, encode_texts, pad
+from tre_lightning.policy.tokenizers import check_known, load_tokenizer, unknown_word
+from tre_lightning.tasks.batching import share, spans
+
+_CHECKED_TRAIN_PROMPTS = 256  # prompts of the endless training stream whose length is checked first
+_ENCODED_AT_ONCE = 1024  # prompts
+_SHOWN = 160  # characters at the end of a prompt that an error message shows
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt and what the scorer needs to judge a response to it.
+
+    ``where`` is the file and row that it comes from, for error messages; empty if from none.
+    """
+
+    text: str
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    where: str = ""
+
+
+class PromptDataModule(LightningDataModule, ABC):
+    """Base of the tasks: batches of prompts that depend only on the seed and the iteration.
+
+    Example:
+        >>> class Sevens(PromptDataModule):
+        ...     def train_prompt(self, index):
+        ...         return Prompt(f"{index} + 7 =")
+        ...     def heldout_prompts(self, stage):
+        ...         return {stage: [Prompt("8 + 7 =")]}
+        ...     def score(self, responses, prompts):
+        ...         return torch.tensor([float("7" in response) for response in responses])
+        >>> Sevens(batch_size=8).train_prompt(3).text
+        '3 + 7 ='
+    """
+
+    binary_scores = True
+    """Whether a score is 1 for right and 0 for wrong, so that pass@k means something."""
+
+    own_text = ""
+    """What the task itself writes: special tokens in it, such as ``<answer>``, are tokens in its
+    prompts, and stand for text in responses. Special tokens that the data hold stay text."""
+
+    def __init__(
+        self,
+        tokenizer: str | None = None,
+        batch_size: int = 64,
+        iterations_per_epoch: int = 10,
+        eval_batch_size: int = 64,
+        max_prompt_length: int = 512,
+        seed: int = 42,
+        long_prompts: Literal["error", "drop"] = "error",
+    ) -> None:
+        """Keep the options.
+
+        Args:
+            tokenizer: directory or hub name; the command line sets it to the policy's.
+            batch_size: prompts an iteration, over all devices.
+            iterations_per_epoch: PPO iterations an epoch; validation runs between epochs.
+            eval_batch_size: held-out prompts a batch, over all devices.
+            max_prompt_length: longest prompt, tokens.
+            seed: of the prompts and their order.
+            long_prompts: what becomes of a longer prompt. ``drop`` leaves it out and logs how many
+                there were; only for prompts of files, as generated ones have no end.
+        """
+        super().__init__()
+        named = {
+            "batch_size": batch_size,
+            "iterations_per_epoch": iterations_per_epoch,
+            "eval_batch_size": eval_batch_size,
+            "max_prompt_length": max_prompt_length,
+        }
+        for name, value in named.items():
+            at_least(f"data.{name}", value, 1)
+        self.tokenizer_source = tokenizer
+        self.batch_size = batch_size
+        self.iterations_per_epoch = iterations_per_epoch
+        self.eval_batch_size = eval_batch_size
+        self.max_prompt_length = max_prompt_length
+        self.seed = seed
+        self.long_prompts = long_prompts
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self.vocabulary_size: int | None = None  # tokens that the policy knows, where that is known
+        self._order: tuple[int, list[int]] = (-1, [])  # a pass over a file's prompts, their order
+        self.fingerprint: str | None = None  # of the first training prompts, once checked
+        self._train_loader = IterationLoader(self._train_batch, iterations_per_epoch, batch_size)
+
+    # ----- what a task defines
+
+    @abstractmethod
+    def train_prompt(self, index: int) -> Prompt:
+        """Prompt number ``index`` of an endless training stream; a pure function."""
+
+    @abstractmethod
+    def heldout_prompts(self, stage: str) -> dict[str, list[Prompt]]:
+        """Held-out prompts by the name their metrics carry.
+
+        Args:
+            stage: ``val`` or ``test``.
+        """
+
+    @abstractmethod
+    def score(self, responses: Sequence[str], prompts: PromptBatch) -> Tensor:
+        """Scores ``[len(prompts) * n]`` of n responses a prompt; NaN = could not be scored."""
+
+    def answers(
+        self, responses: Sequence[str], prompts: PromptBatch
+    ) -> Sequence[Hashable | None] | None:
+        """What each response answers, so that majority@k can count who agrees.
+
+        Args:
+            responses: n responses a prompt, ``[len(prompts) * n]``.
+            prompts: what they respond to.
+
+        Returns:
+            For each response its answer in a normal form, equal for equal answers, or None where
+            it gives none. None = the task has no discrete answers, hence no majority@k.
+        """
+        return None
+
+    def scorer_timeouts(self) -> int | None:
+        """Answers that the scorer gave up since this was last asked, on this rank.
+
+        None = a scorer that gives up none, hence no such metric.
+        """
+        return None
+
+    def file_prompts(self) -> dict[str, list[Prompt]]:
+        """The lists of prompts that come from files, by the option that names the file.
+
+        These are the task's own lists, not copies: what is too long is taken out of them once,
+        before the first prompt is asked for. A task without files needs none.
+        """
+        return {}
+
+    def vocabulary(self) -> list[str]:
+        """Words that a tokenizer from scratch needs; only for tasks of a closed vocabulary."""
+        raise ValueError(
+            f"{type(self).__name__} has no closed vocabulary; give model.policy.model or "
+            "model.policy.tokenizer a pretrained tokenizer"
+        )
+
+    def shuffled(self, prompts: Sequence[Prompt], index: int) -> Prompt:
+        """Prompt number ``index`` of an endless stream of these, shuffled anew every pass."""
+        passes, place = divmod(index, len(prompts))
+        if self._order[0] != passes:
+            order = permutation(len(prompts), "train_file", self.seed, passes)
+            self._order = (passes, order.tolist())
+        return prompts[self._order[1][place]]
+
+    # ----- what Lightning asks
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the tokenizer, read the files, and check every prompt's length."""
+        if self._tokenizer is None:
+            if self.tokenizer_source is None:
+                raise ValueError("data.tokenizer is not set; give a directory or hub name")
+            self.check(load_tokenizer(self.tokenizer_source))
+
+    def use(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Tokenize with this tokenizer; nothing is checked."""
+        self._tokenizer = tokenizer
+
+    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Use this tokenizer; refuse data that cannot be read and prompts that are too long."""
+        self.use(tokenizer)
+        files = self.file_prompts()
+        if self.long_prompts == "drop":
+            if not files:
+                raise ValueError(
+                    "data.long_prompts=drop needs prompts of a file; use error and raise "
+                    "data.max_prompt_length"
+                )
+            for name, listed in files.items():
+                listed[:] = self.fitting(name, listed)
+        prompts = [self.train_prompt(i) for i in range(_CHECKED_TRAIN_PROMPTS)]
+        texts_of_all = "\0".join(prompt.text for prompt in prompts)
+        self.fingerprint = hashlib.blake2b(texts_of_all.encode(), digest_size=8).hexdigest()
+        for stage in ("val", "test"):
+            for held_out in self.heldout_prompts(stage).values():
+                prompts += held_out
+        for listed in files.values():
+            prompts += listed
+        self.longest_prompt = 0
+        for start in range(0, len(prompts), _ENCODED_AT_ONCE):
+            some = prompts[start : start + _ENCODED_AT_ONCE]
+            rows = self._encode(some)
+            self.longest_prompt = max(self.longest_prompt, *map(len, rows))
+            for prompt, ids in zip(some, rows, strict=True):
+                if tokenizer.unk_token_id not in ids:
+                    continue
+                word = unknown_word(tokenizer, self.render(prompt))
+                if word is None:
+                    continue
+                fix = "widen the ranges of the task's numbers or drop the prompt"
+                if word not in prompt.text:
+                    fix = "its chat template writes it: give a tokenizer whose template fits it"
+                raise ValueError(
+                    f"{_named(prompt)} holds a word that the tokenizer does not know, "
+                    f"{word[:40]!r}; {fix}"
+                )
+
+    def fitting(self, name: str, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Those of no more than ``max_prompt_length`` tokens; says how many are left out.
+
+        Args:
+            name: the option that the prompts come from.
+            prompts: after the tokenizer is known.
+
+        Raises:
+            ValueError: if none is left.
+        """
+        kept: list[Prompt] = []
+        for start in range(0, len(prompts), _ENCODED_AT_ONCE):
+            some = prompts[start : start + _ENCODED_AT_ONCE]
+            fits = (len(ids) <= self.max_prompt_length for ids in self.prompt_ids(some))
+            kept += [prompt for prompt, fit in zip(some, fits, strict=True) if fit]
+        if prompts and not kept:
+            raise ValueError(
+                f"data.max_prompt_length={self.max_prompt_length} is too short for all "
+                f"{len(prompts)} prompts of data.{name}; raise it"
+            )
+        if len(kept) < len(prompts):
+            _log.warning(
+                "left out %d of %d prompts of data.%s longer than data.max_prompt_length=%d tokens",
+                *(len(prompts) - len(kept), len(prompts), name, self.max_prompt_length),
+            )
+        return kept
+
+    def train_dataloader(self) -> "IterationLoader":
+        """One batch an iteration; it knows where to go on after a resume."""
+        return self._train_loader
+
+    def state_dict(self) -> dict[str, int]:
+        """The next iteration; Lightning restores a loader's own state within an epoch only."""
+        return self._train_loader.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on from the saved iteration."""
+        self._train_loader.load_state_dict(state_dict)
+
+    def go_back_to(self, iteration: int) -> None:
+        """Give the batches from an earlier iteration of this run on again."""
+        self._train_loader.go_back_to(iteration)
+
+    def val_dataloader(self) -> list["BatchList"]:
+        """A loader for each held-out set."""
+        return self._heldout_loaders("val")
+
+    def test_dataloader(self) -> list["BatchList"]:
+        """A loader for each test set."""
+        return self._heldout_loaders("test")
+
+    def predict_dataloader(self) -> list["BatchList"]:
+        """The test sets."""
+        return self._heldout_loaders("test")
+
+    # ----- batches
+
+    def messages(self, prompt: Prompt) -> Messages:
+        """What a chat template is filled with."""
+        return [{"role": "user", "content": prompt.text}]
+
+    def render(self, prompt: Prompt) -> str:
+        """The prompt in the tokenizer's chat template, where it has one."""
+        if self._tokenizer is None or self._tokenizer.chat_template is None:
+            return prompt.text
+        return in_template(self._tokenizer, self.messages(prompt), "policy", ask=True)
+
+    def prompt_ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Token ids of prompts, as the policy reads them in training, tests and demonstrations."""
+        rows = [Conversation(self.messages(prompt), prompt.text) for prompt in prompts]
+        try:
+            return encode_conversations(self._known, rows, "policy", ask=True, own=self.own_text)
+        except ValueError:  # of the chat template; say of which prompt
+            for prompt in prompts:
+                try:
+                    self.render(prompt)
+                except ValueError as error:
+                    raise ValueError(f"{_named(prompt)}: {error}") from error
+            raise
+
+    def demonstration_ids(
+        self, demonstrations: Sequence[tuple[str, str]]
+    ) -> list[tuple[list[int], list[int]]]:
+        """Token ids of the prompts and of the responses, these with the end token.
+
+        Raises:
+            Refused: for a token that the model does not know.
+        """
+        prompts, responses = zip(*demonstrations, strict=True)
+        asked = self.prompt_ids([Prompt(text) for text in prompts])
+        answered = encode_texts(self._known, responses, own=self.own_text)
+        largest = map(max, filter(None, (*asked, *answered)))
+        check_known(largest, self._known, self.vocabulary_size, "a demonstration: its token")
+        end = int(self._known.eos_token_id)
+        return [(p, [*a, end]) for p, a in zip(asked, answered, strict=True)]
+
+    def _given(self, prompts: Sequence[Prompt]) -> list[str]:
+        """The text of prompts without what a chat template adds."""
+        if self._known.chat_template is None:
+            return [prompt.text for prompt in prompts]
+        return [" ".join(m["content"] for m in self.messages(prompt)) for prompt in prompts]
+
+    @property
+    def _known(self) -> PreTrainedTokenizerBase:
+        assert self._tokenizer is not None, "setup() comes first"
+        return self._tokenizer
+
+    def _train_batch(self, iteration: int, start: int) -> PromptBatch:
+        rank, ranks = self._world()
+        first, end = share(self.batch_size, rank, ranks)
+        prompts = [self.train_prompt(start + row) for row in range(first, end)]
+        return self._batch(prompts, "train", iteration, first, self.batch_size)
+
+    def _heldout_loaders(self, stage: str) -> list["BatchList"]:
+        rank, ranks = self._world()
+        loaders = []
+        for split, prompts in self.heldout_prompts(stage).items():
+            if len(prompts) < ranks:
+                raise ValueError(
+                    f"{split} holds {len(prompts)} prompts for {ranks} devices; raise "
+                    f"data.{split}_size or use fewer devices"
+                )
+            batches = []
+            whole = spans(len(prompts), self.eval_batch_size, ranks)
+            for index, (start, stop) in enumerate(whole):
+                first, end = share(stop - start, rank, ranks)
+                rows = prompts[start + first : start + end]
+                batches.append((rows, split, index, first, stop - start))
+            loaders.append(BatchList(batches, self._batch))
+        return loaders
+
+    def _batch(
+        self, prompts: list[Prompt], split: str, index: int, first_row: int, total_rows: int
+    ) -> PromptBatch:
+        rows = self._encode(prompts)
+        ids, mask = pad(rows, int(self._known.pad_token_id), "left")
+        return PromptBatch(
+            prompt_ids=ids,
+            prompt_mask=mask.bool(),
+            texts=tuple(map(self.render, prompts)),
+            extras=tuple(prompt.extra for prompt in prompts),
+            split=split,
+            index=index,
+            first_row=first_row,
+            total_rows=total_rows,
+        )
+
+    def _encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Ids of prompts that are neither empty nor too long."""
+        rows = self.prompt_ids(prompts)
+        for prompt, ids in zip(prompts, rows, strict=True):
+            if len(ids) > self.max_prompt_length:
+                raise ValueError(
+                    f"data.max_prompt_length={self.max_prompt_length} is too short for "
+                    f"{_named(prompt)} of {len(ids)} tokens; raise it or drop the prompt"
+                )
+            if not ids:
+                raise ValueError(f"{_named(prompt)} has no token; drop the prompt")
+            what = f"{_named(prompt)}: its token"
+            assert self._tokenizer is not None
+            check_known(ids, self._tokenizer, self.vocabulary_size, what)
+        return rows
+
+    def _world(self) -> tuple[int, int]:
+        trainer = self.trainer
+        return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+
+
+def _named(prompt: Prompt) -> str:
+    """The prompt in an error message: where it stands, and its end, which tells it from others."""
+    text = prompt.text
+    end = repr(text) if len(text) <= _SHOWN else f"that ends in {text[-_SHOWN:]!r}"
+    return f"{prompt.where}: the prompt {end}" if prompt.where else f"the prompt {end}"
+
+
+class IterationLoader:
+    """Batches of one epoch, from the iteration it has reached on.
+
+    It keeps its place in the stream of prompts too, so that a run that goes on with another batch
+    size leaves none out and takes none twice.
+    """
+
+    def __init__(
+        self,
+        batch: Callable[[int, int], PromptBatch],
+        iterations_per_epoch: int,
+        batch_size: int,
+    ) -> None:
+        """``batch`` makes the batch of an iteration from a number of its first prompt on."""
+        self._batch = batch
+        self._length = iterations_per_epoch
+        self._batch_size = batch_size
+        self._iteration = 0
+        self._prompt = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[PromptBatch]:
+        # An epoch that goes on after a resume, or has fewer batches, is ended by Lightning.
+        for _ in range(self._length):
+            iteration, prompt = self._iteration, self._prompt
+            self._iteration += 1
+            self._prompt += self._batch_size
+            yield self._batch(iteration, prompt)
+
+    def state_dict(self) -> dict[str, int]:
+        """The next iteration, and its first prompt."""
+        return {"iteration": self._iteration, "prompt": self._prompt}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from the saved iteration."""
+        self._iteration = state["iteration"]
+        self._prompt = state.get("prompt", self._iteration * self._batch_size)
+
+    def go_back_to(self, iteration: int) -> None:
+        """Give the batches from an earlier iteration of this run on again."""
+        self._prompt -= (self._iteration - iteration) * self._batch_size
+        self._iteration = iteration
+
+
+class BatchList:
+    """A fixed list of batches, each made when it is asked for."""
+
+    def __init__(
+        self,
+        batches: list[tuple[list[Prompt], str, int, int, int]],
+        make: Callable[..., PromptBatch],
+    ) -> None:
+        """``make`` turns an entry into a batch."""
+        self._batches = batches
+        self._make = make
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[PromptBatch]:
+        return (self._make(*batch) for batch in self._batches)

@@ -1,0 +1,1 @@
+"""Countdown: puzzles and the score of a response."""

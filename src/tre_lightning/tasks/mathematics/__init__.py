@@ -1,0 +1,1 @@
+"""Mathematics: problems, the MATH scorer and its workers."""

@@ -1,0 +1,1 @@
+"""PPO and what it trains by: targets, losses, diagnostics; supervised training too."""
