@@ -35,7 +35,7 @@ COLUMNS = (
     Column("entropy/tail_mass", "tail mass", ".2e"),
     Column("test/response_length", "response tokens", ".1f"),
 )
-COMPARED = COLUMNS[:2]
+COMPARED = COLUMNS[:3]
 
 
 def metric(outcome: Outcome, tag: str) -> float:
