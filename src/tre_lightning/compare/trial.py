@@ -51,6 +51,8 @@ def run_trial(file: Path) -> None:
     ]
     begun = (folder(directory) / "last.ckpt").exists()
     with locked(directory):
+        if not begun:  # what a trial exported whose result has been deleted
+            shutil.rmtree(directory / "model", ignore_errors=True)
         try:
             fit = main(["fit", *words, *(["--ckpt_path=last"] if begun else [])])
             if fit.trainer.received_sigterm:
