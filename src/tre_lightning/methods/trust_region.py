@@ -1,4 +1,4 @@
-"""Trust Region Entropy, the method that this project is about (arXiv 2602.03635).
+"""Trust Region Entropy (TRE), the method that this project is about (arXiv 2602.03635).
 
 Ours beyond the paper, off by default: the region may be that of the policy that sampled or of the
 initial policy instead of the current one's (``region_of``), its size and the coefficient may follow
@@ -72,13 +72,13 @@ class TrustRegionEntropy(LossTerm):
 
     @property
     def regions(self) -> tuple[Region, ...]:  # type: ignore[override]
-        """The region, and the one that stands in for a nucleus that is too small."""
+        """The region, and the top-k region that replaces a nucleus below ``min_size``."""
         if self.region_of != "current":
             return ()
         return (self.region,) if self.min_size == 1 else (self.region, Region(top_k=self.min_size))
 
     def observe(self, outputs: PolicyOutputs, reference: PolicyOutputs | None) -> Tensor | None:
-        """Token ids of the region, most probable first and -1 behind its end, ``[n, C]``."""
+        """Token ids of the region, most probable first, padded with -1, ``[n, C]``."""
         if self.region_of == "current":
             return None
         seen = reference if self.region_of == "reference" else outputs

@@ -129,7 +129,7 @@ def gradient(
     wide: Sequence[tuple[RegionRows, Tensor, Tensor]],
     out: Tensor,
 ) -> None:
-    """Write p_j * f_j + what is added at some tokens, to ``out``, which may be ``logits``.
+    """Write p_j * f_j, plus additions at some tokens, to ``out``, which may be ``logits``.
 
     See :func:`tre_lightning.ops.torch_rows.gradient` for the arguments.
     """

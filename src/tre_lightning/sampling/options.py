@@ -10,10 +10,10 @@ EngineName: TypeAlias = Literal["in_process", "continuous_batching", "vllm"]
 
 @dataclass(frozen=True)
 class VLLMArgs:
-    """The engine ``vllm``; docs/rollout.md says what it was tried on.
+    """Options of the engine ``vllm``; docs/rollout.md says what it was tried on.
 
     Args:
-        gpu_memory_utilization: share of the GPU's memory that vLLM holds while it samples, in
+        gpu_memory_utilization: fraction of the GPU's memory that vLLM holds while it samples, in
             (0, 1]; the training's weights and optimizer state lie beside it.
         max_model_len: longest prompt and response together, tokens; none = the model's context.
     """
@@ -33,7 +33,7 @@ class VLLMArgs:
 
 @dataclass(frozen=True)
 class RolloutArgs:
-    """How responses are sampled.
+    """Options of sampling in training.
 
     Args:
         num_responses: responses a prompt.
@@ -73,7 +73,7 @@ class RolloutArgs:
 
 @dataclass(frozen=True)
 class EvaluationArgs:
-    """How responses to held-out prompts are sampled.
+    """Options of sampling for held-out prompts.
 
     Args:
         num_responses: responses a prompt; pass@1 and pass@k with k = num_responses are reported.

@@ -98,7 +98,7 @@ def clipped(
 ) -> Tensor:
     """Tokens whose clipped surrogate is the active one, so that they give no policy gradient.
 
-    True where (A > 0 and r > 1 + high) or (A < 0 and r < 1 - low); their share is the clip
+    True where (A > 0 and r > 1 + high) or (A < 0 and r < 1 - low); their mean is the clip
     fraction: ``MaskedMean().update(clipped(...), response_mask)``.
 
     Source: the minimum in PPO's objective, Schulman et al. 2017, eq. 7.

@@ -1,4 +1,4 @@
-"""Options of the update, the optimiser and the diagnostics; each field states its unit."""
+"""Options of PPO, the optimiser and the diagnostics; each field states its unit."""
 
 import math
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from tre_lightning.training.kl import KLEstimator, KLPlace, check_kl
 
 @dataclass(frozen=True)
 class PPOArgs:
-    """The update.
+    """Options of the PPO update.
 
     Args:
         estimator: of the advantages: ``gae`` (PPO's, with a critic), or one that needs
@@ -107,15 +107,16 @@ class PPOArgs:
 
 @dataclass(frozen=True)
 class OptimArgs:
-    """One AdamW with a group for the policy and one for the critic.
+    """Options of the optimiser: AdamW with a group for the policy and one for the critic.
 
     Args:
         lr: peak learning rate of the policy.
         critic_lr: peak learning rate of the critic and the value head.
         warmup_iterations: PPO iterations of linear warm-up from 0.
-        warmup_fraction: instead of that, their share of all the PPO iterations of the run, in [0,
-            1].
-        final_lr_fraction: share of the peak at the last iteration, linear in between; 1 = constant.
+        warmup_fraction: instead of that, their fraction of all the PPO iterations of the run, in
+            [0, 1].
+        final_lr_fraction: fraction of the peak at the last iteration, linear in between; 1 =
+            constant.
         betas: of AdamW.
         eps: of AdamW; a larger one damps parameters whose gradients are tiny, such as the output
             rows of tokens that are never sampled.
@@ -164,10 +165,10 @@ class OptimArgs:
             )
 
     def lr_fraction(self, iteration: int, total_iterations: float) -> float:
-        """Share of the peak learning rate at a PPO iteration.
+        """Fraction of the peak learning rate at a PPO iteration.
 
         Raises:
-            ValueError: for a share of a run without end.
+            ValueError: for a fraction of a run without end.
         """
         self.check_end(known=math.isfinite(total_iterations))
         warmup = self.warmup_iterations
@@ -182,7 +183,7 @@ class OptimArgs:
 
 @dataclass(frozen=True)
 class DiagnosticsArgs:
-    """The trust region that the entropy diagnostics describe, whatever the method trains.
+    """Options of the entropy diagnostics: their trust region, independent of the method's.
 
     Args:
         top_k: region of this many most probable tokens.
