@@ -57,7 +57,7 @@ class Runner:
                 )
 
     def run(self) -> None:
-        """Run the sweep, choose the values, run the final trials; any exception ends all processes."""
+        """Run the sweep, choose values, run the final trials; any exception ends all processes."""
         try:
             self._run_all(self.plan.sweep, later=self._finals_left())
             self._run_all(self.plan.final(choose(self.plan)))
