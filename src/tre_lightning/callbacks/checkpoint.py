@@ -48,7 +48,7 @@ class IterationCheckpoint(Checkpoint):
             every_n_iterations: PPO iterations between two checkpoints; the end of an epoch is
                 always saved.
             monitor: metric of which ``best.ckpt`` holds the highest value.
-            keep_all: keep ``iteration=N.ckpt`` of every save too.
+            keep_all: also keep ``iteration=N.ckpt`` of every save.
         """
         at_least("checkpoint.every_n_iterations", every_n_iterations, 1)
         self.every_n_iterations = every_n_iterations

@@ -606,7 +606,7 @@ class PPOCLI(_CLI):
             "--warm_start",
             type=WarmStart | None,
             default=None,
-            help="train on the task's demonstrations first, once, and keep the result",
+            help="supervised training (SFT) on the task's demonstrations first, once, and cached",
         )
         parser.link_arguments("seed_everything", "model.seed", compute_fn=_seed)
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_seed)

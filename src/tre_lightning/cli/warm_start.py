@@ -35,7 +35,7 @@ class WarmStart:
         steps: optimiser steps.
         batch_size: demonstrations a step.
         lr: learning rate at the start.
-        final_lr_fraction: fraction of lr at the last step, linear in between.
+        final_lr_fraction: rate at the last step as a fraction of lr; linear decay in between.
         misleading_fraction: fraction of the demonstrations whose steps end elsewhere than the
             target, in [0, 1]; they teach the format without the search and leave room to improve.
         cache_dir: directory of the trained models, one folder for each set of options.

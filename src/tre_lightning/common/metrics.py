@@ -194,7 +194,8 @@ class _RunningMean(_Float64Metric):
 class MaskedMean(_RunningMean):
     """Mean over the True entries of a mask, over all updates and devices.
 
-    Example: the clip fraction of an epoch is a ``MaskedMean`` of :func:`clipped`.
+    Example: the clip fraction of an epoch is a ``MaskedMean`` of
+    :func:`tre_lightning.training.losses.clipped`.
     """
 
     def update(self, values: Tensor, mask: Tensor | None = None) -> None:

@@ -42,12 +42,12 @@ class RolloutArgs:
         sample_batch_size: responses sampled at a time on one device, in training and evaluation;
             bounds the memory of the key-value cache and, rounding aside, changes no response; none
             = all at once.
-        engine: what samples: ``in_process`` = this package's own sampler, ``continuous_batching`` =
+        engine: the sampler: ``in_process`` = this package's own sampler, ``continuous_batching`` =
             that of transformers, ``vllm`` = vLLM on the training's GPU.
         vllm: options of that engine.
         max_importance_weight: each token's policy loss is multiplied by min(p / q, this), >= 1,
             with p the probability by the policy that is trained, before the update, and q the one
-            by the engine that sampled; none = no such correction.
+            by the engine that sampled; none = no correction.
     """
 
     num_responses: int = 8

@@ -82,7 +82,7 @@ class PromptDataModule(LightningDataModule, ABC):
             eval_batch_size: held-out prompts a batch, over all devices.
             max_prompt_length: longest prompt, tokens.
             seed: of the prompts and their order.
-            long_prompts: what becomes of a longer prompt. ``drop`` leaves it out and logs how many
+            long_prompts: what happens to a longer prompt. ``drop`` leaves it out and logs how many
                 there were; only for prompts of files, as generated ones have no end.
         """
         super().__init__()

@@ -197,7 +197,7 @@ def _read_margin(value: object) -> float:
 
 
 class PreferencePairs(LightningDataModule):
-    """Pairs for :class:`~tre_lightning.training.reward_model.RewardModelModule`.
+    """Preference pairs, to train a reward model on.
 
     No prompt of the validation pairs occurs in the training pairs.
     """

@@ -48,8 +48,7 @@ class RewardArgs:
     Args:
         model: directory or hub name of a sequence classifier with one label; it is frozen, runs on
             the trainer's device, and no checkpoint holds it.
-        url: address of a reward server; :mod:`tre_lightning.tasks.alignment.remote` has the
-            protocol.
+        url: address of a reward server; tre_lightning.tasks.alignment.remote has the protocol.
         batch_size: responses in a forward pass or request.
         max_length: longest text (prompt and response) of ``model``, tokens; a longer one cannot be
             scored. None = the model's context.

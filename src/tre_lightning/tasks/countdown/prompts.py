@@ -95,7 +95,7 @@ class CountdownDataModule(PromptDataModule):
             test_size: test puzzles.
             strict: as the authors of TRE score, nothing but white space may stand between
                 ``</think>`` and the answer, and nothing after the answer; else the last answer
-                after the thought counts, whatever stands around it.
+                after the thought counts, whatever is written around it.
             train_name: configuration of ``train_file`` where it is a dataset of the hub that has
                 several.
             eval_name: configuration of ``eval_file``.

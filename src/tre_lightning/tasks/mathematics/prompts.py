@@ -104,7 +104,7 @@ class MathDataModule(PromptDataModule):
             test_size: generated test problems.
             instruction: text after each problem; may be empty.
             workers: processes of the scorer on each device's process; started when first needed.
-            timeout: seconds that the scorer may take for an answer, which else scores 0.
+            timeout: seconds that the scorer may take for an answer; one that times out scores 0.
             train_name: configuration of ``train_file`` where it is a dataset of the hub that has
                 several, such as ``main`` of GSM8K.
             eval_name: configuration of ``eval_file``.
