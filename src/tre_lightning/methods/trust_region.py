@@ -39,8 +39,8 @@ class TrustRegionEntropy(LossTerm):
             top_p: the region is the smallest nucleus of this mass (paper: 0.99), or a schedule.
             rescale: multiply the entropy by log|V| / log|A|.
             region_of: the policy that defines the region: the ``current`` one (the paper), the
-                ``behaviour`` policy that sampled, or the ``reference``, the initial policy. The latter
-                two need the logits in every update, and the reference a second model.
+                ``behaviour`` policy that sampled, or the ``reference``, the initial policy. The
+                latter two need the logits in every update, and the reference a second model.
             max_size: most tokens kept of a region that is not the current policy's.
             min_size: least tokens of a nucleus; a smaller one is replaced by the top ``min_size``,
                 so that positions where the policy is sure count too.
