@@ -77,7 +77,7 @@ class TensorBoard(TensorBoardLogger):
 
 
 class CSV(CSVLogger):
-    """A CSVLogger whose ``metrics.csv`` lies in the run directory; a resumed run goes on in it."""
+    """A CSVLogger whose ``metrics.csv`` lies in the run directory; a resumed run appends to it."""
 
     def __init__(self, save_dir: str, purge_step: int = 0) -> None:
         """Set the directory.

@@ -54,7 +54,7 @@ def check_monitors(trainer: Trainer, module: PPOModule, data: PromptDataModule) 
 
 
 def validation_tags(module: PPOModule, data: PromptDataModule) -> list[str]:
-    """What a validation of these data may log; majority@k only where a response has an answer."""
+    """Metrics that a validation of these data may log; majority@k only for tasks with answers."""
     metrics = EvaluationMetrics(module.evaluation_args.num_responses)
     answers = type(data).answers is not PromptDataModule.answers
     names = [

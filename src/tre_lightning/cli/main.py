@@ -478,7 +478,7 @@ class _CLI(LightningCLI):
 
     @property
     def stop_signal(self) -> int:
-        """What stopped the run between two iterations, or SIGTERM anywhere else."""
+        """The signal that stopped the run: between two iterations, or SIGTERM anywhere else."""
         stops = (c for c in self.trainer.callbacks if isinstance(c, GracefulStop))  # type: ignore[attr-defined]
         return next((stop.received for stop in stops if stop.received), int(signal.SIGTERM))
 

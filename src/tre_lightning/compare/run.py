@@ -188,7 +188,7 @@ def _score(plan: Plan, method: str, value: Value | None) -> float | None:
 
 
 def _existing(plan: Plan) -> list[Trial]:
-    """Every trial of the plan, with any value, that has been started."""
+    """Every trial of the plan, with any value, that was started."""
     trials = [
         Trial(name, value, seed)
         for seed in [*plan.sweep_seeds, *plan.seeds]

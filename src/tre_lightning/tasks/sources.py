@@ -47,7 +47,7 @@ def read_rows(
     *,
     decimals: bool = False,
 ) -> Iterator[tuple[str, Row]]:
-    """Rows of a file or dataset, each with where it stands (``FILE:LINE``), for error messages.
+    """Rows of a file or dataset, each with its place (``FILE:LINE``), for error messages.
 
     Args:
         field: the option that names the source, for error messages.

@@ -14,7 +14,7 @@ from tre_lightning.common.metrics import check_shape, like
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
-    """Sum over the True entries; what stands elsewhere (NaN included) does not count."""
+    """Sum over the True entries; other entries (NaN included) do not count."""
     return torch.where(mask, values, 0.0).sum()
 
 
