@@ -1,4 +1,4 @@
-"""Entropy methods: one file each, every one a callback of the hooks in ``hooks.py``."""
+"""Entropy methods, one file each; every one is a callback with the hooks of ``hooks.py``."""
 
 from tre_lightning.methods.adaptive_entropy import AdaptiveEntropy
 from tre_lightning.methods.aent import AEnt

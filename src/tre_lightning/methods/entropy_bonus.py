@@ -1,4 +1,4 @@
-"""The standard entropy bonus: the baseline whose tail TRE avoids."""
+"""The standard entropy bonus, the baseline that TRE improves on."""
 
 from torch import Tensor
 

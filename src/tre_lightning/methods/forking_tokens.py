@@ -1,4 +1,4 @@
-"""The policy gradient on the tokens of highest entropy only: the "80/20 rule"."""
+"""Forking tokens, the "80/20 rule": policy gradient on the tokens of highest entropy only."""
 
 from typing import Literal, get_args
 

@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies at the speed of memory, from logits or from hidden states."""
+"""Fused ops: log-probabilities and entropies of tokens, from logits or from hidden states."""
 
 from tre_lightning.entropy import Region
 from tre_lightning.ops.functions import (

@@ -54,7 +54,7 @@ def check_sharding(trainer: Trainer, *, adapters: bool, cpu_offload: bool = Fals
         if cpu_offload:
             raise ValueError(
                 "model.policy.cpu_offload=true needs a strategy that shards, not "
-                f"{type(strategy).__name__}; put --config configs/memory/cpu_offload.yaml behind "
+                f"{type(strategy).__name__}; put --config configs/memory/cpu_offload.yaml after "
                 "all others, or leave it out"
             )
         return
@@ -82,7 +82,7 @@ def check_sharding(trainer: Trainer, *, adapters: bool, cpu_offload: bool = Fals
 
 
 def check_whole(trainer: Trainer) -> None:
-    """Refuse sharding strategies for what is not written for them.
+    """Refuse sharding strategies for training that does not support them.
 
     Raises:
         ValueError: naming the field and the fix.
@@ -136,13 +136,13 @@ def shard(
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether :func:`shard` has been at it."""
+    """Whether the model was sharded by :func:`shard`."""
     return isinstance(model, FSDPModule)
 
 
 @contextmanager
 def no_inference_mode() -> Iterator[None]:
-    """No gradients, but no inference mode, in which Lightning validates.
+    """Context without gradients that leaves the inference mode in which Lightning validates.
 
     The tensors that are made for gathered weights are used again, and by the update.
     """
@@ -152,7 +152,7 @@ def no_inference_mode() -> Iterator[None]:
 
 @contextmanager
 def gathered_layers(model: nn.Module) -> Iterator[None]:
-    """Every layer's weights whole on this rank, so that it may run as often as it likes.
+    """Context in which all layers are whole on this rank, so that it may run alone.
 
     Without gradients. All ranks must enter together; a model that is not sharded stays as it is.
     """
@@ -169,12 +169,12 @@ def gathered_layers(model: nn.Module) -> Iterator[None]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor with the parts of all ranks; all must ask, where it is sharded."""
+    """The tensor with the parts of all ranks. Collective if it is sharded: call on all ranks."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """All weights on the CPU of the first rank, none on the others; all ranks must ask.
+    """All weights on the CPU of rank 0, none elsewhere. Collective: call on all ranks.
 
     A weight of two names (tied embeddings) has the first one.
     """

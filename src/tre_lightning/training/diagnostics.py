@@ -1,4 +1,4 @@
-"""What a run logs, as collections of torchmetrics; docs/metrics.md defines every tag."""
+"""Metrics of a run as collections of torchmetrics; docs/metrics.md defines every tag."""
 
 import math
 from collections.abc import Hashable, Sequence
@@ -40,7 +40,7 @@ class _Collection(nn.Module):
         return metric
 
     def flush(self) -> dict[str, float]:
-        """Values over all ranks, then empty; a metric that is never updated is left out."""
+        """Values over all ranks, then reset; metrics without updates are left out. Collective."""
         used = [tag for tag in self.tags if self[tag].update_called]
         values = {tag: float(self[tag].compute()) for tag in used}
         for tag in used:
@@ -93,7 +93,7 @@ class RolloutMetrics(_Collection):
             self["rollout/engine_ratio_max"].update(ratio[experience.response_mask])
 
     def update_timeouts(self, count: int | None) -> None:
-        """Count the answers that the scorer gave up; None = this task's scorer gives up none."""
+        """Count the answers whose scoring timed out; None = a scorer without time limit."""
         if count is not None:
             self["rollout/scorer_timeouts"].update(count)
 
@@ -181,7 +181,7 @@ class UpdateMetrics(_Collection):
         self.skipped += 1
 
     def flush(self) -> dict[str, float]:
-        """Values over all ranks, then empty."""
+        """Values over all ranks, then reset. Collective."""
         values = super().flush()
         for name, loss in self.losses.items():
             assert isinstance(loss, Total)
@@ -255,7 +255,7 @@ class EvaluationMetrics(_Collection):
             self[f"{tag}_se"].update(values)
 
     def flush(self) -> dict[str, float]:
-        """Values over all ranks, then empty; without the standard errors of a single prompt."""
+        """Values over all ranks, then reset; no standard errors of a single prompt. Collective."""
         values = super().flush()
         return {
             tag: value
@@ -274,7 +274,7 @@ class Evaluations(nn.Module):
         self.sets = nn.ModuleDict()
 
     def of(self, split: str, device: torch.device) -> EvaluationMetrics:
-        """The metrics of a set, made when they are first asked for."""
+        """The metrics of a set, made at first use."""
         if split not in self.sets:
             self.sets[split] = EvaluationMetrics(self.num_responses).to(device)
         metrics = self.sets[split]
@@ -282,7 +282,7 @@ class Evaluations(nn.Module):
         return metrics
 
     def flush(self) -> dict[str, float]:
-        """Values of every set over all ranks, as ``set/tag``, then empty."""
+        """Values of every set over all ranks, as ``set/tag``, then reset. Collective."""
         values: dict[str, float] = {}
         for split, metrics in self.sets.items():
             assert isinstance(metrics, EvaluationMetrics)
