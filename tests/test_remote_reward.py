@@ -360,7 +360,7 @@ def test_https_is_spoken() -> None:
     [
         *("ftp://host/", "file:///etc/hosts", "host:8765", "", "http://", "http://host:99999"),
         *("http://host:port", "http://host/a b", "http://host/\r\nX: y", "http://h\N{SNOWMAN}st"),
-        "http://[::1",
+        *("http://[::1", "http://host/" + "a" * 70_000),
     ],
 )
 def test_only_addresses_of_http_are_taken(url: str) -> None:

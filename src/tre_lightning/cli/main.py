@@ -225,6 +225,15 @@ def _naming(option: str) -> Callable[..., Any]:
     return build
 
 
+class _Parser(LightningArgumentParser):
+    """Lightning's parser, which names the option in the error of a class that it builds."""
+
+    def instantiate_classes(self, cfg: Namespace, **options: Any) -> Namespace:  # type: ignore[override]
+        """Build what the configuration names by class."""
+        naming = [(_naming(option), kind, True) for kind, option in _CONFIGURED.items()]
+        return self.instantiate(cfg, instantiators=naming, **options)
+
+
 def _seed(seed: bool | int) -> int:
     """A number for the parser; what true and false mean is settled later, in one place."""
     return int(seed)
@@ -256,6 +265,7 @@ class _CLI(LightningCLI):
                 subclass_mode_data=True,
                 seed_everything_default=42,
                 save_config_callback=RunConfig,
+                parser_class=_Parser,
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
                 parser_kwargs={
@@ -367,8 +377,6 @@ class _CLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build module, data and trainer; their checks run here, before any work."""
-        for kind, option in _CONFIGURED.items():
-            self.parser.add_instantiator(_naming(option), kind, subclasses=True)
         with one_line_errors():
             super().instantiate_classes()
             if self.subcommand == "fit":

@@ -180,9 +180,10 @@ def _innermost(error: BaseException) -> BaseException:
 
 def _check_url(url: str) -> None:
     try:
+        httpx2.URL(url)  # has rules of its own
         parts = urlsplit(url)
         good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
+    except (ValueError, httpx2.InvalidURL):
         good = False
     if not good or any(character <= " " or character > "~" for character in url):
         raise ValueError(
