@@ -233,7 +233,7 @@ def _naming(option: str) -> Callable[..., Any]:
 class _Parser(LightningArgumentParser):
     """Lightning's parser, which names the option in the error of a class that it builds."""
 
-    def instantiate_classes(self, cfg: Namespace, **options: Any) -> Namespace:  # type: ignore[override]
+    def instantiate_classes(self, cfg: Namespace, **options: Any) -> Any:
         """Build what the configuration names by class."""
         naming = [(_naming(option), kind, True) for kind, option in _CONFIGURED.items()]
         return self.instantiate(cfg, instantiators=naming, **options)
