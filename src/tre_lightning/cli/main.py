@@ -230,6 +230,15 @@ def _naming(option: str) -> Callable[..., Any]:
     return build
 
 
+class _Parser(LightningArgumentParser):
+    """Lightning's parser, which names the option in the error of a class that it builds."""
+
+    def instantiate_classes(self, cfg: Namespace, **options: Any) -> Any:
+        """Build what the configuration names by class."""
+        naming = [(_naming(option), kind, True) for kind, option in _CONFIGURED.items()]
+        return self.instantiate(cfg, instantiators=naming, **options)
+
+
 def _seed(seed: bool | int) -> int:
     """The seed as a number for the parser; true and false are settled later, in one place."""
     return int(seed)
@@ -261,6 +270,7 @@ class _CLI(LightningCLI):
                 subclass_mode_data=True,
                 seed_everything_default=42,
                 save_config_callback=RunConfig,
+                parser_class=_Parser,
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
                 parser_kwargs={
@@ -372,8 +382,6 @@ class _CLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build module, data and trainer; their checks run here, before any work."""
-        for kind, option in _CONFIGURED.items():
-            self.parser.add_instantiator(_naming(option), kind, subclasses=True)
         with one_line_errors():
             super().instantiate_classes()
             if self.subcommand == "fit":
