@@ -23,7 +23,7 @@ from tre_lightning.methods import (
 )
 from tre_lightning.methods.hooks import POLICY, shaped, weighed
 from tre_lightning.ops import Region
-from tre_lightning.policy.head import Head, HeadInput
+from tre_lightning.policy.head import HeadOptions, head_outputs
 
 P = [0.5, 0.3, 0.1, 0.1]
 NONE = batches.tokens(0)  # these terms look at the outputs alone
@@ -39,8 +39,8 @@ REGIONS = (
 
 
 def of_logits(logits: Tensor, fused: bool = True) -> PolicyOutputs:
-    head = Head(REGIONS, temperature=1.0, memory=1, fused=fused)
-    return head.outputs(HeadInput(logits=logits), torch.zeros(len(logits), dtype=torch.long))
+    asked = HeadOptions(REGIONS, temperature=1.0, memory=1, fused=fused)
+    return head_outputs(logits, None, torch.zeros(len(logits), dtype=torch.long), asked)
 
 
 def outputs(*rows: list[float], fused: bool = True) -> PolicyOutputs:
