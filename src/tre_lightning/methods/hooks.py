@@ -105,6 +105,13 @@ class Method(Callback):
         observed_regions: those that only ``observe`` asks for.
         needs_logits: whether its hooks ask for the logits; they cost memory, n x V numbers.
         needs_reference: whether ``observe`` asks for the initial policy, which is then kept.
+
+    Example:
+        >>> class OnlyGood(Method):
+        ...     def shape_advantages(self, batch):
+        ...         return batch.advantages.clamp(min=0.0)
+        >>> OnlyGood("only_good").state_key
+        'OnlyGood[only_good]'
     """
 
     regions: tuple[Region, ...] = ()
@@ -167,6 +174,14 @@ class LossTerm(Method, ABC):
 
     Attributes:
         current_coef: coefficient of the iteration that is running, set after ``adapt``; 0 = off.
+
+    Example:
+        >>> class TopTwenty(LossTerm):
+        ...     regions = (Region(top_k=20),)
+        ...     def per_token(self, outputs, tokens):
+        ...         return -outputs.entropy(Region(top_k=20)).region
+        >>> TopTwenty("top_twenty", coef=0.001).coef
+        0.001
     """
 
     current_coef: float = 0.0

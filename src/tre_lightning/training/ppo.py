@@ -7,7 +7,6 @@ no entropy method: methods are :class:`~tre_lightning.methods.Method` callbacks.
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -31,7 +30,6 @@ from tre_lightning.methods.hooks import (
     weighed,
 )
 from tre_lightning.policy.actor_critic import ActorCritic, PolicyArgs
-from tre_lightning.policy.encoding import textless_tokens
 from tre_lightning.policy.head import HeadOptions
 from tre_lightning.policy.lora import fingerprint
 from tre_lightning.policy.sharding import is_sharded
@@ -72,6 +70,11 @@ class PPOModule(LightningModule):
     """Proximal policy optimisation of a causal language model, with a critic or without.
 
     The model is built in ``configure_model``; until then ``actor_critic`` does not exist.
+
+    Example:
+        >>> module = PPOModule(policy={"model": "my/model"}, ppo={"num_epochs": 2})
+        >>> module.ppo_args.num_epochs, module.rollout_args.num_responses
+        (2, 8)
     """
 
     actor_critic: ActorCritic
@@ -270,8 +273,7 @@ class PPOModule(LightningModule):
     def score(self, responses: Sequence[str], prompts: PromptBatch) -> Tensor:
         """The task's scores, float32 ``[len(responses)]``; NaN = could not be scored."""
         with agreed():
-            scores = scores_of(self.task, responses, prompts)
-        return scores.to(self.device)
+            return scores_of(self.task, responses, prompts).to(self.device)
 
     def _update(
         self, minibatch: TrainingBatch, methods: Sequence[Method], lr_fraction: float
@@ -336,11 +338,6 @@ class PPOModule(LightningModule):
     def predict_step(self, prompts: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """One record a prompt: prompt, responses and scores (None = could not be scored)."""
         return predict(self, prompts)
-
-    @cached_property
-    def textless(self) -> list[int]:
-        """Tokens that stand for no text; found once, as reading the vocabulary takes long."""
-        return textless_tokens(self.tokenizer, getattr(self.task, "own_text", ""))
 
     def entropies(self, rollout: Rollout) -> EntropyStats:
         """What the policy makes of responses, ``[B, T]`` each, 0 at padding; all rows at once."""
