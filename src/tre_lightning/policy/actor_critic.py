@@ -264,6 +264,8 @@ class ActorCritic(nn.Module):
     ) -> tuple[LossSum, Tensor | None]:
         """Sum of the losses of the n counted response tokens, and values ``[B, T]`` (float32).
 
+        The objective is called in here, where a sharded head has its weight at hand.
+
         Args:
             batch: the tokens are those of ``response_mask``, in reading order.
             asked: what ``objective`` needs.

@@ -53,7 +53,7 @@ def evaluate_rollout(
         region: that of the diagnostics.
         micro_batch_size: rows of one pass.
     """
-    observed = [region for method in methods for region in method.observed_regions]
+    observed = [each for method in methods for each in method.observed_regions]
     asked = asked_by(methods, options, region, *observed)
     # Of the reference, only what is asked for: mostly log-probabilities alone.
     of_reference = asked_by([m for m in methods if m.needs_reference], options)
