@@ -8,7 +8,8 @@ from torch import Tensor
 
 from tre_lightning.batches import TrainingBatch
 from tre_lightning.entropy import Region
-from tre_lightning.methods.hooks import LossTerm, PolicyOutputs, Tokens
+from tre_lightning.methods.hooks import LossTerm, Tokens
+from tre_lightning.ops import PolicyOutputs
 
 
 class AEnt(LossTerm):

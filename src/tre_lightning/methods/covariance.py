@@ -18,8 +18,9 @@ from torch import Tensor
 from tre_lightning.batches import TrainingBatch
 from tre_lightning.common.metrics import centred
 from tre_lightning.common.seeding import uniforms
-from tre_lightning.methods.hooks import LinearSchedule, LossTerm, Method, PolicyOutputs, Tokens
+from tre_lightning.methods.hooks import LinearSchedule, LossTerm, Method, Tokens
 from tre_lightning.methods.selection import check_fraction, fraction_of, top
+from tre_lightning.ops import PolicyOutputs
 
 
 def covariances(batch: TrainingBatch) -> Tensor:

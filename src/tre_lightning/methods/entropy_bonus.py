@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from tre_lightning.entropy import Region
-from tre_lightning.methods.hooks import LinearSchedule, LossTerm, PolicyOutputs, Tokens
+from tre_lightning.methods.hooks import LinearSchedule, LossTerm, Tokens
+from tre_lightning.ops import PolicyOutputs
 
 
 class EntropyBonus(LossTerm):

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from tre_lightning.batches import TrainingBatch
 from tre_lightning.entropy import Region
-from tre_lightning.methods.hooks import Method, PolicyOutputs
+from tre_lightning.methods.hooks import Method
 from tre_lightning.methods.selection import check_fraction, fraction_of, top
+from tre_lightning.ops import PolicyOutputs
 
 Divisor = Literal["all", "selected"]
 

@@ -8,8 +8,9 @@ from torch import Tensor
 from tre_lightning.batches import TrainingBatch
 from tre_lightning.common.validation import one_of
 from tre_lightning.entropy import Region, check_region
-from tre_lightning.methods.hooks import LinearSchedule, LossTerm, PolicyOutputs, Tokens
+from tre_lightning.methods.hooks import LinearSchedule, LossTerm, Tokens
 from tre_lightning.methods.selection import above_quantile, check_fraction, fraction_of, top
+from tre_lightning.ops import PolicyOutputs
 
 Within = Literal["rollout", "response"]
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from tre_lightning.common.validation import at_least, one_of
 from tre_lightning.entropy import Region, check_region, entropy_of_tokens, trust_region_mask
-from tre_lightning.methods.hooks import LinearSchedule, LossTerm, PolicyOutputs, Tokens
+from tre_lightning.methods.hooks import LinearSchedule, LossTerm, Tokens
+from tre_lightning.ops import PolicyOutputs
 
 Owner = Literal["current", "behaviour", "reference"]
 

@@ -8,6 +8,7 @@ the whole policy.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -110,7 +111,8 @@ def shard(
         precision: that of the trainer. With bf16-mixed, weights are gathered in bfloat16, half the
             memory and traffic; the shards, and so the optimiser's, stay float32, and so does the
             sum of the gradients over the ranks.
-        methods: names of methods that need the model's weights as ``forward`` does.
+        methods: names of methods that need the model's weights as ``forward`` does. Their arguments
+            are not cast.
         cpu_offload: the shards stay in host memory, and so do gradients and the optimiser's states.
     """
     mesh = init_device_mesh(device_type, (torch.distributed.get_world_size(),))
@@ -121,13 +123,15 @@ def shard(
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     place = CPUOffloadPolicy(pin_memory=device_type == "cuda") if cpu_offload else OffloadPolicy()
     layers = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
+    # What the model itself is given are token ids, and records whose numbers keep their types.
+    uncast = replace(policy, cast_forward_inputs=False)
     for part in (*layers, model):
         # The last group too, which by default stays gathered until a backward pass: what looks at
         # the parameters between two passes (optimiser, checkpoint) must find the shards.
         fully_shard(
             part,
             mesh=mesh,
-            mp_policy=policy,
+            mp_policy=uncast if part is model else policy,
             offload_policy=place,
             reshard_after_forward=True,
         )

@@ -1,13 +1,15 @@
 """Metrics of a run as collections of torchmetrics; docs/metrics.md defines every tag."""
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
+from lightning.fabric.loggers.logger import Logger
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from tre_lightning.batches import Experience, TrainingBatch
+from tre_lightning.common.distributed import agreed
 from tre_lightning.common.metrics import (
     MajorityAtK,
     MaskedExplainedVariance,
@@ -22,7 +24,9 @@ from tre_lightning.common.metrics import (
     pass_at_k_by_prompt,
 )
 from tre_lightning.entropy import EntropyStats
+from tre_lightning.methods.hooks import LossTerm, Method
 from tre_lightning.training.losses import approx_kl, clipped, policy_ratio
+from tre_lightning.training.objective import Losses
 
 
 class _Collection(nn.Module):
@@ -139,6 +143,18 @@ class UpdateMetrics(_Collection):
         self["value/mean"].update(batch.values, mask)
         self["value/return_mean"].update(batch.returns, mask)
 
+    def update(
+        self,
+        losses: Losses,
+        batch: TrainingBatch,
+        clip_eps_low: float | None,
+        clip_eps_high: float | None,
+    ) -> None:
+        """Count the losses of one micro-batch of this rank, and how far the policy has moved."""
+        for name, part in losses.parts.items():
+            self.add_loss(name, part)
+        self.update_policy(losses.logprobs, batch, clip_eps_low, clip_eps_high)
+
     def update_policy(
         self,
         logprobs: Tensor,
@@ -193,6 +209,32 @@ class UpdateMetrics(_Collection):
         values["policy/skipped_updates"] = float(self.skipped)
         self.steps = self.skipped = 0
         return values
+
+
+def method_values(methods: Sequence[Method], scales: Mapping[str, float]) -> dict[str, float]:
+    """What the methods have to log: coefficients and numbers of their own.
+
+    Args:
+        methods: after the updates of an iteration.
+        scales: mean of :meth:`LossTerm.scale` over the rollout, by the term's name.
+    """
+    values: dict[str, float] = {}
+    for method in methods:
+        name = f"loss/{method.name}"
+        if isinstance(method, LossTerm):
+            coef = float(method.current_coef)
+            values[f"{name}_coef"] = coef
+            values[f"{name}_effective_coef"] = coef * scales[method.name]
+        values |= {f"{name}_{key}": float(value) for key, value in method.logged().items()}
+    return values
+
+
+def write(values: dict[str, float], loggers: Sequence[Logger], step: int) -> None:
+    """Log an iteration before its checkpoint; Lightning would after it, and a kill lose it."""
+    with agreed():  # the first rank alone writes
+        for logger in loggers:
+            logger.log_metrics(values, step=step)
+            logger.save()
 
 
 class EvaluationMetrics(_Collection):

@@ -18,6 +18,13 @@ def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, 0.0).sum()
 
 
+def spread(values: Tensor, mask: Tensor) -> Tensor:
+    """Values ``[n, ...]`` of the True entries at their places, ``[B, T, ...]``; 0 elsewhere."""
+    filled = values.new_zeros(mask.shape + values.shape[1:])
+    filled[mask] = values
+    return filled
+
+
 def policy_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
     """New over old probability of each token, ``[B, T]``.
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import get_args
 
 from tre_lightning.common.validation import at_least, one_of, positive, unit_fraction
-from tre_lightning.entropy import check_region
+from tre_lightning.entropy import Region, check_region
 from tre_lightning.training.advantages import Estimator
-from tre_lightning.training.kl import KLEstimator, KLPlace, check_kl
+from tre_lightning.training.kl import KLEstimator, KLPlace, check_kl, next_kl_coef
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,14 @@ class PPOArgs:
         if not self.value_coef >= 0.0:
             raise ValueError(f"model.ppo.value_coef={self.value_coef} must be 0 (off) or positive")
         self._check_kl()
+
+    def next_kl_coef(self, kl_coef: float, kl: float, responses: int) -> float:
+        """The KL coefficient of the next iteration, after a rollout of that KL a token."""
+        if self.kl_target is None:
+            return kl_coef
+        return next_kl_coef(
+            kl_coef, kl, target=self.kl_target, responses=responses, horizon=self.kl_horizon
+        )
 
     def _check_kl(self) -> None:
         if not 0.0 <= self.kl_coef < math.inf:
@@ -197,3 +205,8 @@ class DiagnosticsArgs:
 
     def __post_init__(self) -> None:
         check_region(self.top_k, self.top_p, "model.diagnostics")
+
+    @property
+    def region(self) -> Region:
+        """The same as a region."""
+        return Region(self.top_k, self.top_p)
