@@ -212,7 +212,7 @@ class UpdateMetrics(_Collection):
 
 
 def method_values(methods: Sequence[Method], scales: Mapping[str, float]) -> dict[str, float]:
-    """What the methods have to log: coefficients and numbers of their own.
+    """Coefficients and other numbers of the methods, to be logged beside the losses of the update.
 
     Args:
         methods: after the updates of an iteration.
@@ -225,6 +225,8 @@ def method_values(methods: Sequence[Method], scales: Mapping[str, float]) -> dic
             coef = float(method.current_coef)
             values[f"{name}_coef"] = coef
             values[f"{name}_effective_coef"] = coef * scales[method.name]
+            if coef == 0.0:  # no update has it; a run that goes on logs what the whole run did
+                values[name] = 0.0
         values |= {f"{name}_{key}": float(value) for key, value in method.logged().items()}
     return values
 
