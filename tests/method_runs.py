@@ -14,7 +14,7 @@ from torch import Tensor
 import runs
 from tre_lightning.methods import LossTerm, PolicyOutputs
 from tre_lightning.methods.hooks import weighed
-from tre_lightning.policy.head import Head, HeadInput
+from tre_lightning.policy.head import HeadOptions, head_outputs
 
 Spec = Mapping[str, Any]
 
@@ -32,8 +32,8 @@ def entropy(*weights: float) -> float:
 def outputs(term: LossTerm, logits: Tensor) -> PolicyOutputs:
     """What a term is given of tokens ``[n]`` that have these logits ``[n, V]``."""
     regions = (*term.regions, *term.observed_regions)
-    head = Head(regions, temperature=1.0, memory=1, fused=True)
-    return head.outputs(HeadInput(logits=logits), torch.zeros(len(logits), dtype=torch.long))
+    asked = HeadOptions(regions, temperature=1.0, memory=1, fused=True)
+    return head_outputs(logits, None, torch.zeros(len(logits), dtype=torch.long), asked)
 
 
 def mean_loss(term: LossTerm, logits: Tensor, batch: Any) -> Tensor:

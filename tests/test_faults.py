@@ -22,7 +22,6 @@ from torch import Tensor
 import runs
 import tre_lightning.sampling.in_process
 import tre_lightning.training.objective
-import tre_lightning.training.ppo
 from tre_lightning.batches import PromptBatch
 from tre_lightning.callbacks.checkpoint import IterationCheckpoint, find_checkpoint
 from tre_lightning.callbacks.progress import RunProgress
@@ -159,14 +158,14 @@ def test_too_many_skipped_updates_end_the_run(
     if kind == "value":
         changes = poisoned(max_skipped_updates=3)
         calls = 0
-        value_loss = tre_lightning.training.ppo.value_loss
+        value_loss = tre_lightning.training.objective.value_loss
 
         def failing(values: Tensor, *args: Tensor, **options: Any) -> Tensor:
             nonlocal calls
             calls += 1
             return value_loss(values, *args, **options) * (math.nan if calls >= 6 else 1.0)
 
-        monkeypatch.setattr(tre_lightning.training.ppo, "value_loss", failing)
+        monkeypatch.setattr(tre_lightning.training.objective, "value_loss", failing)
     line = error_of(capsys, lambda: runs.run(run_dir, changes=changes))
     said = "3 updates in a row", "max_skipped_updates", named, "model.optim.lr", "--ckpt_path last"
     for word in said:
@@ -214,7 +213,8 @@ class FakeTrainer(SimpleNamespace):
     def save_checkpoint(self, path: Path, weights_only: bool) -> None:
         path.parent.mkdir(exist_ok=True)
         self.saves += 1
-        torch.save({"tre_lightning": {"iteration": self.saves, "shapes": {}}}, path)
+        run = {"iteration": self.saves, "shapes": {}}
+        torch.save({"tre_lightning": run, "global_step": self.saves}, path)
 
 
 @pytest.fixture
@@ -558,12 +558,12 @@ def test_a_full_disk_of_the_first_rank_ends_all(whole: Path, tmp_path: Path) -> 
     def prepare(rank: int) -> None:
         original, saves = torch.save, 0
 
-        def full(*args: Any, **options: Any) -> None:
+        def full(content: Any, target: Any, **options: Any) -> None:
             nonlocal saves
-            saves += 1
+            saves += isinstance(target, str | Path)  # not the states that are tried before
             if saves == 2:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            original(*args, **options)
+            original(content, target, **options)
 
         torch.save = full  # the first rank alone writes
 

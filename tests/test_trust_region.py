@@ -12,7 +12,7 @@ import batches
 import runs
 from tre_lightning.entropy import entropy_of_tokens, trust_region_entropy, trust_region_mask
 from tre_lightning.methods import LinearSchedule, PolicyOutputs, TrustRegionEntropy
-from tre_lightning.policy.head import Head, HeadInput
+from tre_lightning.policy.head import HeadOptions, head_outputs
 
 P = [0.5, 0.3, 0.1, 0.06, 0.04]
 SURE = [0.96, 0.02, 0.01, 0.006, 0.004]
@@ -24,8 +24,8 @@ def entropy(*weights: float) -> float:
 
 
 def outputs(term: TrustRegionEntropy, logits: Tensor) -> PolicyOutputs:
-    head = Head(term.regions, temperature=1.0, memory=1, show_logits=term.needs_logits)
-    return head.outputs(HeadInput(logits=logits), torch.zeros(len(logits), dtype=torch.long))
+    asked = HeadOptions(term.regions, temperature=1.0, memory=1, show_logits=term.needs_logits)
+    return head_outputs(logits, None, torch.zeros(len(logits), dtype=torch.long), asked)
 
 
 # --- regions that are given ---
