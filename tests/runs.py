@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -28,12 +29,16 @@ from torch import Tensor
 from tre_lightning.batches import PromptBatch
 from tre_lightning.cli import main as cli
 from tre_lightning.cli.main import main
+from tre_lightning.common.distributed import world
 from tre_lightning.methods import EntropyBonus, PolicyOutputs, Tokens
 from tre_lightning.tasks import CountdownDataModule
 
 # The warm start of all these runs is trained once a session.
 _cache = tempfile.TemporaryDirectory(prefix="tre_lightning_tests_")
 WARM_STARTS = Path(_cache.name) / "warm_starts"
+
+ROOT = Path(__file__).parents[1]  # of the repository
+CONFIGS = ROOT / "configs"
 
 ITERATIONS = 4  # PPO iterations of the tiny run
 STEPS_AN_ITERATION = 4  # optimiser steps: num_epochs x num_minibatches
@@ -85,6 +90,32 @@ class NeedsLogits(EntropyBonus):
         assert outputs.logits is not None
         log_p = outputs.logits.log_softmax(-1)
         return (log_p.exp() * log_p).sum(-1)
+
+
+class Poison(EntropyBonus):
+    """An entropy bonus that is not finite at some of its calls, of which each update makes one.
+
+    ``kind``: its ``loss`` is NaN; or only the ``gradient`` that it gives; or the loss is an
+    infinite ``constant``, without a gradient, on the last rank alone.
+    """
+
+    def __init__(self, kind: str = "loss", first: int = 0, last: int = 0) -> None:
+        super().__init__(0.01, name="poison")
+        self.kind, self.first, self.last, self.calls = kind, first, last, 0
+
+    def per_token(self, outputs: PolicyOutputs, tokens: Tokens) -> Tensor:
+        loss = super().per_token(outputs, tokens)
+        self.calls += 1
+        if not self.first <= self.calls <= self.last:
+            return loss
+        if self.kind == "loss":
+            return loss * math.nan
+        if self.kind == "constant":
+            rank, ranks = world()
+            return torch.full_like(loss, math.inf) if rank == ranks - 1 else loss
+        loss = loss * 1.0
+        loss.register_hook(lambda gradient: gradient * math.nan)
+        return loss
 
 
 TRE = {
@@ -249,6 +280,11 @@ class Fork:
 Process = subprocess.Popen[str] | Fork
 
 
+def python_path() -> str:
+    """PYTHONPATH of a fresh interpreter that imports what this one can, the tests' helpers too."""
+    return os.pathsep.join(sys.path)
+
+
 @contextmanager
 def process(arguments: Sequence[str], *, fresh: bool = False, **extra: str) -> Iterator[Process]:
     """``python -m tre_lightning`` as a process of its own, which does not outlive the block.
@@ -258,10 +294,9 @@ def process(arguments: Sequence[str], *, fresh: bool = False, **extra: str) -> I
     """
     child: Process
     if fresh:
-        paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
         child = subprocess.Popen(
             [sys.executable, "-m", "tre_lightning", *arguments],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **extra},
+            env={**os.environ, "PYTHONPATH": python_path(), **extra},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

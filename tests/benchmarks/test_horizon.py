@@ -1,13 +1,10 @@
 """Test of benchmarks/horizon.py: its tables from made-up results."""
 
 import json
-import sys
 from pathlib import Path
 
-import pytest
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import horizon
+import pytest
 
 from tre_lightning.compare import Method, Plan, Trial
 from tre_lightning.compare.trial import RESULT

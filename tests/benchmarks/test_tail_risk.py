@@ -8,10 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import tail_risk
+import torch
 from tail_risk import COMMA, EQUALS, MINUS, PLUS, QUICK, VOCABULARY, WORDS
 
 NAMES = {"+": PLUS, "-": MINUS, "=": EQUALS, ",": COMMA, "?": VOCABULARY - 1, "!": WORDS}

@@ -16,7 +16,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 import runs
 from tre_lightning.callbacks.loggers import LAYOUT
 
-LAYERS = Path(__file__).parent.parent / "configs" / "logger"
+LAYERS = runs.CONFIGS / "logger"
 NOT_DRAWN = {"epoch"}
 
 

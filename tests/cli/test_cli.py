@@ -16,8 +16,6 @@ from tre_lightning.cli.main import PPOCLI, main
 from tre_lightning.common.errors import one_line
 from tre_lightning.methods import LossTerm, find_methods
 
-REPOSITORY = Path(__file__).parent.parent
-CONFIGS = REPOSITORY / "configs"
 OTHER_SIZE = {**runs.ARCHITECTURE, "hidden_size": 32}
 
 
@@ -373,16 +371,18 @@ def test_the_tokenizer_is_that_of_the_policy(tmp_path: Path, done: Path) -> None
 def whole_configs() -> list[list[Path]]:
     """Files under configs/ that are a configuration together."""
     tasks, models, methods = (
-        sorted((CONFIGS / kind).glob("*.yaml")) for kind in ("task", "model", "method")
+        sorted((runs.CONFIGS / kind).glob("*.yaml")) for kind in ("task", "model", "method")
     )
     combinations = {*itertools.product(tasks, models, methods[:1])}
     combinations |= {*itertools.product(tasks, models[-1:], methods)}
     combinations |= {
         (path, estimator)
-        for path in CONFIGS.glob("*.yaml")
-        for estimator in (CONFIGS / "estimator").glob("*.yaml")
+        for path in runs.CONFIGS.glob("*.yaml")
+        for estimator in (runs.CONFIGS / "estimator").glob("*.yaml")
     }
-    return [[path] for path in sorted(CONFIGS.glob("*.yaml"))] + sorted(map(list, combinations))
+    return [[path] for path in sorted(runs.CONFIGS.glob("*.yaml"))] + sorted(
+        map(list, combinations)
+    )
 
 
 @pytest.mark.usefixtures("parsed_only")
@@ -392,7 +392,7 @@ def whole_configs() -> list[list[Path]]:
 def test_shipped_configurations_can_be_built(
     files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(REPOSITORY)  # their paths are relative to it
+    monkeypatch.chdir(runs.ROOT)  # their paths are relative to it
     words = [word for path in files for word in ("--config", str(path))]
     cli = fit(*words, f"--trainer.default_root_dir={tmp_path}/run", "--trainer.accelerator=cpu")
     callbacks = []
@@ -428,7 +428,7 @@ def test_the_quick_start_is_its_layers(tmp_path: Path, capsys: pytest.CaptureFix
     printed = []
     layers = ["task/countdown.yaml", "model/tiny.yaml", "method/tre_p.yaml"]
     for files in (["countdown_tiny.yaml"], layers):
-        words = [word for name in files for word in ("--config", str(CONFIGS / name))]
+        words = [word for name in files for word in ("--config", str(runs.CONFIGS / name))]
         with pytest.raises(SystemExit) as stopped:
             main(["fit", *words, f"--trainer.default_root_dir={tmp_path}", "--print_config"])
         assert stopped.value.code == 0

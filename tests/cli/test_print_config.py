@@ -8,8 +8,6 @@ import yaml
 import runs
 from tre_lightning.cli.main import PPOCLI, main
 
-CONFIGS = Path(__file__).parent.parent / "configs"
-
 
 def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     with pytest.raises(SystemExit) as stopped:
@@ -33,7 +31,7 @@ def test_it_can_be_given_back(
     command: str, file: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = command.split()
-    given = ["--config", f"{CONFIGS}/{file}.yaml"] if file else []
+    given = ["--config", f"{runs.CONFIGS}/{file}.yaml"] if file else []
     if file is None:  # what a warm start needs
         data = {"task": {"class_path": "tre_lightning.tasks.CountdownDataModule"}}
         sft = {"model": {"output_dir": str(tmp_path / "model")}, "data": {"init_args": data}}

@@ -20,7 +20,8 @@ from tre_lightning.cli.main import PPOCLI, main
 from tre_lightning.cli.warm_start import WarmStart
 from tre_lightning.methods import LinearSchedule, Method
 from tre_lightning.policy.lora import LoraArgs
-from tre_lightning.training import options as args
+from tre_lightning.sampling import options as sampling
+from tre_lightning.training import options as training
 
 # Every argument of the trainer: values that change nothing of a run, and values that are refused
 # with a word of the remedy. An argument of a later Lightning is in neither, and fails the test.
@@ -327,12 +328,12 @@ def test_two_progress_bars_and_no_logger_are_refused(refused: Callable[..., str]
 # ----- options name themselves in full
 
 GROUPS: dict[str, type] = {
-    "model.rollout": args.RolloutArgs,
-    "model.rollout.vllm": args.VLLMArgs,
-    "model.evaluation": args.EvaluationArgs,
-    "model.ppo": args.PPOArgs,
-    "model.optim": args.OptimArgs,
-    "model.diagnostics": args.DiagnosticsArgs,
+    "model.rollout": sampling.RolloutArgs,
+    "model.rollout.vllm": sampling.VLLMArgs,
+    "model.evaluation": sampling.EvaluationArgs,
+    "model.ppo": training.PPOArgs,
+    "model.optim": training.OptimArgs,
+    "model.diagnostics": training.DiagnosticsArgs,
     "model.policy.lora": LoraArgs,
     "warm_start": WarmStart,
 }

@@ -22,7 +22,7 @@ from tre_lightning.cli.main import PPOCLI, main
 from tre_lightning.policy.sharding import check_sharding, shards
 from tre_lightning.training.options import OptimArgs
 
-EXPERIMENTS = Path(__file__).parents[1] / "configs" / "experiment"
+EXPERIMENTS = runs.CONFIGS / "experiment"
 METHOD = EXPERIMENTS.parent / "method" / "tre_p.yaml"
 SCALE = EXPERIMENTS.parent / "scale"
 

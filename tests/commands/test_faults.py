@@ -28,37 +28,10 @@ from tre_lightning.callbacks.checkpoint import IterationCheckpoint, find_checkpo
 from tre_lightning.callbacks.progress import RunProgress
 from tre_lightning.common.distributed import world
 from tre_lightning.common.errors import CheckpointError
-from tre_lightning.methods import EntropyBonus, PolicyOutputs, Tokens
 from tre_lightning.training.nonfinite import nan_gradient_if_nonfinite
 from tre_lightning.training.options import PPOArgs
 
 PATIENCE = 90.0  # seconds; a hanging process must fail, not hang
-
-
-class Poison(EntropyBonus):
-    """An entropy bonus that is not finite at some of its calls, of which each update makes one.
-
-    ``kind``: its ``loss`` is NaN; or only the ``gradient`` that it gives; or the loss is an
-    infinite ``constant``, without a gradient, on the last rank alone.
-    """
-
-    def __init__(self, kind: str = "loss", first: int = 0, last: int = 0) -> None:
-        super().__init__(0.01, name="poison")
-        self.kind, self.first, self.last, self.calls = kind, first, last, 0
-
-    def per_token(self, outputs: PolicyOutputs, tokens: Tokens) -> Tensor:
-        loss = super().per_token(outputs, tokens)
-        self.calls += 1
-        if not self.first <= self.calls <= self.last:
-            return loss
-        if self.kind == "loss":
-            return loss * math.nan
-        if self.kind == "constant":
-            rank, ranks = world()
-            return torch.full_like(loss, math.inf) if rank == ranks - 1 else loss
-        loss = loss * 1.0
-        loss.register_hook(lambda gradient: gradient * math.nan)
-        return loss
 
 
 class InfiniteScore(runs.PlusCountdown):
@@ -74,7 +47,7 @@ class InfiniteScore(runs.PlusCountdown):
 def poisoned(kind: str = "loss", first: int = 0, last: int = 0, **ppo: int) -> dict[str, Any]:
     """Changes of the tiny run."""
     spec = {
-        "class_path": "test_faults.Poison",
+        "class_path": "runs.Poison",
         "init_args": {"kind": kind, "first": first, "last": last},
     }
     return {

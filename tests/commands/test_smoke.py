@@ -13,7 +13,6 @@ import runs
 from tre_lightning.cli.main import main
 from tre_lightning.tasks.alignment.scorer import RewardModelScorer
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 EXAMPLES = ("countdown_tiny", "math_tiny", "hh_tiny")
 SHORT_REWARD = ("--trainer.max_epochs=1", "--data.init_args.synthetic_size=1024")
 SHORT = (
@@ -35,10 +34,10 @@ def train(name: str, tmp_path: Path, short: bool) -> tuple[Path, list[str]]:
         Its directory, and the flags for another command on it.
     """
     run_dir = tmp_path / name
-    words = [f"--config={CONFIGS / name}.yaml", f"--trainer.default_root_dir={run_dir}"]
+    words = [f"--config={runs.CONFIGS / name}.yaml", f"--trainer.default_root_dir={run_dir}"]
     words.append(f"--warm_start.cache_dir={tmp_path / 'warm_starts'}")
     if name == "hh_tiny":
-        reward = [f"--config={CONFIGS}/reward/hh_tiny.yaml"]
+        reward = [f"--config={runs.CONFIGS}/reward/hh_tiny.yaml"]
         reward += [f"--trainer.default_root_dir={tmp_path / 'reward'}"]
         main(["reward", "fit", *reward, *cpu(SHORT_REWARD if short else ())])
         words.append(f"--data.init_args.reward.model={tmp_path / 'reward' / 'model'}")

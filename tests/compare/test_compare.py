@@ -27,7 +27,7 @@ from tre_lightning.compare.run import Runner, _Running, choose
 from tre_lightning.compare.statistics import differences, estimate, mean
 from tre_lightning.compare.trial import RESULT, SPECIFICATION, late_mean, read_curves
 
-PLANS = Path(__file__).parents[1] / "configs" / "compare"
+PLANS = runs.CONFIGS / "compare"
 METHOD = {
     "trainer": {
         "callbacks+": [
@@ -103,11 +103,11 @@ def test_comparison_resumes_after_a_kill_and_reports(
     plan = read_plan(file)
     first = Trial("clip", 0.2, 1).directory(plan)
     hold = tmp_path / "held"
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "tre_lightning.compare", "--config", str(file), "--jobs", "2"]
 
     # Ctrl-C in the second iteration of the first trial, of processes of their own
-    holding = {**os.environ, "PYTHONPATH": path, "HOLD": "train:1", "HOLD_FILE": str(hold)}
+    extra = {"PYTHONPATH": runs.python_path(), "HOLD": "train:1", "HOLD_FILE": str(hold)}
+    holding = {**os.environ, **extra}
     child = subprocess.Popen(command, env=holding, stderr=subprocess.PIPE, text=True)
     try:
         while not hold.exists() and child.poll() is None:

@@ -37,8 +37,7 @@ pytestmark = pytest.mark.skipif(
 
 TIMEOUT = 240.0  # seconds; a deadlock must fail, not hang
 
-CONFIGS = Path(__file__).parents[1] / "configs"
-SHARDED = yaml.safe_load((CONFIGS / "scale" / "8gpu.yaml").read_text())["trainer"]["strategy"]
+SHARDED = yaml.safe_load((runs.CONFIGS / "scale" / "8gpu.yaml").read_text())["trainer"]["strategy"]
 PPO = {"num_epochs": 2, "num_minibatches": 3, "micro_batch_size": 3}
 # 2 prompts on one process and 3 on the other: 8 and 12 responses, 3 and 4 micro-batches of them.
 CHANGES: dict[str, Any] = {
@@ -170,7 +169,7 @@ def test_predictions(alone: Path, together: Path, tmp_path: Path) -> None:
 
 def test_the_layer_of_devices_keeps_float32_weights(alone: Path, tmp_path: Path) -> None:
     """Gathered in bfloat16; so small steps are not lost."""
-    layer = ["--config", str(CONFIGS / "scale" / "8gpu.yaml")]
+    layer = ["--config", str(runs.CONFIGS / "scale" / "8gpu.yaml")]
     flags = [*layer, "--trainer.accelerator=cpu"]
     changes = {"data.init_args.batch_size": 5, "model.ppo": PPO, "trainer.max_epochs": 1}
     run_sharded(tmp_path / "run", *flags, changes=changes)
@@ -185,7 +184,7 @@ def test_all_ranks_skip_what_one_of_them_sees(alone: Path, tmp_path: Path) -> No
     changes = {
         **CHANGES,
         "model.ppo": {**PPO, "max_skipped_updates": 2},
-        "trainer.callbacks": [{"class_path": "test_faults.Poison", "init_args": poison}],
+        "trainer.callbacks": [{"class_path": "runs.Poison", "init_args": poison}],
     }
     printed = run_sharded(tmp_path / "run", changes=changes, code=1)
     lines = [line for line in printed.splitlines() if line.startswith("error: ")]
@@ -201,10 +200,9 @@ def torchrun(words: list[str], node: int, port: int) -> Iterator["subprocess.Pop
     """One node of two, with one process, as torchrun starts it."""
     launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
     where = [f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}"]
-    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     with subprocess.Popen(
         [sys.executable, *launcher, *where, "-m", "tre_lightning", *words],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": runs.python_path()},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -300,7 +298,7 @@ def test_supervised_training_offloads_nothing() -> None:
 def test_supervised_training_is_not_sharded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--config", str(CONFIGS / "reward" / "hh_tiny.yaml")]
+    words = ["--config", str(runs.CONFIGS / "reward" / "hh_tiny.yaml")]
     strategy = tmp_path / "strategy.json"
     strategy.write_text(json.dumps({"trainer": {"strategy": SHARDED}}))
     words += ["--config", str(strategy), f"--model.output_dir={tmp_path}/model"]

@@ -7,13 +7,14 @@ import shlex
 import sys
 import tomllib
 from fnmatch import fnmatch
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-DOCKERFILE = (ROOT / "Dockerfile").read_text()
-PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+import runs
+
+DOCKERFILE = (runs.ROOT / "Dockerfile").read_text()
+PYPROJECT = tomllib.loads((runs.ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 
 
@@ -39,7 +40,7 @@ def in_context(path: str) -> bool:
     """Whether .dockerignore leaves ``path`` in: the last pattern that hits it or a parent holds."""
     parents = [path, *map(str, PurePosixPath(path).parents)][:-1]
     sent = True
-    for line in (ROOT / ".dockerignore").read_text().splitlines():
+    for line in (runs.ROOT / ".dockerignore").read_text().splitlines():
         pattern = line.strip().removeprefix("!")
         if not pattern or line.startswith("#"):
             continue
@@ -58,13 +59,13 @@ def test_every_copied_path_exists_and_is_sent() -> None:
     copied = [source for arguments in of("COPY") for source in sources(arguments)]
     assert copied
     for source in copied:
-        path = ROOT / source
+        path = runs.ROOT / source
         assert path.exists(), source
         files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
         kept = [f for f in files if "__pycache__" not in f.parts]
         assert kept, source
         for file in kept:
-            assert in_context(file.relative_to(ROOT).as_posix()), file
+            assert in_context(file.relative_to(runs.ROOT).as_posix()), file
 
 
 @pytest.mark.parametrize(
@@ -134,7 +135,7 @@ def test_it_does_not_run_as_root_and_its_volumes_are_writable() -> None:
 
 def test_commands_of_the_docs_mount_the_volumes_and_use_shipped_configs() -> None:
     (volumes,) = of("VOLUME")
-    pages = [ROOT / "README.md", ROOT / "docs" / "docker.md"]
+    pages = [runs.ROOT / "README.md", runs.ROOT / "docs" / "docker.md"]
     text = "\n".join([DOCKERFILE, *(page.read_text() for page in pages)]).replace("\\\n", " ")
     commands = re.findall(r"docker run .*", text)
     assert len(commands) > 2
@@ -142,4 +143,4 @@ def test_commands_of_the_docs_mount_the_volumes_and_use_shipped_configs() -> Non
         for mounted in re.findall(r'-v \S+:(/[^\s:"]+)', command):
             assert mounted in json.loads(volumes), command
         for config in re.findall(r"--config (\S+)", command):
-            assert (ROOT / config).is_file(), command
+            assert (runs.ROOT / config).is_file(), command

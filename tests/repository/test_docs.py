@@ -17,8 +17,6 @@ from tre_lightning.methods import LossTerm, PolicyOutputs
 from tre_lightning.tasks.mathematics.scorer import score_math
 from tre_lightning.tasks.walks.scorer import score_walk
 
-ROOT = Path(__file__).parents[1]
-
 
 def test_metrics_page_defines_exactly_what_a_run_logs(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
@@ -42,17 +40,17 @@ def test_metrics_page_defines_exactly_what_a_run_logs(
     logged |= {*others["histograms"], *others["images"]}
     # The page describes the four held-out sets once.
     logged = {re.sub("^val_file/", "val/", tag) for tag in logged} | {"val/samples", "sft/loss"}
-    page = (ROOT / "docs" / "metrics.md").read_text()
+    page = (runs.ROOT / "docs" / "metrics.md").read_text()
     defined = set(re.findall(r"^\| `([^`]+)`", page, re.MULTILINE))
     assert defined == logged
     assert runs.texts(tmp_path / "run", "val/samples")
 
 
 def test_methods_page_has_every_method_with_its_defaults() -> None:
-    page = (ROOT / "docs" / "methods.md").read_text()
-    files = {file.stem for file in (ROOT / "configs" / "method").glob("*.yaml")}
+    page = (runs.ROOT / "docs" / "methods.md").read_text()
+    files = {file.stem for file in (runs.ROOT / "configs" / "method").glob("*.yaml")}
     assert set(re.findall(r"\(\.\./configs/method/(\w+)\.yaml\)", page)) == files
-    readme = (ROOT / "README.md").read_text()
+    readme = (runs.ROOT / "README.md").read_text()
     assert all(re.search(rf"\b{name}\b", readme) for name in files)
     rows = re.findall(r"^\| \[(\w+)\]\(.*\| ([^|]+) \| [^|]+ \|$", page, re.MULTILINE)
     written = {name: re.findall(r"`(\w+)` (-?[\d.]\S*?)(?=[, ]|$)", cell) for name, cell in rows}
@@ -70,7 +68,7 @@ def test_methods_page_has_every_method_with_its_defaults() -> None:
 
 
 def test_configuration_page_is_what_the_parser_says() -> None:
-    script = runpy.run_path(str(ROOT / "docs" / "configuration.py"))
+    script = runpy.run_path(str(runs.ROOT / "docs" / "configuration.py"))
     written = script["PAGE"].read_text()
     assert script["page"]() == written, "run python docs/configuration.py"
     assert "| `model.ppo.num_minibatches` | int | `4` | optimiser steps a pass. |" in written
@@ -78,7 +76,7 @@ def test_configuration_page_is_what_the_parser_says() -> None:
 
 def block(page: str) -> str:
     """The Python of a page."""
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", (runs.ROOT / page).read_text(), re.DOTALL)
     return str(code)
 
 
@@ -104,7 +102,7 @@ def test_method_of_the_docs_is_a_loss_term() -> None:
 
 @pytest.mark.parametrize("page", ["tasks.md", "math_scorer.md"])
 def test_math_scores_are_as_the_comments_say(page: str) -> None:
-    text = (ROOT / "docs" / page).read_text()
+    text = (runs.ROOT / "docs" / page).read_text()
     calls = re.findall(r"^(score_math\(.*\))  # (\d\.\d)", text, re.MULTILINE)
     assert {score for _, score in calls} == {"0.0", "1.0"}
     for call, score in calls:
@@ -112,7 +110,7 @@ def test_math_scores_are_as_the_comments_say(page: str) -> None:
 
 
 def test_walk_scores_are_as_the_comments_say() -> None:
-    text = (ROOT / "docs" / "tasks.md").read_text()
+    text = (runs.ROOT / "docs" / "tasks.md").read_text()
     calls = re.findall(r"^(score_walk\(.*\))  # (\d\.\d)", text, re.MULTILINE)
     assert [score for _, score in calls] == ["1.0", "1.0", "0.0", "0.0"]
     for call, score in calls:
@@ -122,9 +120,9 @@ def test_walk_scores_are_as_the_comments_say() -> None:
 def test_examples_of_the_api_page_print_what_they_say(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = (ROOT / "docs" / "api.md").read_text()
+    page = (runs.ROOT / "docs" / "api.md").read_text()
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "configs").symlink_to(runs.ROOT / "configs")
     printed: list[str] = []
     names = {"print": lambda *values: printed.append(" ".join(map(str, values)))}
     for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):

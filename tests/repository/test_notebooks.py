@@ -10,10 +10,10 @@ import pytest
 from ipykernel.kernelspec import write_kernel_spec
 from nbclient import NotebookClient
 
+import runs
 import tre_lightning
 
-ROOT = Path(__file__).parents[1]
-NOTEBOOKS = {file.stem: file for file in sorted((ROOT / "notebooks").glob("*.ipynb"))}
+NOTEBOOKS = {file.stem: file for file in sorted((runs.ROOT / "notebooks").glob("*.ipynb"))}
 MACHINE_PATH = re.compile(r"(?<![\w.])/(tmp|home|root|work|usr|opt|var|mnt)/|[A-Z]:\\\\")
 # Runs before the first cell, so that another interpreter or package cannot pass unseen.
 FIRST = f"""
@@ -35,7 +35,7 @@ def code_cells(notebook: Any) -> list[Any]:
 
 
 def test_the_readme_links_each_notebook() -> None:
-    linked = re.findall(r"\(notebooks/(\w+)\.ipynb\)", (ROOT / "README.md").read_text())
+    linked = re.findall(r"\(notebooks/(\w+)\.ipynb\)", (runs.ROOT / "README.md").read_text())
     assert len(linked) == 4 and set(linked) == set(NOTEBOOKS)
 
 

@@ -10,8 +10,7 @@ import pytest
 import runs
 from tre_lightning.cli.main import main
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README = (runs.ROOT / "README.md").read_text()
 SHORT = (
     "--warm_start.steps=2",
     "--warm_start.batch_size=8",
@@ -50,7 +49,7 @@ def test_commands_run_one_after_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "configs").symlink_to(runs.ROOT / "configs")
     for words in of("python", "-m", "tre_lightning"):
         if words[-1] == "--help":
             with pytest.raises(SystemExit, match=r"^0$"):
@@ -65,13 +64,13 @@ def test_commands_run_one_after_another(
 def test_a_method_is_added_as_its_page_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = (ROOT / "docs" / "add_a_method.md").read_text()
+    page = (runs.ROOT / "docs" / "add_a_method.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     (layer,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     (words,) = commands(page)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "configs").symlink_to(runs.ROOT / "configs")
     (tmp_path / "my_methods.py").write_text(code)
     (tmp_path / "confidence.yaml").write_text(layer)
     cli = main([*words[3:], *SHORT, "--trainer.log_every_n_steps=1"])
@@ -83,7 +82,7 @@ def test_it_is_short_enough_to_be_read() -> None:
 
 
 def test_targets_of_make_exist() -> None:
-    makefile = (ROOT / "Makefile").read_text()
+    makefile = (runs.ROOT / "Makefile").read_text()
     for target, *_ in of("make"):
         assert re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE), target
 
@@ -94,7 +93,7 @@ def test_files_that_it_names_exist() -> None:
     files = re.findall(r"\bconfigs/[\w./{},+-]*[\w}]", README)
     assert len(links) > 10 and len(files) > 5
     for file in [*links, *(one for name in files for one in alternatives(name))]:
-        assert (ROOT / file).exists(), file
+        assert (runs.ROOT / file).exists(), file
 
 
 def alternatives(name: str) -> list[str]:
@@ -104,6 +103,6 @@ def alternatives(name: str) -> list[str]:
 
 
 def test_extras_that_it_names_exist() -> None:
-    pyproject = (ROOT / "pyproject.toml").read_text()
+    pyproject = (runs.ROOT / "pyproject.toml").read_text()
     for extra in re.findall(r"tre-lightning\[(\w+)\]", README):
         assert re.search(rf"^{extra} = \[", pyproject, re.MULTILINE), extra

@@ -23,7 +23,6 @@ from tre_lightning.policy.actor_critic import (
 )
 from tre_lightning.sampling.in_process import generate
 
-CONFIGS = Path(__file__).parent.parent / "configs"
 IDS = torch.tensor([[5, 9, 3, 17, 30, 8]])
 
 # ----- gradient checkpointing
@@ -162,17 +161,17 @@ def test_a_16_bit_run_goes_on_where_it_was(
 # ----- the layers
 
 
-@pytest.mark.parametrize("layer", sorted(p.name for p in (CONFIGS / "memory").glob("*.yaml")))
+@pytest.mark.parametrize("layer", sorted(p.name for p in (runs.CONFIGS / "memory").glob("*.yaml")))
 def test_a_layer_goes_on_top_of_a_whole_configuration(
     layer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(PPOCLI, "_run_subcommand", lambda self, subcommand: None)
-    monkeypatch.chdir(CONFIGS.parent)
+    monkeypatch.chdir(runs.CONFIGS.parent)
     files = ("task/countdown.yaml", "model/tiny.yaml", "method/tre_p.yaml", f"memory/{layer}")
-    words = [word for file in files for word in ("--config", str(CONFIGS / file))]
+    words = [word for file in files for word in ("--config", str(runs.CONFIGS / file))]
     run_dir = f"--trainer.default_root_dir={tmp_path}/run"
     cli = main(["fit", *words, run_dir, "--trainer.accelerator=cpu"])
-    given = yaml.safe_load((CONFIGS / "memory" / layer).read_text())
+    given = yaml.safe_load((runs.CONFIGS / "memory" / layer).read_text())
     found, policy = cli.model.policy_args, given.get("model", {}).get("policy", {})
     assert found.gradient_checkpointing == policy.get("gradient_checkpointing", False)
     assert found.cpu_offload == policy.get("cpu_offload", False)

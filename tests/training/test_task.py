@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import runs
-from test_encoding import chatml
+from chat_tokenizers import chatml
 from tre_lightning.batches import PromptBatch, Rollout
 from tre_lightning.common.errors import ScoreError
 from tre_lightning.policy.encoding import control_tokens, textless_tokens

@@ -27,7 +27,6 @@ from tre_lightning.tasks.alignment.prompts import PreferenceDataModule, RewardAr
 from tre_lightning.tasks.alignment.scorer import RewardModelScorer
 from tre_lightning.tasks.alignment.server import RewardServer
 
-ROOT = Path(__file__).parents[1]
 PAIRS = "tre_lightning.tasks.PreferencePairs"
 ARCHITECTURE = {
     "model_type": "qwen3",
@@ -379,7 +378,7 @@ def test_from_reward_model_to_policy(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert isinstance(cli, RewardCLI) and "accuracy" in capsys.readouterr().out
     logged = runs.scalars(tmp_path / "reward_run")
     assert len(logged["reward/loss"]) == 3 and len(logged["val/accuracy"]) == 1
-    page = (ROOT / "docs" / "metrics.md").read_text()
+    page = (runs.ROOT / "docs" / "metrics.md").read_text()
     assert all(f"`{tag}`" in page for tag in logged), logged
     assert not list((tmp_path / "reward_run").rglob("*.ckpt"))
     message = refused(["fit", *reward_words(tmp_path)], capsys)  # the same without the word
@@ -488,7 +487,7 @@ def test_shipped_reward_configurations_can_be_built(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(RewardCLI, "_run_subcommand", lambda self, subcommand: None)
-    file = ROOT / "configs" / "reward" / name
+    file = runs.CONFIGS / "reward" / name
     flags = [f"--trainer.default_root_dir={tmp_path}/run", "--trainer.accelerator=cpu"]
     flags += ["--trainer.precision=32", "--seed_everything=7"]
     for words in (["fit", f"--config={file}"], ["reward", "fit", "--config", str(file)]):

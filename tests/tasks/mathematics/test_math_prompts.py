@@ -484,14 +484,14 @@ class SlowScorer(MathDataModule):
 
 
 def test_timeouts_of_an_iteration_are_logged_without_those_of_validation(tmp_path: Path) -> None:
-    slow = {**TINY, "class_path": "test_math_data.SlowScorer"}
+    slow = {**TINY, "class_path": "test_math_prompts.SlowScorer"}
     runs.run(tmp_path / "run", changes={**RUN, "data": slow})
     counts = [value for _, value in runs.scalars(tmp_path / "run")["rollout/scorer_timeouts"]]
     assert counts == [3.0] * runs.ITERATIONS
 
 
 def test_the_task_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (Path(__file__).parents[1] / "docs" / "tasks.md").read_text()
+    page = (runs.ROOT / "docs" / "tasks.md").read_text()
     (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     (tmp_path / "backwards.py").write_text(block)
     monkeypatch.syspath_prepend(tmp_path)
