@@ -90,6 +90,40 @@ def model_dir(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempP
 
 
 @pytest.fixture
+def refusal(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """The line of error with which a call ends; ``alone``: nothing else is said."""
+
+    def of(
+        call: Callable[..., object], *args: Any, code: int = 2, alone: bool = False, **options: Any
+    ) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            call(*args, **options)
+        assert stopped.value.code == code
+        said = [x for x in capsys.readouterr().err.splitlines() if "Seed set to" not in x]
+        errors = [line for line in said if line.startswith("error: ")]
+        assert len(said if alone else errors) == len(errors) == 1, said
+        return errors[0]
+
+    return of
+
+
+@pytest.fixture
+def shown(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What a call prints that ends the process well, as --help does."""
+
+    def of(call: Callable[..., object], *args: Any) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            call(*args)
+        out, err = capsys.readouterr()
+        assert stopped.value.code == 0 and "error" not in err
+        return out
+
+    return of
+
+
+@pytest.fixture
 def make_prompts() -> Callable[[Sequence[int]], PromptBatch]:
     """A batch of random prompts of the given lengths, padded on the left with id 0."""
 

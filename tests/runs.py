@@ -278,6 +278,7 @@ class Fork:
 
 
 Process = subprocess.Popen[str] | Fork
+Said = Callable[..., str]  # the fixtures refusal and shown
 
 
 def python_path() -> str:
@@ -415,6 +416,24 @@ def assert_same_run(left: Path, right: Path) -> None:
             assert sorted(set(events)) == sorted(set(b[tag])), tag
         else:
             assert events == b[tag], tag
+
+
+def wait_until(condition: Callable[[], object], process: Any = None, seconds: float = 180) -> None:
+    """Come back when the condition holds; a test whose process ends first or hangs fails."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process is None or process.poll() is None, process.stdout.read()[-3000:]
+        assert time.monotonic() < end, "it goes on"
+        time.sleep(0.01)
+
+
+def exit_code(process: BaseProcess, seconds: float = 180.0) -> int | None:
+    """How a process ended; one that hangs is killed and has None."""
+    process.join(seconds)
+    code = process.exitcode
+    process.kill()
+    process.join()
+    return code
 
 
 def is_running(pid: int) -> bool:

@@ -118,13 +118,10 @@ def test_a_run_with_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_package_that_is_missing_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: runs.Said
 ) -> None:
     missing = RequirementCache("wandb>=9999")
     monkeypatch.setattr(lightning.pytorch.loggers.wandb, "_WANDB_AVAILABLE", missing)
-    with pytest.raises(SystemExit) as stopped:
-        runs.run(tmp_path / "run", layer("wandb"))
-    assert stopped.value.code == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    line = refusal(runs.run, tmp_path / "run", layer("wandb"))
     assert "WandbLogger" in line and "pip install -U 'wandb" in line
     assert not (tmp_path / "run").exists()

@@ -202,7 +202,7 @@ def test_refused_in_one_line(
     case: str,
     done: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    refusal: runs.Said,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -218,39 +218,30 @@ def test_refused_in_one_line(
     run_dir, cache = tmp_path / "run", tmp_path / "warm_starts"
     if "warm_start" not in changes:
         flags = [*flags, f"--warm_start.cache_dir={cache}"]
-    with pytest.raises(SystemExit) as stopped:
-        runs.run(run_dir, *map(fill, flags), changes=changes)
-    assert stopped.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if "Seed set to" not in line]
-    assert len(lines) == 1 and lines[0].startswith("error: ") and len(lines[0]) < 560, lines
-    for word in map(fill, message):
-        assert word in lines[0], lines[0]
+    line = refusal(runs.run, run_dir, *map(fill, flags), changes=changes, alone=True)
+    assert len(line) < 560 and all(word in line for word in map(fill, message)), line
     assert not run_dir.exists() and not cache.exists()  # nothing written, nothing trained
 
 
 @pytest.mark.parametrize("from_another", [False, True])
 def test_an_earlier_run_is_not_overwritten(
-    done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], from_another: bool
+    done: Path, tmp_path: Path, refusal: runs.Said, from_another: bool
 ) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(done, run_dir)
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
-    with pytest.raises(SystemExit) as stopped:
-        runs.run(run_dir, *([f"--ckpt_path={done}/checkpoints/last.ckpt"] if from_another else []))
-    assert stopped.value.code == 2
-    message = capsys.readouterr().err.splitlines()[-1]
+    message = refusal(
+        runs.run, run_dir, *([f"--ckpt_path={done}/checkpoints/last.ckpt"] if from_another else [])
+    )
     for word in ("error: ", f"trainer.default_root_dir={run_dir}", "--ckpt_path last"):
         assert word in message
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
 
 
 def test_a_monitor_that_is_not_logged_is_refused_before_training(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, refusal: runs.Said
 ) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        runs.run(tmp_path / "run", "--checkpoint.monitor=val/nope")
-    assert stopped.value.code == 2
-    message = capsys.readouterr().err.splitlines()[-1]
+    message = refusal(runs.run, tmp_path / "run", "--checkpoint.monitor=val/nope")
     assert message.startswith("error: checkpoint.monitor=val/nope") and "val/pass@1" in message
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -316,7 +307,7 @@ def test_one_drawn_seed_for_all(
 
 @pytest.mark.usefixtures("parsed_only")
 def test_a_rank_takes_the_seed_that_the_first_one_drew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: runs.Said
 ) -> None:
     words = runs.words(tmp_path / "run", "--seed_everything=true")[1:]
     seed = fit(*words).model.seed
@@ -324,9 +315,7 @@ def test_a_rank_takes_the_seed_that_the_first_one_drew(
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert fit(*words).model.seed == seed
     monkeypatch.delenv("TRE_LIGHTNING_SEED")  # started by torchrun, which knows no seed
-    with pytest.raises(SystemExit):
-        fit(*words)
-    assert "seed_everything=true draws a seed" in capsys.readouterr().err
+    assert "seed_everything=true draws a seed" in refusal(fit, *words)
 
 
 def test_a_drawn_seed_is_written_down_and_goes_on(tmp_path: Path) -> None:
@@ -411,35 +400,27 @@ def test_shipped_configurations_can_be_built(
     assert (cli.model.policy_args.critic == "none") == (estimator != "gae")
 
 
-def test_a_number_outside_the_vocabulary_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_number_outside_the_vocabulary_is_refused(tmp_path: Path, refusal: runs.Said) -> None:
     puzzles = tmp_path / "eval.jsonl"
     puzzles.write_text('{"nums": [3, 31], "target": 28}\n')
-    with pytest.raises(SystemExit) as stopped:
-        runs.run(tmp_path / "run", changes={"data.init_args.eval_file": str(puzzles)})
-    assert stopped.value.code == 2
-    message = capsys.readouterr().err
+    message = refusal(
+        runs.run, tmp_path / "run", changes={"data.init_args.eval_file": str(puzzles)}
+    )
     assert f"{puzzles}:1: the prompt '3 31 = 28 :' holds a word that the tokenizer" in message
     assert not (tmp_path / "run").exists()
 
 
-def test_the_quick_start_is_its_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_quick_start_is_its_layers(tmp_path: Path, shown: runs.Said) -> None:
     printed = []
     layers = ["task/countdown.yaml", "model/tiny.yaml", "method/tre_p.yaml"]
     for files in (["countdown_tiny.yaml"], layers):
         words = [word for name in files for word in ("--config", str(runs.CONFIGS / name))]
-        with pytest.raises(SystemExit) as stopped:
-            main(["fit", *words, f"--trainer.default_root_dir={tmp_path}", "--print_config"])
-        assert stopped.value.code == 0
-        printed.append(yaml.safe_load(capsys.readouterr().out))
+        words = ["fit", *words, f"--trainer.default_root_dir={tmp_path}", "--print_config"]
+        printed.append(yaml.safe_load(shown(main, words)))
     assert printed[0] == printed[1] and printed[0]["trainer"]["max_epochs"] == 12
 
 
-def test_the_help_is_readable(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["fit", "--help"])
-    assert stopped.value.code == 0
-    printed = capsys.readouterr().out
+def test_the_help_is_readable(shown: runs.Said) -> None:
+    printed = shown(main, ["fit", "--help"])
     for option in ("--model.ppo.num_minibatches", "--checkpoint.keep_all", "--warm_start"):
         assert option in printed

@@ -8,14 +8,7 @@ import yaml
 import runs
 from tre_lightning.cli.main import PPOCLI, main
 
-
-def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        main([*words, "--print_config"])
-    assert stopped.value.code == 0
-    out, err = capsys.readouterr()
-    assert "error" not in err
-    return out
+PRINT = "--print_config"
 
 
 @pytest.mark.parametrize(
@@ -28,7 +21,7 @@ def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     ],
 )
 def test_it_can_be_given_back(
-    command: str, file: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str, file: str | None, tmp_path: Path, shown: runs.Said
 ) -> None:
     words = command.split()
     given = ["--config", f"{runs.CONFIGS}/{file}.yaml"] if file else []
@@ -38,19 +31,19 @@ def test_it_can_be_given_back(
         sft["data"]["class_path"] = "tre_lightning.tasks.demonstrations.Demonstrations"  # type: ignore[assignment]
         (tmp_path / "sft.yaml").write_text(yaml.safe_dump(sft))
         given = ["--config", str(tmp_path / "sft.yaml")]
-    first = printed(capsys, *words, *given)
+    first = shown(main, [*words, *given, PRINT])
     assert "layers" not in yaml.safe_load(first)
     again = tmp_path / "again.yaml"
     again.write_text(first)
-    assert printed(capsys, *words, "--config", str(again)) == first
+    assert shown(main, [*words, "--config", str(again), PRINT]) == first
 
 
 def test_a_run_of_it_is_the_same_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, shown: runs.Said, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = runs.words(tmp_path / "run")
     again = tmp_path / "again.yaml"
-    again.write_text(printed(capsys, *words))
+    again.write_text(shown(main, [*words, PRINT]))
     monkeypatch.setattr(PPOCLI, "_run_subcommand", lambda self, subcommand: None)
     first, second = main(words), main(["fit", "--config", str(again)])
     options = [cli.options.clone() for cli in (first, second)]  # type: ignore[attr-defined]

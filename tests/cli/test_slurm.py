@@ -105,15 +105,13 @@ def test_another_run_is_protected(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     changed: dict[str, str],
-    capsys: pytest.CaptureFixture[str],
+    refusal: runs.Said,
 ) -> None:
     run_dir = tmp_path / "run"
     stopped(run_dir, hook="on_train_batch_start")
     for name, value in changed.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit) as refused:
-        runs.run(run_dir, changes=WITHOUT)
-    assert refused.value.code == 2 and "already holds a run" in capsys.readouterr().err
+    assert "already holds a run" in refusal(runs.run, run_dir, changes=WITHOUT)
 
 
 def test_an_array_is_queued_again_by_its_task(

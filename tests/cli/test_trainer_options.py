@@ -84,20 +84,15 @@ def torch_flags() -> Iterator[None]:
 
 
 @pytest.fixture
-def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def refused(tmp_path: Path, refusal: runs.Said) -> Callable[..., str]:
     """The one line of a fit that is refused before any work."""
 
     def refuse(*flags: str, **options: Any) -> str:
         cache = f"--warm_start.cache_dir={tmp_path}/warm"
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            runs.run(tmp_path / "run", cache, *flags, **options)
-        assert stopped.value.code == 2
-        lines = [x for x in capsys.readouterr().err.splitlines() if "Seed set to" not in x]
-        assert len(lines) == 1 and lines[0].startswith("error: "), lines
+        line = refusal(runs.run, tmp_path / "run", cache, *flags, alone=True, **options)
         left = {path.name for path in tmp_path.iterdir()}
         assert left <= {"run.json"}, left
-        return lines[0].removeprefix("error: ")
+        return line.removeprefix("error: ")
 
     return refuse
 
@@ -145,12 +140,11 @@ def test_a_flag_with_a_meaning_changes_no_result(tmp_path: Path) -> None:
     [("accumulate_grad_batches", "0"), ("gradient_clip_val", "-1"), ("overfit_batches", "1")],
 )
 def test_supervised_commands_have_their_own_rules(
-    command: str, name: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str, name: str, value: str, tmp_path: Path, refusal: runs.Said
 ) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main([*supervised(command, tmp_path), f"--trainer.{name}={value}"])
-    assert stopped.value.code == 2
-    assert f"error: trainer.{name}={value}" in capsys.readouterr().err
+    assert f"error: trainer.{name}={value}" in refusal(
+        main, [*supervised(command, tmp_path), f"--trainer.{name}={value}"]
+    )
 
 
 def test_several_mistakes_are_one_line(refused: Callable[..., str]) -> None:
@@ -196,7 +190,7 @@ def test_a_supervised_fast_dev_run_leaves_nothing(command: str, tmp_path: Path) 
 
 
 def test_without_checkpoints_progress_and_logs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], refusal: runs.Said
 ) -> None:
     names = ("enable_checkpointing", "enable_progress_bar", "logger")
     flags = [*(f"--trainer.{name}=false" for name in names), "--trainer.max_epochs=1"]
@@ -207,9 +201,8 @@ def test_without_checkpoints_progress_and_logs(
     assert "held-out prompts" in printed
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert left == {"config.yaml", "model"} and (tmp_path / "run/model/config.json").exists()
-    with pytest.raises(SystemExit):  # the model would be lost
-        runs.run(tmp_path / "run", *flags)
-    assert f"trainer.default_root_dir={tmp_path}/run already holds the" in capsys.readouterr().err
+    line = refusal(runs.run, tmp_path / "run", *flags)  # the model would be lost
+    assert f"trainer.default_root_dir={tmp_path}/run already holds the" in line
 
 
 def test_the_table_says_when_the_last_validation_was(
@@ -275,13 +268,10 @@ def test_a_monitor_that_no_set_has_is_refused_before_any_work(
 
 
 def test_a_monitor_that_no_iteration_logs_is_refused_after_one(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, refusal: runs.Said
 ) -> None:
     stop = {"class_path": STOPPING, "init_args": {"monitor": "rollout/scor"}}
-    with pytest.raises(SystemExit) as stopped:
-        runs.run(tmp_path / "run", changes=callbacks(stop))
-    assert stopped.value.code == 2
-    line = capsys.readouterr().err.splitlines()[-1]
+    line = refusal(runs.run, tmp_path / "run", changes=callbacks(stop))
     assert line.startswith("error: trainer.callbacks EarlyStopping.monitor=rollout/scor")
     assert "rollout/score" in line
 

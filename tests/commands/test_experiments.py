@@ -313,12 +313,9 @@ def test_every_layer_of_devices_is_here() -> None:
     ],
 )
 def test_gpus_that_are_not_there(
-    gpus: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    gpus: int, message: str, monkeypatch: pytest.MonkeyPatch, refusal: runs.Said
 ) -> None:
     monkeypatch.setattr(CUDAAccelerator, "auto_device_count", lambda: gpus)
     monkeypatch.setattr(MPSAccelerator, "is_available", lambda: False)
-    with pytest.raises(SystemExit) as stopped:
-        main([*words("math_7b"), "--config", f"{SCALE}/8gpu.yaml"])
-    assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = refusal(main, [*words("math_7b"), "--config", f"{SCALE}/8gpu.yaml"], alone=True)
     assert message in line

@@ -10,7 +10,6 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,8 +29,6 @@ from tre_lightning.common.distributed import world
 from tre_lightning.common.errors import CheckpointError
 from tre_lightning.training.nonfinite import nan_gradient_if_nonfinite
 from tre_lightning.training.options import PPOArgs
-
-PATIENCE = 90.0  # seconds; a hanging process must fail, not hang
 
 
 class InfiniteScore(runs.PlusCountdown):
@@ -63,16 +60,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("whole") / "run"
     runs.run(run_dir, changes=poisoned())
     return run_dir
-
-
-def error_of(capsys: pytest.CaptureFixture[str], call: Callable[[], object]) -> str:
-    """The one line of a run that ends with exit code 1."""
-    with pytest.raises(SystemExit) as stopped:
-        call()
-    assert stopped.value.code == 1
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    return lines[0]
 
 
 # ----- losses, gradients and scores that are not finite
@@ -124,7 +111,7 @@ def test_too_many_skipped_updates_end_the_run(
     named: str,
     whole: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    refusal: runs.Said,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run_dir = tmp_path / "run"
@@ -140,7 +127,7 @@ def test_too_many_skipped_updates_end_the_run(
             return value_loss(values, *args, **options) * (math.nan if calls >= 6 else 1.0)
 
         monkeypatch.setattr(tre_lightning.training.ppo, "value_loss", failing)
-    line = error_of(capsys, lambda: runs.run(run_dir, changes=changes))
+    line = refusal(runs.run, run_dir, changes=changes, code=1)
     said = "3 updates in a row", "max_skipped_updates", named, "model.optim.lr", "--ckpt_path last"
     for word in said:
         assert word in line, line
@@ -151,14 +138,14 @@ def test_too_many_skipped_updates_end_the_run(
 
 
 def test_skipped_updates_in_a_row_are_counted_over_a_resume(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, refusal: runs.Said
 ) -> None:
     run_dir = tmp_path / "run"
     runs.run(run_dir, changes=poisoned("loss", 7, 8, max_skipped_updates=3))
     (run_dir / "checkpoints" / "iteration=2.ckpt").rename(run_dir / "checkpoints" / "last.ckpt")
     assert runs.checkpoint(run_dir)["tre_lightning"]["skipped_in_a_row"] == 2
     changes = poisoned("loss", 1, 1, max_skipped_updates=3)
-    line = error_of(capsys, lambda: runs.resume(run_dir, changes=changes))
+    line = refusal(runs.resume, run_dir, changes=changes, code=1)
     assert "3 updates in a row" in line
 
 
@@ -167,9 +154,9 @@ def test_a_run_must_allow_for_one_update() -> None:
         PPOArgs(max_skipped_updates=0)
 
 
-def test_an_infinite_score_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_infinite_score_is_named(tmp_path: Path, refusal: runs.Said) -> None:
     changes = {"data.class_path": "test_faults.InfiniteScore"}
-    line = error_of(capsys, lambda: runs.run(tmp_path / "run", changes=changes))
+    line = refusal(runs.run, tmp_path / "run", changes=changes, code=1)
     for word in ("the scorer gave -inf to the response '", "or NaN", "--ckpt_path last"):
         assert word in line, line
     assert runs.saved_iteration(tmp_path / "run") == 1
@@ -278,7 +265,7 @@ def test_a_damaged_checkpoint_does_not_replace_the_good_one(tmp_path: Path) -> N
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
-    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], refusal: runs.Said
 ) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(whole, run_dir)
@@ -292,10 +279,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
 
     for name in ("last", "previous"):
         truncate(checkpoints / f"{name}.ckpt")
-    with pytest.raises(SystemExit) as stopped:
-        runs.resume(run_dir, changes=poisoned())
-    assert stopped.value.code == 2
-    line = capsys.readouterr().err.splitlines()[-1]
+    line = refusal(runs.resume, run_dir, changes=poisoned())
     assert line.startswith("error: ckpt_path=last: neither") and "give best" in line
 
 
@@ -334,7 +318,7 @@ def test_a_run_on_a_full_disk_can_go_on(
         RunProgress.on_train_batch_start = full  # type: ignore[method-assign]
         runs.run(run_dir, changes=poisoned())
 
-    assert exit_code(runs.forked(filling)) == 1
+    assert runs.exit_code(runs.forked(filling)) == 1
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     for word in ("last.ckpt could not be written", "is intact", "make room", "--ckpt_path last"):
@@ -346,15 +330,6 @@ def test_a_run_on_a_full_disk_can_go_on(
 
 
 # ----- killed processes
-
-
-def exit_code(process: BaseProcess) -> int | None:
-    """How a process ended; one that hangs is killed and has None."""
-    process.join(PATIENCE)
-    code = process.exitcode
-    process.kill()
-    process.join()
-    return code
 
 
 def die() -> None:
@@ -430,7 +405,7 @@ def test_killed_at_a_random_moment(seed: int, whole: Path, tmp_path: Path) -> No
         moment()
         go_on(run_dir)
 
-    assert exit_code(runs.forked(killed)) == -signal.SIGKILL
+    assert runs.exit_code(runs.forked(killed)) == -signal.SIGKILL
     go_on(run_dir)
     runs.assert_same_run(run_dir, whole)
 
@@ -443,7 +418,7 @@ def test_killed_at_any_time(seed: int, whole: Path, tmp_path: Path) -> None:
         process = runs.forked(lambda: go_on(run_dir))
         time.sleep(draw.uniform(0.0, 2.5))
         process.kill()
-        assert exit_code(process) in (-signal.SIGKILL, 0)
+        assert runs.exit_code(process) in (-signal.SIGKILL, 0)
     go_on(run_dir)
     runs.assert_same_run(run_dir, whole)
 
@@ -461,7 +436,7 @@ def ranks(
         prepare(rank)
         runs.run(run_dir, *flags, changes=changes)
 
-    return runs.ranks(start, timeout=PATIENCE)
+    return runs.ranks(start)
 
 
 distributed = pytest.mark.skipif(
@@ -568,18 +543,15 @@ def test_a_rank_of_lightnings_launcher_dies(victim: str, whole: Path, tmp_path: 
     flags = ("--trainer.strategy=ddp", "--trainer.devices=2")
     words = runs.words(tmp_path / "run", *flags, changes=poisoned())
     with runs.process(words, fresh=True, HOLD="train:2", HOLD_FILE=str(hold)) as process:
-        end = time.monotonic() + PATIENCE
-        while not hold.exists():
-            assert process.poll() is None and time.monotonic() < end
-            time.sleep(0.05)
+        runs.wait_until(hold.exists, process)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         pids = {"first": process.pid, "second": int(children[0])}
         os.kill(pids[victim], signal.SIGKILL)
         hold.unlink(missing_ok=True)
-        end = time.monotonic() + PATIENCE
-        for pid in pids.values():
-            while runs.is_running(pid):
-                assert time.monotonic() < end, f"{pid} goes on"
-                process.poll()
-                time.sleep(0.05)
+
+        def over() -> bool:
+            process.poll()
+            return not any(map(runs.is_running, pids.values()))
+
+        runs.wait_until(over)
     assert runs.saved_iteration(tmp_path / "run") == 2

@@ -18,7 +18,6 @@ import runs
 from tre_lightning.cli.main import command_to_resume
 from tre_lightning.methods import EntropyBonus, PolicyOutputs, Tokens
 
-PATIENCE = 180.0  # seconds; a hanging process must fail, not hang
 UPDATE = 2 * runs.STEPS_AN_ITERATION + 2  # within the third iteration
 
 PRECISION = "--trainer.precision=64-true"
@@ -71,22 +70,19 @@ def held(
     hold = run_dir.with_name("hold")
     words = runs.words(run_dir, *flags, changes=CHANGES)
     with runs.process(words, fresh=fresh, HOLD=where, HOLD_FILE=str(hold)) as process:
-        end = time.monotonic() + PATIENCE
-        while not hold.exists():
-            assert process.poll() is None, process.stdout and process.stdout.read()[-3000:]
-            assert time.monotonic() < end, f"{where} was not reached"
-            time.sleep(0.01)
+        runs.wait_until(hold.exists, process)
         yield process, hold
 
 
 def ended(process: runs.Process, hold: Path | None = None) -> str:
     """What the process printed until its end; ``hold`` is to be let go, by every rank."""
-    end = time.monotonic() + PATIENCE
-    while process.poll() is None and time.monotonic() < end:
+
+    def over() -> bool:
         if hold is not None:
             hold.unlink(missing_ok=True)
-        time.sleep(0.05)
-    assert process.poll() is not None, "it goes on"
+        return process.poll() is not None
+
+    runs.wait_until(over)
     return process.communicate()[0]
 
 

@@ -4,7 +4,6 @@ import math
 import os
 import shutil
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -204,16 +203,8 @@ def process_held(
     hold = run_dir.with_name("hold")
     words = runs.words(run_dir, changes=changes)
     with runs.process(words, HOLD=batch, HOLD_FILE=str(hold)) as process:
-        wait_for(process, hold)
+        runs.wait_until(hold.exists, process)
         yield process, hold
-
-
-def wait_for(process: Any, file: Path) -> None:
-    end = time.monotonic() + 60.0
-    while not file.exists():
-        assert process.poll() is None, process.stdout.read()[-3000:]
-        assert time.monotonic() < end, f"{file} did not appear"
-        time.sleep(0.01)
 
 
 def test_killed(whole: Path, tmp_path: Path) -> None:

@@ -30,13 +30,6 @@ def at_work(file: Path) -> Iterator[None]:
         yield
 
 
-def refusal(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        main(words)
-    assert stopped.value.code == 2
-    return capsys.readouterr().err.splitlines()[-1]
-
-
 @pytest.fixture
 def parsed_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands stop where the work would begin."""
@@ -81,13 +74,11 @@ def test_home_in_every_path(home: Path) -> None:
     assert "~" not in str(cli.options.as_dict())
 
 
-def test_a_run_in_the_home_directory_is_protected(
-    home: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_in_the_home_directory_is_protected(home: Path, refusal: runs.Said) -> None:
     (home / "run" / "checkpoints").mkdir(parents=True)
     (home / "run" / "checkpoints" / "last.ckpt").touch()
     words = [*runs.words(home / "x")[:-1], "--trainer.default_root_dir=~/run"]
-    assert f"trainer.default_root_dir={home}/run already holds a run" in refusal(capsys, words)
+    assert f"trainer.default_root_dir={home}/run already holds a run" in refusal(main, words)
 
 
 def test_home_in_a_comparison(home: Path) -> None:
@@ -127,25 +118,23 @@ def test_containers_are_looked_into(home: Path) -> None:
 @pytest.mark.parametrize("option", ["trainer.default_root_dir", "warm_start.cache_dir"])
 @pytest.mark.parametrize("below", ["", "/below"])
 def test_a_file_where_a_directory_should_be(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, below: str
+    tmp_path: Path, refusal: runs.Said, option: str, below: str
 ) -> None:
     file = tmp_path / "file"
     file.touch()
     words = runs.words(tmp_path / "run", f"--{option}={file}{below}")
-    assert f"{option}={file}{below}: {file} is no directory" in refusal(capsys, words)
+    assert f"{option}={file}{below}: {file} is no directory" in refusal(main, words)
     for command in ("test", "predict"):
-        assert f"{file} is no directory" in refusal(capsys, [command, *words[1:]])
+        assert f"{file} is no directory" in refusal(main, [command, *words[1:]])
 
 
 # ----- one process at a time
 
 
-def test_two_processes_cannot_write_one_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_two_processes_cannot_write_one_run(tmp_path: Path, refusal: runs.Said) -> None:
     run_dir = tmp_path / "run"
     with at_work(run_dir / "lock"):
-        message = refusal(capsys, runs.words(run_dir))
+        message = refusal(main, runs.words(run_dir))
         assert message == (
             f"error: another process is at work in {run_dir}; wait for its end, stop it or "
             "give another directory"
@@ -155,15 +144,13 @@ def test_two_processes_cannot_write_one_run(
     assert not (run_dir / "checkpoints").exists()
 
 
-def test_two_processes_cannot_write_one_model(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_two_processes_cannot_write_one_model(tmp_path: Path, refusal: runs.Said) -> None:
     words = ["reward", "fit", "--data=PreferencePairs", f"--model.output_dir={tmp_path}/out/model"]
     words += ["--trainer.accelerator=cpu", f"--trainer.default_root_dir={tmp_path}/run"]
     with at_work(tmp_path / "out" / "model.lock"):
-        assert f"another process is at work in {tmp_path}/out/model" in refusal(capsys, words)
+        assert f"another process is at work in {tmp_path}/out/model" in refusal(main, words)
     with at_work(tmp_path / "run" / "lock"):
-        assert f"another process is at work in {tmp_path}/run" in refusal(capsys, words)
+        assert f"another process is at work in {tmp_path}/run" in refusal(main, words)
 
 
 def test_a_lock_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -87,26 +87,19 @@ def test_rate_and_progress_know_the_end(
     ]
 
 
-def refusal(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        main(words)
-    assert stopped.value.code == 2
-    return capsys.readouterr().err.splitlines()[-1]
-
-
 def supervised(run_dir: Path, *flags: str) -> list[str]:
     flags = (f"--model.output_dir={run_dir}-model", f"--trainer.default_root_dir={run_dir}", *flags)
     return ["--trainer.accelerator=cpu", "--trainer.max_epochs=-1", *flags]
 
 
-def test_what_needs_an_end_asks_for_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_needs_an_end_asks_for_one(tmp_path: Path, refusal: runs.Said) -> None:
     run_dir = tmp_path / "run"
     for end in ("--trainer.max_epochs=-1", "--trainer.max_time=00:01:00:00"):
         words = runs.words(run_dir, DECAY, end, changes={"trainer.max_epochs": None, **QUIET})
-        message = refusal(capsys, words)
+        message = refusal(main, words)
         assert "optim.final_lr_fraction=0.5 needs a run with an end" in message, message
     pairs = ["reward", "fit", "--data=PreferencePairs", *supervised(run_dir)]
-    assert "model.final_lr_fraction=0.1 needs a run with an end" in refusal(capsys, pairs)
+    assert "model.final_lr_fraction=0.1 needs a run with an end" in refusal(main, pairs)
     assert not run_dir.exists()
 
 
@@ -121,9 +114,9 @@ def test_what_needs_an_end_asks_for_one(tmp_path: Path, capsys: pytest.CaptureFi
     ],
 )
 def test_a_run_of_nothing_or_of_contradictions_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str, message: str
+    tmp_path: Path, refusal: runs.Said, flag: str, message: str
 ) -> None:
-    assert message in refusal(capsys, runs.words(tmp_path / "run", flag))
+    assert message in refusal(main, runs.words(tmp_path / "run", flag))
 
 
 # ----- resumed with another length
@@ -149,10 +142,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_a_length_that_does_not_fit_the_checkpoint_is_refused(
-    whole: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+    whole: Path, refusal: runs.Said, flags: list[str], message: str
 ) -> None:
     words = runs.words(whole, "--ckpt_path=last", *flags, changes=EPOCH)
-    assert re.search(message, refusal(capsys, words))
+    assert re.search(message, refusal(main, words))
 
 
 def test_a_finished_run_says_that_nothing_is_left(whole: Path) -> None:

@@ -73,21 +73,15 @@ def test_states_that_do_not(kind: str) -> None:
         check_states([Callback(), Remembers(kind)])
 
 
-def test_refused_before_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        runs.run(tmp_path / "run", changes=callbacks("array"))
-    assert stopped.value.code == 2
-    assert "Remembers[remembers] cannot be read back" in capsys.readouterr().err
+def test_refused_before_the_run(tmp_path: Path, refusal: runs.Said) -> None:
+    assert "Remembers[remembers] cannot be read back" in refusal(
+        runs.run, tmp_path / "run", changes=callbacks("array")
+    )
     assert not (tmp_path / "run").exists()
 
 
-def test_noticed_at_the_save_and_the_earlier_one_stays(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        runs.run(tmp_path / "run", changes=callbacks("array", since=2))
-    assert stopped.value.code == 1
-    (line,) = capsys.readouterr().err.splitlines()[-1:]
+def test_noticed_at_the_save_and_the_earlier_one_stays(tmp_path: Path, refusal: runs.Said) -> None:
+    line = refusal(runs.run, tmp_path / "run", changes=callbacks("array", since=2), code=1)
     assert "Remembers[remembers] cannot be read back" in line and "--ckpt_path last" in line
     assert runs.saved_iteration(tmp_path / "run") == 2
     assert {f.name for f in (tmp_path / "run" / "checkpoints").iterdir()} <= {
@@ -103,12 +97,8 @@ class Elsewhere(Callback):
 
 
 def test_what_no_callback_has_in_its_state_is_noticed_too(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, refusal: runs.Said
 ) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        runs.run(
-            tmp_path / "run",
-            changes={"trainer.callbacks": [{"class_path": "test_states.Elsewhere"}]},
-        )
-    assert stopped.value.code == 1
-    assert "the checkpoint could not be read back" in capsys.readouterr().err
+    changes = {"trainer.callbacks": [{"class_path": "test_states.Elsewhere"}]}
+    line = refusal(runs.run, tmp_path / "run", changes=changes, code=1)
+    assert "the checkpoint could not be read back" in line

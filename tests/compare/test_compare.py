@@ -187,14 +187,6 @@ def test_failed_trial_is_named_and_the_others_go_on(
 # ----- the plan
 
 
-def refusal(file: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        main(["--config", str(file)])
-    err = capsys.readouterr().err
-    assert stopped.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
-    return err
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -231,13 +223,13 @@ def test_plan_that_cannot_work_is_one_line(
     plan_file: Callable[..., Path],
     changes: dict[str, Any],
     words: str,
-    capsys: pytest.CaptureFixture[str],
+    refusal: runs.Said,
 ) -> None:
-    assert words in refusal(plan_file(**changes), capsys)
+    assert words in refusal(main, ["--config", str(plan_file(**changes))], alone=True)
 
 
 def test_another_plan_for_a_trial_that_exists_is_refused(
-    plan_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    plan_file: Callable[..., Path], tmp_path: Path, refusal: runs.Said
 ) -> None:
     file = plan_file()
     plan = read_plan(file)
@@ -249,8 +241,10 @@ def test_another_plan_for_a_trial_that_exists_is_refused(
     # the content of a file counts, not its name; a further seed or method changes no trial
     Runner(read_plan(plan_file(seeds=[2, 7])), tmp_path, 1).check()
     (tmp_path / "tre.yaml").write_text(yaml.safe_dump(METHOD).replace("top_k: 2", "top_k: 3"))
-    assert "other configs" in refusal(file, capsys)
-    assert "other flags" in refusal(plan_file(set={"trainer.max_epochs": 9}), capsys)
+    assert "other configs" in refusal(main, ["--config", str(file)], alone=True)
+    assert "other flags" in refusal(
+        main, ["--config", str(plan_file(set={"trainer.max_epochs": 9}))], alone=True
+    )
 
 
 def test_value_goes_into_the_callback_or_becomes_a_flag(
@@ -393,17 +387,12 @@ def test_report_by_hand(plan_file: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize("file", sorted(PLANS.glob("*.yaml")), ids=lambda file: file.stem)
-def test_shipped_plans_give_configurations_that_parse(
-    file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_shipped_plans_give_configurations_that_parse(file: Path, shown: runs.Said) -> None:
     plan = read_plan(file)
     for name, method in plan.methods.items():
         value = method.settings[-1]
         made = specification(plan, Trial(name, value, plan.seeds[0]), file.parent)
         words = [f"--config={config}" for config in made["configs"]] + made["flags"]
-        with pytest.raises(SystemExit) as stopped:
-            fit(["fit", *words, "--print_config"])
-        printed = capsys.readouterr().out
-        assert stopped.value.code == 0, name
+        printed = shown(fit, ["fit", *words, "--print_config"])
         if value is not None:
             assert f": {value}" in printed, name

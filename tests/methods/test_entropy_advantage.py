@@ -2,10 +2,6 @@
 
 import math
 import pickle
-from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import batches
-import runs
 from tre_lightning.batches import TrainingBatch
 from tre_lightning.entropy import EntropyStats
 from tre_lightning.methods import EntropyAdvantage, PolicyOutputs
@@ -57,16 +52,14 @@ def test_never_lower_and_never_of_the_other_sign(
 
 def test_tokens_that_do_not_count_keep_their_advantage() -> None:
     made = batch([[1.0, 1.0], [1.0]], [[1.0, 1.0], [1.0]])
-    mask = made.response_mask.clone()
-    mask[0] = False  # could not be scored
-    after = shaped(replace(made, response_mask=mask), [EntropyAdvantage()]).advantages
+    after = shaped(batches.without(made, 0), [EntropyAdvantage()]).advantages
     assert after[0].tolist() == [1.0, 1.0]
     assert after[1].tolist() == [pytest.approx(1.1), pytest.approx(math.nan, nan_ok=True)]
 
 
 def test_a_batch_without_tokens() -> None:
     made = batch([[1.0], [2.0]], [[1.0], [1.0]])
-    empty = replace(made, response_mask=torch.zeros_like(made.response_mask))
+    empty = batches.without(made)
     assert shaped(empty, [EntropyAdvantage()]).advantages.tolist() == [[1.0], [2.0]]
 
 
@@ -80,54 +73,9 @@ def test_the_entropy_of_the_whole_vocabulary_is_observed() -> None:
     assert made_of(method, own) == pytest.approx([1.1])
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"alpha": -0.1}, r"\[mine\]\.alpha=-0\.1 must be 0 \(off\) or positive"),
-        ({"alpha": math.nan}, r"\[mine\]\.alpha=nan"),
-        ({"kappa": 1.0}, r"\[mine\]\.kappa=1\.0 must be above 1"),
-        ({"kappa": math.nan}, r"\[mine\]\.kappa=nan"),
-    ],
-)
-def test_bad_options_are_refused(options: dict[str, float], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        EntropyAdvantage(**options, name="mine")
-
-
 def test_it_pickles() -> None:
     method = EntropyAdvantage(0.3, 3.0)
     copied = pickle.loads(pickle.dumps(method))
     made = batch([[1.0, 0.1]], [[1.0, 2.0]])
     assert made_of(copied, made) == made_of(method, made)
     assert copied.state_key == method.state_key
-
-
-# --- whole runs ---
-
-
-def trained(run_dir: Path, *callbacks: dict[str, Any], flags: Sequence[str] = ()) -> dict[str, Any]:
-    short = ("--trainer.max_epochs=1", "--data.init_args.iterations_per_epoch=1")
-    runs.run(run_dir, *short, *flags, changes={"trainer.callbacks": list(callbacks)})
-    return runs.weights(run_dir)
-
-
-def bonus(alpha: float) -> dict[str, Any]:
-    return {"class_path": "tre_lightning.methods.EntropyAdvantage", "init_args": {"alpha": alpha}}
-
-
-def test_alpha_0_is_plain_ppo(tmp_path: Path) -> None:
-    plain = trained(tmp_path / "plain")
-    assert runs.distance(trained(tmp_path / "off", bonus(0.0)), plain) == 0.0
-    assert runs.distance(trained(tmp_path / "on", bonus(0.1)), plain) > 0.0
-
-
-def test_micro_batches_do_not_change_the_bonus(tmp_path: Path) -> None:
-    made = [
-        trained(
-            tmp_path / f"{size}",
-            bonus(0.4),
-            flags=(f"--model.ppo.micro_batch_size={size}", "--trainer.precision=64-true"),
-        )
-        for size in (16, 3)
-    ]
-    assert runs.distance(*made) < 1e-10

@@ -3,8 +3,6 @@
 import math
 import pickle
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import batches
-import runs
 from tre_lightning.batches import TrainingBatch
 from tre_lightning.entropy import EntropyStats
 from tre_lightning.methods import ForkingTokens, Method, PolicyOutputs
@@ -115,9 +112,8 @@ def test_exactly_the_share_is_selected(entropies: list[list[float]], fraction: f
 
 def test_unscored_responses_are_not_selected() -> None:
     minibatch = batch(ENTROPIES)
-    mask = minibatch.response_mask.clone()
-    mask[0] = False  # its 2.0 was the largest
-    made = weights(ForkingTokens(fraction=2 / 7), replace(minibatch, response_mask=mask))
+    # The 2.0 of the first response was the largest.
+    made = weights(ForkingTokens(fraction=2 / 7), batches.without(minibatch, 0))
     assert made[1].tolist() == [1, 0, 0, 0, 0, 0]
     assert made[2].tolist() == [0, 0, 0, 1, 0, 0]
 
@@ -125,7 +121,7 @@ def test_unscored_responses_are_not_selected() -> None:
 @pytest.mark.parametrize("average_over", ["all", "selected"])
 def test_a_minibatch_without_tokens(average_over: Any) -> None:
     minibatch = batch(ENTROPIES)
-    empty = replace(minibatch, response_mask=torch.zeros_like(minibatch.response_mask))
+    empty = batches.without(minibatch)
     assert weights(ForkingTokens(average_over=average_over), empty).sum() == 0.0
 
 
@@ -153,62 +149,9 @@ def test_the_entropy_of_the_whole_vocabulary_is_observed() -> None:
     assert made.sum() == 2.0
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"fraction": 0.0}, r"\[mine\]\.fraction=0\.0 must be above 0"),
-        ({"fraction": 1.1}, r"\[mine\]\.fraction=1\.1 must be .* at most 1"),
-        ({"fraction": math.nan}, r"\[mine\]\.fraction=nan"),
-        ({"average_over": "some"}, r"\[mine\]\.average_over='some' .* 'all' or 'selected'"),
-    ],
-)
-def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        ForkingTokens(**options, name="mine")
-
-
 def test_it_pickles() -> None:
     method = ForkingTokens(0.3, "selected", name="mine")
     copied = pickle.loads(pickle.dumps(method))
     minibatch = batch(ENTROPIES, "mine")
     assert torch.equal(weights(copied, minibatch), weights(method, minibatch))
     assert copied.state_key == method.state_key
-
-
-# --- whole runs ---
-
-
-def trained(run_dir: Path, *callbacks: dict[str, Any], flags: Sequence[str] = ()) -> dict[str, Any]:
-    short = ("--trainer.max_epochs=1", "--data.init_args.iterations_per_epoch=1")
-    runs.run(run_dir, *short, *flags, changes={"trainer.callbacks": list(callbacks)})
-    return runs.weights(run_dir)
-
-
-def forking(**options: Any) -> dict[str, Any]:
-    return {"class_path": "tre_lightning.methods.ForkingTokens", "init_args": options}
-
-
-@pytest.mark.parametrize("average_over", ["all", "selected"])
-def test_all_tokens_are_plain_ppo(average_over: str, tmp_path: Path) -> None:
-    whole = trained(tmp_path / "whole", forking(fraction=1.0, average_over=average_over))
-    some = trained(tmp_path / "some", forking(fraction=0.2, average_over=average_over))
-    plain = trained(tmp_path / "plain")
-    assert runs.distance(whole, plain) == 0.0
-    assert runs.distance(some, plain) > 0.0
-    fractions = {name: runs.scalars(tmp_path / name) for name in ("whole", "some", "plain")}
-    assert fractions["whole"]["policy/active_fraction"] == [(0, 1.0)]
-    # 16 responses of at most 8 tokens in 2 minibatches: rounding up adds less than 1 token in 8.
-    assert 0.2 <= fractions["some"]["policy/active_fraction"][0][1] < 0.2 + 1 / 8
-    assert "policy/active_fraction" not in fractions["plain"]
-
-
-def test_micro_batches_do_not_change_the_selection(tmp_path: Path) -> None:
-    made = [
-        trained(
-            tmp_path / f"{size}",
-            forking(fraction=0.2, average_over="selected"),
-            flags=(f"--model.ppo.micro_batch_size={size}", "--trainer.precision=64-true"),
-        )
-        for size in (16, 3)
-    ]
-    assert runs.distance(*made) < 1e-10

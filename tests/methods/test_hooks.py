@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 import batches
+from batches import entropy
 from tre_lightning.batches import TrainingBatch
 from tre_lightning.methods import (
     EntropyBonus,
@@ -23,7 +24,6 @@ from tre_lightning.methods import (
 )
 from tre_lightning.methods.hooks import POLICY, shaped, weighed
 from tre_lightning.ops import Region
-from tre_lightning.policy.head import Head, HeadInput
 
 P = [0.5, 0.3, 0.1, 0.1]
 NONE = batches.tokens(0)  # these terms look at the outputs alone
@@ -38,19 +38,13 @@ REGIONS = (
 )
 
 
-def of_logits(logits: Tensor, fused: bool = True) -> PolicyOutputs:
-    head = Head(REGIONS, temperature=1.0, memory=1, fused=fused)
-    return head.outputs(HeadInput(logits=logits), torch.zeros(len(logits), dtype=torch.long))
-
-
 def outputs(*rows: list[float], fused: bool = True) -> PolicyOutputs:
     """Tokens that have these probabilities."""
     return of_logits(torch.tensor(rows).log(), fused)
 
 
-def entropy(*weights: float) -> float:
-    q = [w / sum(weights) for w in weights]
-    return -sum(p * math.log(p) for p in q)
+def of_logits(logits: Tensor, fused: bool = True) -> PolicyOutputs:
+    return batches.outputs(Method("any"), logits, *REGIONS, fused=fused)
 
 
 # --- terms ---

@@ -1,24 +1,18 @@
-"""Tests of PAEC: score, soft mask, anchor, floor, and whole runs."""
+"""Tests of PAEC: score, soft mask, anchor, floor."""
 
 import math
 import pickle
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import batches
-import method_runs
-import runs
 from tre_lightning.batches import TrainingBatch
 from tre_lightning.methods import PAEC, LinearSchedule
 
 P = [0.5, 0.3, 0.1, 0.1]
 SURE = [0.97, 0.02, 0.005, 0.005]
-ON = method_runs.spec("PAEC", coef=5.0, anchor_iterations=1, floor_fraction=1.0)
 NONE = batches.tokens(0)
 
 
@@ -35,9 +29,9 @@ def flat(entropy: float) -> TrainingBatch:
 
 def test_score_and_entropy_by_hand() -> None:
     term = PAEC(top_p=0.85, mix=0.25)
-    out = method_runs.outputs(term, torch.tensor([P, SURE, [0.25] * 4]).log())
-    three = method_runs.entropy(0.5, 0.3, 0.1)
-    two = [method_runs.entropy(0.5, 0.3), method_runs.entropy(0.97, 0.02)]
+    out = batches.outputs(term, torch.tensor([P, SURE, [0.25] * 4]).log())
+    three = batches.entropy(0.5, 0.3, 0.1)
+    two = [batches.entropy(0.5, 0.3), batches.entropy(0.97, 0.02)]
     expected = torch.tensor(
         [
             [0.75 * three / math.log(3) + 0.25 * two[0] / math.log(2), three],
@@ -53,7 +47,7 @@ def test_competition_falls_with_the_gap_of_the_two_best() -> None:
     term = PAEC(top_p=0.5, mix=1.0)
     gaps = torch.arange(6.0)
     logits = torch.stack([gaps, torch.zeros(6), torch.full((6,), -9.0)], 1)
-    scores = term.observe(method_runs.outputs(term, logits), None)[:, 0]
+    scores = term.observe(batches.outputs(term, logits), None)[:, 0]
     assert scores[0].item() == pytest.approx(1.0, abs=1e-6)
     assert (scores.diff() < 0.0).all() and scores[-1] > 0.0
 
@@ -103,11 +97,11 @@ def test_gradient_is_that_of_the_penalty() -> None:
     generator = torch.Generator().manual_seed(5)
     logits = (2.0 * torch.randn(5, 30, generator=generator)).double().requires_grad_()
     term = PAEC(coef=0.7, top_p=0.8, fraction=0.4, anchor_iterations=1, floor_fraction=1.0)
-    seen = term.observe(method_runs.outputs(term, logits), None).detach()
+    seen = term.observe(batches.outputs(term, logits), None).detach()
     batch = rollout([(float(score), float(entropy)) for score, entropy in seen])
     term.adapt(rollout([(1.0, 9.0)]))  # the floor
     term.adapt(batch)
-    (found,) = torch.autograd.grad(method_runs.mean_loss(term, logits, batch), logits)
+    (found,) = torch.autograd.grad(batches.mean_loss(term, logits, batch), logits)
 
     order = torch.sort(logits.softmax(-1), descending=True)
     nucleus = order.values.masked_fill(order.values.cumsum(-1) - order.values >= 0.8, 0.0)
@@ -122,8 +116,7 @@ def test_gradient_is_that_of_the_penalty() -> None:
 
 def test_a_rollout_without_a_counted_token_changes_nothing() -> None:
     term = PAEC()
-    empty = flat(1.0)
-    empty = replace(empty, response_mask=torch.zeros_like(empty.response_mask))
+    empty = batches.without(flat(1.0))
     term.adapt(empty)
     assert term.state_dict() == {"first": []}
     assert term.token_weights(empty).tolist() == [[0.0, 0.0]]
@@ -143,55 +136,3 @@ def test_state_keeps_the_anchor() -> None:
         each.adapt(flat(0.5))
         assert each.coef_at(0) == pytest.approx(2 * 0.1 * 1.5)
     assert state == {"first": [3.0]}  # what was saved does not change afterwards
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"coef": -1.0}, r"\[paec\]\.coef=-1.0"),
-        ({"top_p": 0.0}, r"top_p=0.0"),
-        ({"fraction": 1.5}, r"\[paec\]\.fraction=1.5 "),
-        ({"mix": -0.5}, r"mix=-0.5 "),
-        ({"anchor_iterations": 0}, r"anchor_iterations=0 "),
-        ({"floor_fraction": 1.5}, r"floor_fraction=1.5 "),
-        ({"floor_fraction": math.nan}, r"floor_fraction=nan "),
-    ],
-)
-def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        PAEC(**options)
-
-
-# --- whole runs ---
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return method_runs.run(tmp_path_factory.mktemp("paec") / "run", ON, **method_runs.KEEP)
-
-
-def test_a_run_acts_below_the_first_mean(whole: Path) -> None:
-    entropies = method_runs.logged(whole, "loss/paec_entropy")
-    anchors = method_runs.logged(whole, "loss/paec_anchor")
-    assert anchors == [entropies[0]] * runs.ITERATIONS
-    below = [max(0.0, entropies[0] - entropy) for entropy in entropies]
-    found = method_runs.logged(whole, "loss/paec_coef")
-    assert found == pytest.approx([2 * 5.0 * gap for gap in below], abs=1e-5)
-    assert any(below)
-
-
-def test_resumed(whole: Path, tmp_path: Path) -> None:
-    method_runs.assert_resumes(whole, tmp_path, ON)
-
-
-def test_coef_0_is_ppo(whole: Path, tmp_path: Path) -> None:
-    off = method_runs.spec("PAEC", **{**ON["init_args"], "coef": 0.0})
-    method_runs.assert_off(method_runs.run(tmp_path / "off", off), whole)
-
-
-def test_beside_tre(tmp_path: Path) -> None:
-    method_runs.assert_adds_to_tre(tmp_path, "paec", ON)
-
-
-def test_micro_batch_size_changes_nothing(tmp_path: Path) -> None:
-    method_runs.assert_micro_batches_change_nothing(tmp_path, ON)

@@ -1,10 +1,7 @@
-"""Tests of SIREN: masks, anchor, coefficient, and whole runs."""
+"""Tests of SIREN: masks, anchor, coefficient."""
 
 import math
 import pickle
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,15 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import batches
-import method_runs
-import runs
 from batches import Rows
 from tre_lightning.batches import TrainingBatch
 from tre_lightning.methods import SIREN, LinearSchedule
 from tre_lightning.methods.selection import above_quantile
 
 P = [0.5, 0.3, 0.1, 0.1]
-ON = method_runs.spec("SIREN", coef=5.0)
 NONE = batches.tokens(0)
 
 
@@ -32,8 +26,8 @@ def rollout(*entropies: list[float]) -> TrainingBatch:
 
 def test_entropy_is_that_of_the_renormalised_nucleus() -> None:
     term = SIREN(top_p=0.75)
-    out = method_runs.outputs(term, torch.tensor([P, [0.97, 0.01, 0.01, 0.01]]).log())
-    expected = torch.tensor([method_runs.entropy(0.5, 0.3), 0.0])
+    out = batches.outputs(term, torch.tensor([P, [0.97, 0.01, 0.01, 0.01]]).log())
+    expected = torch.tensor([batches.entropy(0.5, 0.3), 0.0])
     torch.testing.assert_close(term.observe(out, None), expected)
     torch.testing.assert_close(term.per_token(out, NONE), expected)
 
@@ -63,9 +57,7 @@ def test_within_responses_the_mean_is_the_authors() -> None:
     assert weights.nonzero().tolist() == [[0, 4], [1, 1]]
     assert weights[weights > 0].tolist() == pytest.approx([11 / 4] * 2)
     # A response that could not be scored is no response.
-    mask = first.response_mask.clone()
-    mask[2:] = False
-    term.adapt(replace(first, response_mask=mask))
+    term.adapt(batches.without(first, 2, 3))
     assert term.entropy == pytest.approx(5.0)
     term.adapt(rollout([1.0, 3.0, 4.0], [7.0, 8.0]))  # quantiles 3.5 and 7.75
     assert term.entropy == pytest.approx((4.0 + 8.0) / 2)
@@ -116,10 +108,10 @@ def test_gradient_is_that_of_the_squared_distance(anchor: float) -> None:
     generator = torch.Generator().manual_seed(3)
     logits = (2.0 * torch.randn(5, 30, generator=generator)).double().requires_grad_()
     term = SIREN(coef=0.7, top_p=0.8, fraction=0.4)
-    seen = term.observe(method_runs.outputs(term, logits), None).detach().tolist()
+    seen = term.observe(batches.outputs(term, logits), None).detach().tolist()
     term.adapt(rollout([anchor]))
     term.adapt(rollout(seen))
-    loss = method_runs.mean_loss(term, logits, rollout(seen))
+    loss = batches.mean_loss(term, logits, rollout(seen))
     (found,) = torch.autograd.grad(loss, logits)
 
     order = torch.sort(logits.softmax(-1), descending=True)
@@ -134,8 +126,7 @@ def test_gradient_is_that_of_the_squared_distance(anchor: float) -> None:
 
 def test_a_rollout_without_a_counted_token_changes_nothing() -> None:
     term = SIREN(coef=0.1, fraction=1.0)
-    empty = rollout([7.0])
-    empty = replace(empty, response_mask=torch.zeros_like(empty.response_mask))
+    empty = batches.without(rollout([7.0]))
     term.adapt(empty)
     assert term.anchor is None
     term.adapt(rollout([1.0]))
@@ -158,54 +149,3 @@ def test_state_keeps_the_anchor() -> None:
 def test_defaults_are_those_of_the_authors_script() -> None:
     term = SIREN()
     assert (term.coef, term.region.top_p, term.fraction) == (0.005, 0.8, 0.2)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"coef": -1.0}, r"\[siren\]\.coef=-1.0"),
-        ({"top_p": 1.0}, r"top_p=1.0"),
-        ({"fraction": 0.0}, r"\[siren\]\.fraction=0.0 "),
-        ({"fraction": math.nan}, r"\[siren\]\.fraction=nan "),
-        ({"within": "batch"}, r"\[siren\]\.within=batch .*rollout, response"),
-    ],
-)
-def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        SIREN(**options)
-
-
-# --- whole runs ---
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return method_runs.run(tmp_path_factory.mktemp("siren") / "run", ON, **method_runs.KEEP)
-
-
-def test_a_run_holds_on_to_the_first_anchor(whole: Path) -> None:
-    anchors = method_runs.logged(whole, "loss/siren_anchor")
-    entropies = method_runs.logged(whole, "loss/siren_entropy")
-    assert anchors == [entropies[0]] * runs.ITERATIONS
-    gaps = [2 * 5.0 * (entropy - entropies[0]) for entropy in entropies]
-    assert method_runs.logged(whole, "loss/siren_coef") == pytest.approx(gaps, abs=1e-5)
-    assert any(gaps)
-
-
-def test_resumed(whole: Path, tmp_path: Path) -> None:
-    method_runs.assert_resumes(whole, tmp_path, ON)
-
-
-def test_coef_0_is_ppo(whole: Path, tmp_path: Path) -> None:
-    off = method_runs.spec("SIREN", coef=0.0)
-    method_runs.assert_off(method_runs.run(tmp_path / "off", off), whole)
-
-
-def test_beside_tre(tmp_path: Path) -> None:
-    method_runs.assert_adds_to_tre(tmp_path, "siren", ON)
-
-
-@pytest.mark.parametrize("within", ["rollout", "response"])
-def test_micro_batch_size_changes_nothing(within: str, tmp_path: Path) -> None:
-    term = method_runs.spec("SIREN", coef=5.0, within=within)
-    method_runs.assert_micro_batches_change_nothing(tmp_path, term)

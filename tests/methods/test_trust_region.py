@@ -1,31 +1,18 @@
 """Tests of what tre_lightning.methods.TrustRegionEntropy offers beyond the paper."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import batches
-import runs
+from batches import entropy, outputs
 from tre_lightning.entropy import entropy_of_tokens, trust_region_entropy, trust_region_mask
-from tre_lightning.methods import LinearSchedule, PolicyOutputs, TrustRegionEntropy
-from tre_lightning.policy.head import Head, HeadInput
+from tre_lightning.methods import LinearSchedule, TrustRegionEntropy
 
 P = [0.5, 0.3, 0.1, 0.06, 0.04]
 SURE = [0.96, 0.02, 0.01, 0.006, 0.004]
-
-
-def entropy(*weights: float) -> float:
-    q = [w / sum(weights) for w in weights]
-    return -sum(p * math.log(p) for p in q)
-
-
-def outputs(term: TrustRegionEntropy, logits: Tensor) -> PolicyOutputs:
-    head = Head(term.regions, temperature=1.0, memory=1, show_logits=term.needs_logits)
-    return head.outputs(HeadInput(logits=logits), torch.zeros(len(logits), dtype=torch.long))
 
 
 # --- regions that are given ---
@@ -90,24 +77,6 @@ def test_the_current_policys_region_is_not_kept() -> None:
     assert not term.needs_logits and not term.needs_reference
 
 
-@pytest.mark.parametrize("owner", ["behaviour", "reference"])
-def test_whole_runs(owner: str, tmp_path: Path) -> None:
-    def changes(**options: Any) -> dict[str, Any]:
-        return {"trainer.callbacks": [{**runs.TRE, "init_args": {"top_k": 3, **options}}]}
-
-    runs.run(tmp_path / "own", changes=changes(coef=0.05, region_of=owner))
-    runs.run(
-        tmp_path / "small",
-        "--model.ppo.micro_batch_size=3",
-        changes=changes(coef=0.05, region_of=owner),
-    )
-    runs.run(tmp_path / "none", changes=changes(coef=0.0))
-    own = runs.weights(tmp_path / "own")
-    assert runs.distance(own, runs.weights(tmp_path / "none")) > 1e-3
-    assert runs.distance(own, runs.weights(tmp_path / "small")) < 1e-2
-    assert ("rollout/ref_kl" in runs.scalars(tmp_path / "own")) == (owner == "reference")
-
-
 # --- schedules and least size ---
 
 
@@ -137,21 +106,3 @@ def test_a_nucleus_does_not_shrink_below_its_least_size() -> None:
     assert wide.per_token(out, batches.tokens(1)).item() == pytest.approx(
         -entropy(0.5, 0.3, 0.1, 0.06) * math.log(5) / math.log(4), rel=1e-5
     )
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"top_k": 2, "min_size": 2}, r"\[tre\]\.min_size=2"),
-        ({"top_p": 0.9, "min_size": 2, "region_of": "behaviour"}, r"\[tre\]\.min_size=2"),
-        ({"top_p": 0.9, "min_size": 0}, r"\[tre\]\.min_size=0"),
-        ({"top_p": 0.9, "max_size": 0}, r"\[tre\]\.max_size=0"),
-        ({"top_p": 0.9, "region_of": "mine"}, r"\[tre\]\.region_of=mine"),
-        ({"top_p": LinearSchedule(0.9, 1.0, 3)}, "top_p=1.0"),
-        ({"top_k": LinearSchedule(0.2, 3, 3)}, "top_k=0"),
-        ({"top_k": 2, "top_p": LinearSchedule(0.9, 0.5, 3)}, "exactly one"),
-    ],
-)
-def test_refused(options: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        TrustRegionEntropy(**options)

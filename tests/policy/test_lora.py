@@ -456,35 +456,27 @@ def test_adapters_of_other_weights_are_refused(
         runs.run(tmp_path / "run", ckpt, "--model.policy.lora.alpha=8", changes=POLICY)
 
 
-def refusal(capsys: pytest.CaptureFixture[str], *args: Any, **options: Any) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        runs.run(*args, **options)
-    assert stopped.value.code == 2
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert message.startswith("error: ")
-    return message
-
-
 def test_refused_in_one_line_before_any_work(
     done: tuple[Path, PreTrainedModel],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    refusal: runs.Said,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run_dir, cache = tmp_path / "run", tmp_path / "cache"
     trained_anew = f"--warm_start.cache_dir={cache}"
     tokenizer = {**POLICY["model.policy"], "tokenizer": str(done[0] / "model")}
     scratch = {"model.policy": tokenizer, "warm_start": None}
-    assert "needs weights to freeze" in refusal(capsys, run_dir, changes=scratch)
+    assert "needs weights to freeze" in refusal(runs.run, run_dir, changes=scratch)
     layers = "--model.policy.lora.target_modules=[nope]"
     assert "does not fit the model" in refusal(
         capsys, run_dir, layers, trained_anew, changes=POLICY
     )
     ckpt = f"--ckpt_path={done[0]}/checkpoints/last.ckpt"
     rank = "--model.policy.lora.rank=3"
-    assert "another model" in refusal(capsys, run_dir, ckpt, rank, trained_anew, changes=POLICY)
+    assert "another model" in refusal(runs.run, run_dir, ckpt, rank, trained_anew, changes=POLICY)
     monkeypatch.setitem(sys.modules, "peft", None)
-    assert "tre-lightning[lora]" in refusal(capsys, run_dir, trained_anew, changes=POLICY)
+    assert "tre-lightning[lora]" in refusal(runs.run, run_dir, trained_anew, changes=POLICY)
     assert not run_dir.exists() and not cache.exists()
 
 

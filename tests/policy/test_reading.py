@@ -264,24 +264,22 @@ def test_a_run_without_updates_stays_where_it_is(model_type: str, tmp_path: Path
 
 
 def test_a_model_that_cannot_be_read_is_refused_before_its_warm_start(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, refusal: runs.Said
 ) -> None:
     architecture = {**SIZES, **BERT, "model_type": "bert", "vocab_size": 48, "is_decoder": False}
-    with pytest.raises(SystemExit) as stopped:
-        runs.run(tmp_path / "run", changes={"model.policy": {"architecture": architecture}})
-    assert stopped.value.code == 2
-    line = capsys.readouterr().err.splitlines()[-1]
+    line = refusal(
+        runs.run, tmp_path / "run", changes={"model.policy": {"architecture": architecture}}
+    )
     named = r"error: model\.policy\.architecture\.model_type=bert: .*no causal language model"
     assert re.match(named, line)
 
 
 def test_a_model_that_cannot_be_built_is_refused_in_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, refusal: runs.Said
 ) -> None:
     architecture = {**runs.ARCHITECTURE, "pad_token_id": 48}
-    with pytest.raises(SystemExit) as stopped:
-        runs.run(tmp_path / "run", changes={"model.policy": {"architecture": architecture}})
-    assert stopped.value.code == 2
-    line = capsys.readouterr().err.splitlines()[-1]
+    line = refusal(
+        runs.run, tmp_path / "run", changes={"model.policy": {"architecture": architecture}}
+    )
     assert re.match(r"error: model\.policy\.architecture\.model_type=llama cannot be built", line)
     assert not (tmp_path / "run").exists()

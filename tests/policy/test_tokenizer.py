@@ -100,16 +100,17 @@ def saved(tmp_path: Path) -> Callable[..., str]:
     return save
 
 
-def refusal(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], *flags: str, **policy: str | None
-) -> str:
-    changes = {"model.policy": policy, "warm_start": None}
-    with pytest.raises(SystemExit) as stopped:
-        runs.run(tmp_path / "run", *flags, changes=changes)
-    assert stopped.value.code == 2 and not (tmp_path / "run").exists()
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("error: ")
-    return line
+@pytest.fixture
+def refused(tmp_path: Path, refusal: runs.Said) -> Callable[..., str]:
+    """The line of error with which a run of this policy is refused, before anything is written."""
+
+    def of(**policy: str) -> str:
+        changes = {"model.policy": policy, "warm_start": None}
+        line = refusal(runs.run, tmp_path / "run", changes=changes)
+        assert not (tmp_path / "run").exists()
+        return line
+
+    return of
 
 
 def template(text: str) -> Change:
@@ -143,10 +144,8 @@ def test_a_template_may_write_the_tokens_for_unknown_and_padding(
         assert tokenizer.decode(ids[mask][:1]) == text.split()[0]
 
 
-def test_a_template_of_other_words_is_named(
-    saved: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    line = refusal(tmp_path, capsys, model=saved("model", template(TURN)))
+def test_a_template_of_other_words_is_named(saved: Callable[..., str], refused: runs.Said) -> None:
+    line = refused(model=saved("model", template(TURN)))
     assert "does not know, 'START'; its chat template writes it" in line
 
 
@@ -181,9 +180,9 @@ def test_a_token_beyond_the_table_is_refused(
     reason: str,
     saved: Callable[..., str],
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    refused: runs.Said,
 ) -> None:
-    assert re.match(f"error: {reason}", refusal(tmp_path, capsys, model=saved("model", change)))
+    assert re.match(f"error: {reason}", refused(model=saved("model", change)))
 
 
 def test_a_demonstration_with_a_token_beyond_the_table_is_refused() -> None:
@@ -199,15 +198,15 @@ def test_a_demonstration_with_a_token_beyond_the_table_is_refused() -> None:
 
 
 def test_a_critic_of_fewer_or_other_tokens_is_refused(
-    saved: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    saved: Callable[..., str], tmp_path: Path, refused: runs.Said
 ) -> None:
     model = saved("model")
     small = saved("small", size=40)
-    line = refusal(tmp_path, capsys, model=model, critic_model=small)
+    line = refused(model=model, critic_model=small)
     assert re.match(r"error: model\.policy\.critic_model=.*small: the policy's token .* 47", line)
     other = saved("other")
     words("b", "a", "+").save_pretrained(other)
-    line = refusal(tmp_path, capsys, model=model, critic_model=other)
+    line = refused(model=model, critic_model=other)
     assert re.match(r"error: model\.policy\.critic_model=.*other reads other ids", line)
 
 

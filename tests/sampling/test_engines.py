@@ -327,24 +327,18 @@ def test_vllm_is_asked_for_what_the_options_say(
 
 
 def test_vllm_without_the_package_is_refused_before_any_work(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, refusal: runs.Said
 ) -> None:
-    with pytest.raises(SystemExit) as exit:
-        runs.run(tmp_path / "run", "--model.rollout.engine=vllm")
-    assert exit.value.code == 2
-    assert capsys.readouterr().err == (
-        "error: model.rollout.engine=vllm needs the package vllm; "
-        "pip install 'tre-lightning[vllm]'\n"
+    assert refusal(runs.run, tmp_path / "run", "--model.rollout.engine=vllm", alone=True) == (
+        "error: model.rollout.engine=vllm needs the package vllm; pip install 'tre-lightning[vllm]'"
     )
     assert not (tmp_path / "run").exists()
 
 
 def test_vllm_without_a_gpu_is_refused(
-    fake_vllm: type[FakeLLM], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fake_vllm: type[FakeLLM], tmp_path: Path, refusal: runs.Said
 ) -> None:
-    with pytest.raises(SystemExit):
-        runs.run(tmp_path / "run", "--model.rollout.engine=vllm")
-    error = capsys.readouterr().err
+    error = refusal(runs.run, tmp_path / "run", "--model.rollout.engine=vllm")
     assert error.startswith("error: model.rollout.engine=vllm needs a CUDA GPU, not cpu")
 
 
@@ -369,11 +363,9 @@ def test_continuous_batching_that_cannot_work_is_refused(monkeypatch: pytest.Mon
     ],
 )
 def test_options_that_cannot_work_are_refused(
-    flag: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flag: str, message: str, tmp_path: Path, refusal: runs.Said
 ) -> None:
-    with pytest.raises(SystemExit):
-        runs.run(tmp_path / "run", f"--model.rollout.{flag}")
-    assert message in capsys.readouterr().err
+    assert message in refusal(runs.run, tmp_path / "run", f"--model.rollout.{flag}")
 
 
 # --- the correction ---

