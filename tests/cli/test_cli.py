@@ -43,19 +43,69 @@ def tre(**init_args: Any) -> dict[str, Any]:
 
 ONE = "give exactly one of top_k and top_p"
 
-# name: (flags, changes of the tiny configuration, words of the message); {dir} is a directory.
+# Flags of the tiny run, and words of the message; {dir} is a directory.
+REFUSED_FLAGS = [
+    ("--warm_start.stepz=1", "warm_start | stepz"),
+    ("--nonsense 3", "--nonsense"),
+    ("--trainer.max_step 3", "--trainer.max_step"),
+    ("--trainer.max_epochs=many", "trainer.max_epochs | int | many"),
+    ("--model.ppo.num_epochs=two", "model.ppo.num_epochs | int | two"),
+    ("--data.init_args.batch_size=1.5", "batch_size | int | 1.5"),
+    ("--data.init_args.train_file={dir}/empty.jsonl", "data.train_file | no puzzle | add rows"),
+    ("--data.init_args.eval_file={dir}/bad.jsonl", "bad.jsonl:2 | JSON"),
+    (
+        "--data.init_args.eval_file={dir}/no.jsonl",
+        "data.eval_file | no.jsonl | cannot be read | No such file",
+    ),
+    ("--data.init_args.train_size=3", "data.train_size=3 | train_file"),
+    ("--data.init_args.max_prompt_length=5", "data.max_prompt_length=5 | 6 tokens | raise it"),
+    ("--model.rollout.max_new_tokens=28", "model.rollout.max_new_tokens=28 | 32 tokens | lower it"),
+    (
+        "--model.ppo.num_minibatches=17",
+        "model.ppo.num_minibatches=17 | data.batch_size=4 | lower it",
+    ),
+    (
+        "--trainer.max_epochs=-1 --model.optim.warmup_fraction=0.05",
+        "optim.warmup_fraction=0.05 | trainer.max_epochs",
+    ),
+    (
+        "--model.optim.warmup_iterations=2 --model.optim.warmup_fraction=0.05",
+        "optim.warmup_iterations=2 | optim.warmup_fraction=0.05 | not both",
+    ),
+    ("--config={dir}/no.yaml", "config | no.yaml | not exist"),
+    ("--model.policy.tokenizer=${nowhere}", "nowhere | model.policy.tokenizer"),
+    ("--ckpt_path={dir}/no.ckpt", "ckpt_path={dir}/no.ckpt | does not exist"),
+    ("--ckpt_path=last", "ckpt_path=last | does not exist | default_root_dir"),
+    ("--ckpt_path=best", "ckpt_path=best | does not exist"),
+    ("--ckpt_path={dir}/bad.jsonl", "ckpt_path={dir}/bad.jsonl | not a checkpoint"),
+    ("--ckpt_path={ckpt} --model.policy.critic=shared", "another model | critic"),
+    (
+        "--ckpt_path={ckpt} --model.policy.critic=none --model.ppo.estimator=grpo",
+        "another model | critic",
+    ),
+    (
+        "--model.policy.critic=none",
+        "model.policy.critic=none | model.ppo.estimator=gae | set critic to separate or shared",
+    ),
+    (
+        "--model.ppo.estimator=rloo",
+        "model.policy.critic=separate | model.ppo.estimator=rloo | set critic to none",
+    ),
+    ("--model.ppo.estimator=reinforce++", "model.ppo.estimator | reinforce_pp | reinforce++"),
+    ("--model.policy.model={dir}", "exactly one | model.policy.model | model.policy.architecture"),
+    ("--model.policy.critic_model={dir}", "model.policy.critic_model={dir}"),
+    ("--trainer.precision=16-true", "trainer.precision=16-true | bf16"),
+    ("--warm_start.steps=0", "warm_start.steps=0 | at least 1"),
+    ("--checkpoint.every_n_iterations=0", "checkpoint.every_n_iterations=0"),
+]
+# name: (flags, changes of the tiny configuration, words of the message).
 REFUSED: dict[str, tuple[list[str], Mapping[str, Any], list[str]]] = {
+    **{flags: (flags.split(), {}, said.split(" | ")) for flags, said in REFUSED_FLAGS},
     "unknown key": ([], {"model.polcy": {"model": "x"}}, ["model.polcy", "--help"]),
     "unknown nested key": ([], {"model.policy.modle": "x"}, ["model.policy.modle"]),
     "unknown data key": ([], {"data.init_args.batchsize": 3}, ["data", "batchsize"]),
     "unknown callback key": ([], tre(topk=2), ["TrustRegionEntropy", "topk"]),
-    "unknown warm start key": (["--warm_start.stepz=1"], {}, ["warm_start", "stepz"]),
-    "unknown flag": (["--nonsense", "3"], {}, ["--nonsense"]),
-    "no abbreviation": (["--trainer.max_step", "3"], {}, ["--trainer.max_step"]),
     "unknown class": ([], {"data.class_path": "tre_lightning.tasks.Nope"}, ["data", "Nope"]),
-    "type of trainer": (["--trainer.max_epochs=many"], {}, ["trainer.max_epochs", "int", "many"]),
-    "type of ppo": (["--model.ppo.num_epochs=two"], {}, ["model.ppo.num_epochs", "int", "two"]),
-    "type of data": (["--data.init_args.batch_size=1.5"], {}, ["batch_size", "int", "1.5"]),
     "type of coef": ([], tre(top_k=2, coef="big"), ["coef", "float", "big"]),
     "negative coef": ([], tre(top_k=2, coef=-1), ["tre", "coef=-1", "0 (off)"]),
     "top_k and top_p": ([], tre(top_k=2, top_p=0.9), [ONE, "top_k=2", "top_p=0.9"]),
@@ -63,94 +113,15 @@ REFUSED: dict[str, tuple[list[str], Mapping[str, Any], list[str]]] = {
     "top_p above 1": ([], tre(top_p=1.5), ["top_p=1.5", "between 0 and 1"]),
     "top_k 0": ([], tre(top_k=0), ["top_k=0", "at least 1"]),
     "diagnostics": ([], {"model.diagnostics": {"top_k": 2, "top_p": 0.9}}, [ONE]),
-    "empty file": (
-        ["--data.init_args.train_file={dir}/empty.jsonl"],
-        {},
-        ["data.train_file", "no puzzle", "add rows"],
-    ),
-    "bad line": (
-        ["--data.init_args.eval_file={dir}/bad.jsonl"],
-        {},
-        ["bad.jsonl:2", "JSON"],
-    ),
-    "no data file": (
-        ["--data.init_args.eval_file={dir}/no.jsonl"],
-        {},
-        ["data.eval_file", "no.jsonl", "cannot be read", "No such file"],
-    ),
-    "train_size": (["--data.init_args.train_size=3"], {}, ["data.train_size=3", "train_file"]),
-    "long prompt": (
-        ["--data.init_args.max_prompt_length=5"],
-        {},
-        ["data.max_prompt_length=5", "6 tokens", "raise it"],
-    ),
-    "long response": (
-        ["--model.rollout.max_new_tokens=28"],
-        {},
-        ["model.rollout.max_new_tokens=28", "32 tokens", "lower it"],
-    ),
-    "minibatches": (
-        ["--model.ppo.num_minibatches=17"],
-        {},
-        ["model.ppo.num_minibatches=17", "data.batch_size=4", "lower it"],
-    ),
-    "warm-up of an endless run": (
-        ["--trainer.max_epochs=-1", "--model.optim.warmup_fraction=0.05"],
-        {},
-        ["optim.warmup_fraction=0.05", "trainer.max_epochs"],
-    ),
-    "two warm-ups": (
-        ["--model.optim.warmup_iterations=2", "--model.optim.warmup_fraction=0.05"],
-        {},
-        ["optim.warmup_iterations=2", "optim.warmup_fraction=0.05", "not both"],
-    ),
     "names": (
         [],
         {"trainer.callbacks": [runs.TRE, runs.TRE]},
         ["2 methods", "'tre'", "own name"],
     ),
-    "no config": (["--config={dir}/no.yaml"], {}, ["config", "no.yaml", "not exist"]),
-    "interpolation": (
-        ["--model.policy.tokenizer=${nowhere}"],
-        {},
-        ["nowhere", "model.policy.tokenizer"],
-    ),
-    "no checkpoint": (
-        ["--ckpt_path={dir}/no.ckpt"],
-        {},
-        ["ckpt_path={dir}/no.ckpt", "does not exist"],
-    ),
-    "no run": (["--ckpt_path=last"], {}, ["ckpt_path=last", "does not exist", "default_root_dir"]),
-    "no best": (["--ckpt_path=best"], {}, ["ckpt_path=best", "does not exist"]),
-    "text as checkpoint": (
-        ["--ckpt_path={dir}/bad.jsonl"],
-        {},
-        ["ckpt_path={dir}/bad.jsonl", "not a checkpoint"],
-    ),
     "other size": (
         ["--ckpt_path={ckpt}"],
         {"model.policy.architecture": OTHER_SIZE},
         ["another model", "16", "32", "configuration"],
-    ),
-    "other critic": (
-        ["--ckpt_path={ckpt}", "--model.policy.critic=shared"],
-        {},
-        ["another model", "critic"],
-    ),
-    "checkpoint of a critic": (
-        ["--ckpt_path={ckpt}", "--model.policy.critic=none", "--model.ppo.estimator=grpo"],
-        {},
-        ["another model", "critic"],
-    ),
-    "gae without a critic": (
-        ["--model.policy.critic=none"],
-        {},
-        ["model.policy.critic=none", "model.ppo.estimator=gae", "set critic to separate or shared"],
-    ),
-    "critic of no use": (
-        ["--model.ppo.estimator=rloo"],
-        {},
-        ["model.policy.critic=separate", "model.ppo.estimator=rloo", "set critic to none"],
     ),
     "group of one": (
         ["--model.policy.critic=none", "--model.ppo.estimator=grpo"],
@@ -161,16 +132,6 @@ REFUSED: dict[str, tuple[list[str], Mapping[str, Any], list[str]]] = {
         [],
         {"model.policy": {"architecture": runs.ARCHITECTURE, "critic": None}},
         ["policy.critic=None", "separate, shared, none"],
-    ),
-    "unknown estimator": (
-        ["--model.ppo.estimator=reinforce++"],
-        {},
-        ["model.ppo.estimator", "reinforce_pp", "reinforce++"],
-    ),
-    "model and architecture": (
-        ["--model.policy.model={dir}"],
-        {},
-        ["exactly one", "model.policy.model", "model.policy.architecture"],
     ),
     "no model": ([], {"model.policy": {}}, ["exactly one", "model.policy.model"]),
     "no model directory": (
@@ -183,7 +144,6 @@ REFUSED: dict[str, tuple[list[str], Mapping[str, Any], list[str]]] = {
         {"model.policy": {}, "warm_start": None},
         ["model.policy.model=some/model", "could not be loaded"],
     ),
-    "no critic": (["--model.policy.critic_model={dir}"], {}, ["model.policy.critic_model={dir}"]),
     "no tokenizer": ([], {"warm_start": None}, ["model.policy.tokenizer", "warm_start"]),
     "no model_type": ([], {"model.policy.architecture": {"hidden_size": 16}}, ["model_type"]),
     "vocabulary": (
@@ -191,9 +151,6 @@ REFUSED: dict[str, tuple[list[str], Mapping[str, Any], list[str]]] = {
         {"model.policy.architecture": {**runs.ARCHITECTURE, "vocab_size": 20}},
         ["vocab_size=20", "raise it"],
     ),
-    "half precision": (["--trainer.precision=16-true"], {}, ["trainer.precision=16-true", "bf16"]),
-    "warm start": (["--warm_start.steps=0"], {}, ["warm_start.steps=0", "at least 1"]),
-    "checkpoints": (["--checkpoint.every_n_iterations=0"], {}, ["checkpoint.every_n_iterations=0"]),
 }
 
 

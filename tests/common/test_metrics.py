@@ -85,11 +85,6 @@ def test_approx_kl_upcasts_before_the_difference() -> None:
     assert approx_kl(logprobs, old.double()).dtype == torch.float64
 
 
-def test_approx_kl_rejects_a_shape_that_would_broadcast() -> None:
-    with pytest.raises(ValueError, match=r"old_logprobs has shape \[2\]; pass \[2, 2\]"):
-        approx_kl(torch.zeros(2, 2), torch.zeros(2))
-
-
 # --- cumulative_tail_risk ---
 
 
@@ -128,13 +123,6 @@ def test_tail_risk_dtype(dtype: torch.dtype, expected: torch.dtype) -> None:
     assert cumulative_tail_risk(torch.zeros(1, 2, dtype=dtype), mask).dtype == expected
 
 
-def test_tail_risk_rejects_other_masks() -> None:
-    with pytest.raises(ValueError, match=r"response_mask is torch\.int64; pass torch\.bool"):
-        cumulative_tail_risk(torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"response_mask has shape \[2\]"):
-        cumulative_tail_risk(torch.zeros(2, 2), torch.ones(2, dtype=torch.bool))
-
-
 # --- pass_at_k ---
 
 
@@ -171,20 +159,6 @@ def test_pass_at_k_keeps_shape_and_dtype() -> None:
     assert pass_at_k(torch.zeros(0, dtype=torch.float64), 4, 2).dtype == torch.float64
 
 
-@pytest.mark.parametrize(
-    ("c", "n", "k", "message"),
-    [
-        (1, 4, 5, "k=5 exceeds num_samples=4"),
-        (1, 4, 0, "k=0 draws no response"),
-        (5, 4, 1, r"num_correct spans 5 to 5; pass counts in \[0, num_samples=4\]"),
-        (-1, 4, 1, "num_correct spans -1 to -1"),
-    ],
-)
-def test_pass_at_k_rejects(c: int, n: int, k: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        pass_at_k(torch.tensor([c]), n, k)
-
-
 # --- clipped ---
 
 
@@ -217,16 +191,6 @@ def test_clipped_tokens_are_those_without_gradient(
     torch.minimum(r * a, r.clamp(1 - low, 1 + high) * a).backward()
     assert r.grad is not None
     assert bool(clipped(r, a, low, high)) == (float(r.grad) == 0)
-
-
-def test_clipped_rejects() -> None:
-    ones = torch.ones(2, 2)
-    with pytest.raises(ValueError, match=r"advantages has shape \[2\]"):
-        clipped(ones, torch.ones(2), 0.2, 0.2)
-    with pytest.raises(ValueError, match=r"clip_eps_low=-0\.2"):
-        clipped(ones, ones, -0.2, 0.2)
-    with pytest.raises(ValueError, match="clip_eps_high=nan"):
-        clipped(ones, ones, 0.2, NAN)
 
 
 # --- every metric ---
@@ -394,13 +358,6 @@ def test_masked_mean_keeps_no_graph() -> None:
     assert not metric(torch.ones(2, requires_grad=True)).requires_grad
 
 
-def test_masked_mean_rejects_other_masks() -> None:
-    with pytest.raises(ValueError, match=r"mask is torch\.float32"):
-        MaskedMean().update(torch.ones(2, 2), torch.ones(2, 2))
-    with pytest.raises(ValueError, match=r"mask has shape \[2\]; pass \[2, 2\]"):
-        MaskedMean().update(torch.ones(2, 2), torch.ones(2).bool())
-
-
 # --- PassAtK ---
 
 
@@ -439,15 +396,6 @@ def test_pass_at_k_metric_is_the_mean_of_the_function(rows: list[list[float]], k
     each = [brute_force(int(sum(row)), len(row), k) for row in scored if len(row) >= k]
     expected = sum(each) / len(each) if each else NAN
     assert value(fed(PassAtK(k), [(torch.tensor(rows),)])) == pytest.approx(expected, nan_ok=True)
-
-
-def test_pass_at_k_metric_rejects() -> None:
-    with pytest.raises(ValueError, match="k=0 draws no response"):
-        PassAtK(k=0)
-    with pytest.raises(ValueError, match=r"scores has shape \[4\]; pass \[prompts, responses\]"):
-        PassAtK(k=2).update(torch.ones(4))
-    with pytest.raises(ValueError, match="scores has 3 responses per prompt; pass@4"):
-        PassAtK(k=4).update(torch.ones(2, 3))
 
 
 def test_pass_at_k_of_each_prompt_by_hand() -> None:
@@ -533,15 +481,6 @@ def test_majority_knows_no_order_of_the_responses(
 @given(st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=6))
 def test_majority_of_one_answer_is_the_mean_score(scores: list[float]) -> None:
     assert majority(scores, ["5"] * len(scores)) == pytest.approx(sum(scores) / len(scores))
-
-
-def test_majority_rejects() -> None:
-    with pytest.raises(ValueError, match=r"answers has shape \[4, 1\]; pass \[2, 2\], as scores"):
-        MajorityAtK().update(torch.ones(2, 2), torch.zeros(4, 1).long())
-    with pytest.raises(ValueError, match=r"scores has shape \[4\]; pass \[prompts, responses\]"):
-        MajorityAtK().update(torch.ones(4), torch.zeros(4).long())
-    with pytest.raises(ValueError, match="3 answers are no multiple of num_responses=2"):
-        number_answers(["5", None, "6"], 2)
 
 
 # --- StandardError ---
@@ -709,12 +648,60 @@ def test_explained_variance_shows_nan_inside_the_mask() -> None:
     assert math.isnan(explained_variance([1, 2, 2], [1, NAN, 3]))
 
 
-def test_explained_variance_rejects() -> None:
-    ones, mask = torch.ones(2, 2), torch.ones(2, 2, dtype=torch.bool)
-    with pytest.raises(ValueError, match=r"returns has shape \[2\]; pass \[2, 2\], as values has"):
-        MaskedExplainedVariance().update(ones, torch.ones(2), mask)
-    with pytest.raises(ValueError, match=r"mask is torch\.float32"):
-        MaskedExplainedVariance().update(ones, ones, ones)
+# --- bad input ---
+
+ONES, COUNTS, MASK = torch.ones(2, 2), torch.tensor([1]), torch.ones(2, 2, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: approx_kl(ONES, ONES[0]), r"old_logprobs has shape \[2\]; pass \[2, 2\]"),
+        (
+            lambda: cumulative_tail_risk(ONES, ONES.long()),
+            r"response_mask is torch\.int64; pass torch\.bool",
+        ),
+        (lambda: cumulative_tail_risk(ONES, MASK[0]), r"response_mask has shape \[2\]"),
+        (lambda: pass_at_k(COUNTS, 4, 5), "k=5 exceeds num_samples=4"),
+        (lambda: pass_at_k(COUNTS, 4, 0), "k=0 draws no response"),
+        (
+            lambda: pass_at_k(5 * COUNTS, 4, 1),
+            r"num_correct spans 5 to 5; pass counts in \[0, num_samples=4\]",
+        ),
+        (lambda: pass_at_k(-COUNTS, 4, 1), "num_correct spans -1 to -1"),
+        (lambda: clipped(ONES, ONES[0], 0.2, 0.2), r"advantages has shape \[2\]"),
+        (lambda: clipped(ONES, ONES, -0.2, 0.2), r"clip_eps_low=-0\.2"),
+        (lambda: clipped(ONES, ONES, 0.2, NAN), "clip_eps_high=nan"),
+        (lambda: MaskedMean().update(ONES, ONES), r"mask is torch\.float32"),
+        (lambda: MaskedMean().update(ONES, MASK[0]), r"mask has shape \[2\]; pass \[2, 2\]"),
+        (lambda: PassAtK(k=0), "k=0 draws no response"),
+        (
+            lambda: PassAtK(k=2).update(ONES[0]),
+            r"scores has shape \[2\]; pass \[prompts, responses\]",
+        ),
+        (lambda: PassAtK(k=4).update(ONES), "scores has 2 responses per prompt; pass@4"),
+        (
+            lambda: MajorityAtK().update(ONES, torch.zeros(4, 1)),
+            r"answers has shape \[4, 1\]; pass \[2, 2\], as scores",
+        ),
+        (
+            lambda: MajorityAtK().update(ONES[0], ONES[0]),
+            r"scores has shape \[2\]; pass \[prompts, responses\]",
+        ),
+        (
+            lambda: number_answers(["5", None, "6"], 2),
+            "3 answers are no multiple of num_responses=2",
+        ),
+        (
+            lambda: MaskedExplainedVariance().update(ONES, ONES[0], MASK),
+            r"returns has shape \[2\]; pass \[2, 2\], as values has",
+        ),
+        (lambda: MaskedExplainedVariance().update(ONES, ONES, ONES), r"mask is torch\.float32"),
+    ],
+)
+def test_what_does_not_fit_is_refused(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 # --- two processes ---
