@@ -3,18 +3,28 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tre_lightning.batches import TrainingBatch
+from tre_lightning.batches import PromptBatch, TrainingBatch
 from tre_lightning.methods import LossTerm, Method, PolicyOutputs, Tokens
 from tre_lightning.methods.hooks import weighed
 from tre_lightning.ops import Region
 from tre_lightning.policy.head import Head, HeadInput
 
 Rows = Sequence[Sequence[float]]
+
+
+def prompt_batch(
+    *extras: Mapping[str, Any], texts: Sequence[str] | None = None, split: str = "train"
+) -> PromptBatch:
+    """Prompts of one token each, with what a scorer is told of them."""
+    rows = len(extras)
+    ids = torch.ones(rows, 1, dtype=torch.long)
+    return PromptBatch(ids, ids.bool(), tuple(texts or [""] * rows), extras, split, 0, 0, rows)
 
 
 def padded(rows: Rows, padding: float = 0.0) -> Tensor:

@@ -4,6 +4,7 @@ import copy
 import os
 import signal
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+import batches
+import runs
 from tre_lightning.batches import PromptBatch
 from tre_lightning.policy.actor_critic import ActorCritic, PolicyArgs, load_language_model
 from tre_lightning.policy.tokenizers import word_tokenizer
@@ -89,6 +92,14 @@ def model_dir(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempP
     return directory
 
 
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny run when it has ended; tests only read it."""
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    runs.run(run_dir)
+    return run_dir
+
+
 @pytest.fixture
 def refusal(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """The line of error with which a call ends; ``alone``: nothing else is said."""
@@ -132,17 +143,7 @@ def make_prompts() -> Callable[[Sequence[int]], PromptBatch]:
         width = max(lengths)
         mask = torch.arange(width) >= width - torch.tensor(lengths).unsqueeze(1)
         ids = torch.randint(3, VOCAB_SIZE, mask.shape, generator=generator) * mask
-        rows = len(lengths)
-        return PromptBatch(
-            prompt_ids=ids,
-            prompt_mask=mask,
-            texts=("",) * rows,
-            extras=({},) * rows,
-            split="train",
-            index=0,
-            first_row=0,
-            total_rows=rows,
-        )
+        return replace(batches.prompt_batch(*[{}] * len(lengths)), prompt_ids=ids, prompt_mask=mask)
 
     return make
 

@@ -21,6 +21,7 @@ from typing import IO, Any
 
 import torch
 from lightning.pytorch.cli import LightningCLI
+from pytest import approx
 from tensorboard.backend.event_processing import event_accumulator, plugin_event_accumulator
 from tensorboard.summary.writer import event_file_writer
 from tensorboard.util import tensor_util
@@ -202,6 +203,12 @@ def resume(
     while newest[-2] != str(os.getpid()) and int(time.time()) <= int(newest[3]):
         time.sleep(0.01)
     return run(run_dir, f"--ckpt_path={ckpt_path}", changes=changes)
+
+
+def write_jsonl(file: Path, rows: Sequence[Any]) -> str:
+    """A file of these rows; returns its name."""
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
 
 
 def output_of(*args: Any, **options: Any) -> str:
@@ -434,6 +441,15 @@ def exit_code(process: BaseProcess, seconds: float = 180.0) -> int | None:
     process.kill()
     process.join()
     return code
+
+
+def assert_close_curves(left: Path, right: Path, rel: float = 1e-5, abs: float = 1e-6) -> None:
+    """The same tags and steps, and values that differ by rounding alone."""
+    a, b = scalars(left), scalars(right)
+    assert a.keys() == b.keys()
+    for tag, events in a.items():
+        close = [(step, approx(value, rel=rel, abs=abs)) for step, value in events]
+        assert b[tag] == close, tag
 
 
 def is_running(pid: int) -> bool:

@@ -19,14 +19,6 @@ from tre_lightning.methods import LossTerm, find_methods
 OTHER_SIZE = {**runs.ARCHITECTURE, "hidden_size": 32}
 
 
-@pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run; tests only read it."""
-    run_dir = tmp_path_factory.mktemp("done") / "run"
-    runs.run(run_dir)
-    return run_dir
-
-
 @pytest.fixture
 def parsed_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands stop where the work would begin."""
@@ -113,11 +105,7 @@ REFUSED: dict[str, tuple[list[str], Mapping[str, Any], list[str]]] = {
     "top_p above 1": ([], tre(top_p=1.5), ["top_p=1.5", "between 0 and 1"]),
     "top_k 0": ([], tre(top_k=0), ["top_k=0", "at least 1"]),
     "diagnostics": ([], {"model.diagnostics": {"top_k": 2, "top_p": 0.9}}, [ONE]),
-    "names": (
-        [],
-        {"trainer.callbacks": [runs.TRE, runs.TRE]},
-        ["2 methods", "'tre'", "own name"],
-    ),
+    "names": ([], {"trainer.callbacks": [runs.TRE, runs.TRE]}, ["2 methods", "'tre'", "own name"]),
     "other size": (
         ["--ckpt_path={ckpt}"],
         {"model.policy.architecture": OTHER_SIZE},
@@ -156,17 +144,13 @@ REFUSED: dict[str, tuple[list[str], Mapping[str, Any], list[str]]] = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_in_one_line(
-    case: str,
-    done: Path,
-    tmp_path: Path,
-    refusal: runs.Said,
-    monkeypatch: pytest.MonkeyPatch,
+    case: str, finished: Path, tmp_path: Path, refusal: runs.Said, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "bad.jsonl").write_text('{"nums": [1, 2], "target": 3}\n{"nums": [1, 2], "tar\n')
-    paths = {"dir": str(tmp_path), "ckpt": f"{done}/checkpoints/last.ckpt"}
+    paths = {"dir": str(tmp_path), "ckpt": f"{finished}/checkpoints/last.ckpt"}
 
     def fill(text: str) -> str:
         return text if "$" in text else text.format(**paths)
@@ -182,25 +166,19 @@ def test_refused_in_one_line(
 
 @pytest.mark.parametrize("from_another", [False, True])
 def test_an_earlier_run_is_not_overwritten(
-    done: Path, tmp_path: Path, refusal: runs.Said, from_another: bool
+    finished: Path, tmp_path: Path, refusal: runs.Said, from_another: bool
 ) -> None:
     run_dir = tmp_path / "run"
-    shutil.copytree(done, run_dir)
+    shutil.copytree(finished, run_dir)
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
     message = refusal(
-        runs.run, run_dir, *([f"--ckpt_path={done}/checkpoints/last.ckpt"] if from_another else [])
+        runs.run,
+        run_dir,
+        *([f"--ckpt_path={finished}/checkpoints/last.ckpt"] if from_another else []),
     )
     for word in ("error: ", f"trainer.default_root_dir={run_dir}", "--ckpt_path last"):
         assert word in message
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
-
-
-def test_a_monitor_that_is_not_logged_is_refused_before_training(
-    tmp_path: Path, refusal: runs.Said
-) -> None:
-    message = refusal(runs.run, tmp_path / "run", "--checkpoint.monitor=val/nope")
-    assert message.startswith("error: checkpoint.monitor=val/nope") and "val/pass@1" in message
-    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_a_traceback_for_those_who_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,10 +286,10 @@ def test_a_reference_follows_the_command_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("parsed_only")
-def test_the_tokenizer_is_that_of_the_policy(tmp_path: Path, done: Path) -> None:
-    changes = {"model.policy": {"model": f"{done}/model"}, "warm_start": None}
+def test_the_tokenizer_is_that_of_the_policy(tmp_path: Path, finished: Path) -> None:
+    changes = {"model.policy": {"model": f"{finished}/model"}, "warm_start": None}
     cli = fit(*runs.words(tmp_path / "run", changes=changes)[1:])
-    assert cli.datamodule.tokenizer_source == f"{done}/model"
+    assert cli.datamodule.tokenizer_source == f"{finished}/model"
 
 
 def whole_configs() -> list[list[Path]]:

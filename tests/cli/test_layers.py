@@ -182,8 +182,7 @@ def test_the_data_of_a_layer_say_what_is_trained(tmp_path: Path) -> None:
         "model: {policy: {architecture: {model_type: qwen3}}}",
     )
     top = write(
-        tmp_path / "top.yaml",
-        f"layers: [pairs.yaml]\nmodel: {{output_dir: {tmp_path}/model}}",
+        tmp_path / "top.yaml", f"layers: [pairs.yaml]\nmodel: {{output_dir: {tmp_path}/model}}"
     )
     flags = [f"--trainer.default_root_dir={tmp_path}/run", "--trainer.accelerator=cpu"]
     assert isinstance(main(["fit", "--config", top, *flags]), RewardCLI)

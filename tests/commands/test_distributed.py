@@ -55,11 +55,7 @@ def test_two_processes_train_as_one(tmp_path: Path, estimator: dict[str, Any]) -
     for i in range(1, runs.ITERATIONS + 1):
         one = runs.weights(tmp_path / "one", f"iteration={i}")
         assert runs.distance(one, runs.weights(tmp_path / "two", f"iteration={i}")) < 1e-6
-    alone, together = runs.scalars(tmp_path / "one"), runs.scalars(tmp_path / "two")
-    assert alone.keys() == together.keys()
-    for tag, events in alone.items():
-        close = [(step, pytest.approx(value, rel=1e-5, abs=1e-6)) for step, value in events]
-        assert together[tag] == close, tag
+    runs.assert_close_curves(tmp_path / "one", tmp_path / "two")
     one, two = (
         EventAccumulator(str(tmp_path / name), {"histograms": 0}).Reload()
         for name in ("one", "two")

@@ -43,10 +43,7 @@ class InfiniteScore(runs.PlusCountdown):
 
 def poisoned(kind: str = "loss", first: int = 0, last: int = 0, **ppo: int) -> dict[str, Any]:
     """Changes of the tiny run."""
-    spec = {
-        "class_path": "runs.Poison",
-        "init_args": {"kind": kind, "first": first, "last": last},
-    }
+    spec = {"class_path": "runs.Poison", "init_args": {"kind": kind, "first": first, "last": last}}
     return {
         "trainer.callbacks": [spec],
         "model.ppo": {**runs.TINY["model"]["ppo"], **ppo},
@@ -484,11 +481,7 @@ class BugOnLastRank(InfiniteOnLastRank):
     ],
 )
 def test_a_scorer_that_fails_on_one_rank_ends_all(
-    kind: str,
-    said: str,
-    codes: list[int],
-    whole: Path,
-    tmp_path: Path,
+    kind: str, said: str, codes: list[int], whole: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
     changes = {**poisoned(), "data.class_path": f"test_faults.{kind}"}

@@ -31,14 +31,6 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return run_dir, printed
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run without an evaluation file; tests only read it."""
-    run_dir = tmp_path_factory.mktemp("plain") / "run"
-    runs.run(run_dir)
-    return run_dir
-
-
 # ----- what a run writes
 
 
@@ -126,10 +118,10 @@ def test_saved_configuration_repeats_the_run(done: tuple[Path, str], tmp_path: P
 
 
 def test_validate_test_and_predict_from_a_checkpoint(
-    plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "run"
-    shutil.copytree(plain, run_dir)
+    shutil.copytree(finished, run_dir)
     curves = runs.scalars(run_dir)
     ckpt = f"--ckpt_path={run_dir}/checkpoints/last.ckpt"
 
@@ -172,9 +164,9 @@ def test_validate_test_and_predict_from_a_checkpoint(
     assert runs.scalars(run_dir) == curves  # the curves of the training are as they were
 
 
-def test_commands_without_a_checkpoint_take_the_warm_start(plain: Path, tmp_path: Path) -> None:
+def test_commands_without_a_checkpoint_take_the_warm_start(finished: Path, tmp_path: Path) -> None:
     scores = runs.run(tmp_path / "run", command="validate").trainer.callback_metrics
-    assert float(scores["val/score"]) == runs.scalars(plain)["val/score"][0][1]
+    assert float(scores["val/score"]) == runs.scalars(finished)["val/score"][0][1]
 
 
 def test_sft_alone_trains_a_model(tmp_path: Path, refusal: runs.Said) -> None:
@@ -236,23 +228,38 @@ def test_shared_critic(tmp_path: Path) -> None:
     assert [step for step, _ in runs.scalars(tmp_path / "run")["loss/value"]] == [0, 1, 2, 3]
 
 
+def without_critic(estimator: str) -> dict[str, Any]:
+    without = {"model.policy.critic": "none", "model.ppo.estimator": estimator}
+    return {**without, "checkpoint": {"keep_all": True}}
+
+
+@pytest.fixture(scope="module")
+def critic_free(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A finished run of each estimator; tests only read them."""
+    root = tmp_path_factory.mktemp("critic_free")
+    for estimator in ("grpo", "rloo", "reinforce_pp"):
+        runs.run(root / estimator, changes=without_critic(estimator))
+    return {run_dir.name: run_dir for run_dir in root.iterdir() if run_dir.is_dir()}
+
+
+def test_each_estimator_trains_another_policy(critic_free: dict[str, Path]) -> None:
+    for left, right in itertools.combinations(critic_free.values(), 2):
+        assert runs.distance(runs.weights(left), runs.weights(right)) > 1e-4
+
+
 @pytest.mark.parametrize("estimator", ["grpo", "rloo", "reinforce_pp"])
-def test_without_a_critic(estimator: str, plain: Path, tmp_path: Path) -> None:
-    whole, run_dir = tmp_path / "whole", tmp_path / "run"
-    changes = {
-        "model.policy.critic": "none",
-        "model.ppo.estimator": estimator,
-        "checkpoint": {"keep_all": True},
-    }
-    runs.run(whole, changes=changes)
-    trained, with_critic = runs.weights(whole), runs.weights(plain)
+def test_without_a_critic(
+    estimator: str, critic_free: dict[str, Path], finished: Path, tmp_path: Path
+) -> None:
+    whole, run_dir, changes = critic_free[estimator], tmp_path / "run", without_critic(estimator)
+    trained, with_critic = runs.weights(whole), runs.weights(finished)
     policy = "actor_critic.policy."
     assert trained.keys() == {name for name in with_critic if name.startswith(policy)}
     start = AutoModelForCausalLM.from_pretrained(next(runs.WARM_STARTS.iterdir()) / "model")
     at_start = {policy + name: weight for name, weight in start.state_dict().items()}
     assert runs.distance(trained, at_start) > 1e-3
     assert runs.distance(trained, {name: with_critic[name] for name in trained}) > 1e-3
-    scalars, others = runs.scalars(whole), runs.scalars(plain)
+    scalars, others = runs.scalars(whole), runs.scalars(finished)
     of_critic = {"loss/value", *(tag for tag in others if tag.startswith("value/"))}
     assert scalars.keys() == others.keys() - of_critic and len(of_critic) == 6
     assert all(math.isfinite(value) for events in scalars.values() for _, value in events)
@@ -270,24 +277,14 @@ def test_without_a_critic(estimator: str, plain: Path, tmp_path: Path) -> None:
     assert float(scores.trainer.callback_metrics["val/score"]) == scalars["val/score"][-1][1]
 
 
-def test_each_estimator_trains_another_policy(tmp_path: Path) -> None:
-    trained: list[dict[str, Any]] = []
-    for estimator in ("grpo", "rloo", "reinforce_pp"):
-        flags = ["--model.policy.critic=none", f"--model.ppo.estimator={estimator}"]
-        runs.run(tmp_path / estimator, *flags, "--trainer.max_epochs=1")
-        trained.append(runs.weights(tmp_path / estimator))
-    for left, right in itertools.combinations(trained, 2):
-        assert runs.distance(left, right) > 1e-4
-
-
-def test_kl_to_the_initial_policy(plain: Path, tmp_path: Path) -> None:
+def test_kl_to_the_initial_policy(finished: Path, tmp_path: Path) -> None:
     runs.run(tmp_path / "run", "--model.ppo.kl_coef=0.5")
     kl = [value for _, value in runs.scalars(tmp_path / "run")["rollout/ref_kl"]]
     assert kl[0] == pytest.approx(0.0, abs=1e-6) and min(kl[1:]) > 1e-4
     trained = runs.weights(tmp_path / "run")
-    assert trained.keys() == runs.weights(plain).keys()  # no checkpoint holds the reference
-    assert runs.distance(trained, runs.weights(plain)) > 0  # it is in the reward
-    assert "rollout/ref_kl" not in runs.scalars(plain)
+    assert trained.keys() == runs.weights(finished).keys()  # no checkpoint holds the reference
+    assert runs.distance(trained, runs.weights(finished)) > 0  # it is in the reward
+    assert "rollout/ref_kl" not in runs.scalars(finished)
 
 
 @pytest.mark.parametrize(
@@ -305,10 +302,10 @@ def test_low_precision(precision: str, dtype: torch.dtype, tmp_path: Path) -> No
 # ----- what must not change the result
 
 
-def test_only_another_seed_changes_the_result(plain: Path, tmp_path: Path) -> None:
+def test_only_another_seed_changes_the_result(finished: Path, tmp_path: Path) -> None:
     runs.run(tmp_path / "same")
-    assert runs.distance(runs.weights(tmp_path / "same"), runs.weights(plain)) == 0.0
-    assert runs.scalars(tmp_path / "same") == runs.scalars(plain)
+    assert runs.distance(runs.weights(tmp_path / "same"), runs.weights(finished)) == 0.0
+    assert runs.scalars(tmp_path / "same") == runs.scalars(finished)
     # The same warm start, but other prompts, samples and minibatches.
     model = next(runs.WARM_STARTS.iterdir()) / "model"
     changes = {"model.policy": {"model": str(model)}, "warm_start": None}
@@ -344,10 +341,7 @@ def test_micro_batch_size_does_not_change_the_update(
     assert runs.distance(whole, parts) < 1e-10
     scalars = runs.scalars(whole_batch)
     assert 0.0 < scalars["rollout/finished_fraction"][0][1] < 1.0  # responses of unequal lengths
-    others = runs.scalars(tmp_path / "run")
-    assert others.keys() == scalars.keys()
-    for tag, events in scalars.items():
-        assert others[tag] == [(step, pytest.approx(v, abs=1e-6)) for step, v in events], tag
+    runs.assert_close_curves(whole_batch, tmp_path / "run", rel=1e-6)
 
 
 KL_LOSS = (
@@ -358,9 +352,7 @@ KL_LOSS = (
 
 
 @pytest.mark.parametrize(
-    "flags",
-    [(), (*KL_LOSS, "--model.policy.critic=shared")],
-    ids=["", "kl-shared"],
+    "flags", [(), (*KL_LOSS, "--model.policy.critic=shared")], ids=["", "kl-shared"]
 )
 @pytest.mark.parametrize(("precision", "close"), [("64-true", 1e-6), ("32-true", 2e-3)])
 def test_the_fused_ops_change_nothing(
@@ -378,14 +370,10 @@ def test_the_fused_ops_change_nothing(
         changes = {"trainer.callbacks": [runs.TRE, bonus]}
         precise = f"--trainer.precision={precision}"
         runs.run(tmp_path / way, flag, precise, "--model.optim.eps=1e-4", *flags, changes=changes)
-    expected, curves = runs.weights(tmp_path / "fused"), runs.scalars(tmp_path / "fused")
+    expected = runs.weights(tmp_path / "fused")
     for way in ("reference", "logits"):
         assert 0.0 < runs.distance(runs.weights(tmp_path / way), expected) < close
-        others = runs.scalars(tmp_path / way)
-        for tag, events in curves.items():
-            if not tag.endswith("seconds"):
-                same = [(step, pytest.approx(v, rel=close, abs=close)) for step, v in events]
-                assert others[tag] == same, tag
+        runs.assert_close_curves(tmp_path / "fused", tmp_path / way, rel=close, abs=close)
 
 
 @pytest.fixture(autouse=True)

@@ -220,10 +220,7 @@ def test_failed_trial_is_named_and_the_others_go_on(
     ],
 )
 def test_plan_that_cannot_work_is_one_line(
-    plan_file: Callable[..., Path],
-    changes: dict[str, Any],
-    words: str,
-    refusal: runs.Said,
+    plan_file: Callable[..., Path], changes: dict[str, Any], words: str, refusal: runs.Said
 ) -> None:
     assert words in refusal(main, ["--config", str(plan_file(**changes))], alone=True)
 
@@ -298,10 +295,7 @@ def test_two_processes_cannot_do_the_same_trial(tmp_path: Path) -> None:
 # ----- numbers
 
 
-@given(
-    st.floats(-1e3, 1e3).map(lambda x: round(x, 3)),
-    st.integers(2, 6),
-)
+@given(st.floats(-1e3, 1e3).map(lambda x: round(x, 3)), st.integers(2, 6))
 def test_interval_of_a_constant_is_the_point(value: float, count: int) -> None:
     assert estimate([value] * count, 50) == pytest.approx((value, value, value, count))
 

@@ -146,8 +146,7 @@ def test_a_schedule_needs_an_iteration() -> None:
 
 
 @pytest.mark.parametrize(
-    "coef",
-    [-0.1, math.nan, LinearSchedule(-0.1, 1.0, 2), LinearSchedule(1.0, -0.1, 2)],
+    "coef", [-0.1, math.nan, LinearSchedule(-0.1, 1.0, 2), LinearSchedule(1.0, -0.1, 2)]
 )
 def test_a_negative_coefficient_is_refused(coef: float | LinearSchedule) -> None:
     with pytest.raises(ValueError, match=r"\[mine\]\.coef="):

@@ -274,7 +274,4 @@ def test_what_is_no_term_acts_beside_the_others(name: str, together: Path, tmp_p
 def test_fused_is_the_reference(together: Path, tmp_path: Path) -> None:
     reference = train(tmp_path / "run", *specs("kl_cov"), epochs=1, fused=False)
     assert 0.0 < runs.distance(runs.weights(reference), runs.weights(together)) < 1e-6
-    others = runs.scalars(reference)
-    for tag, events in runs.scalars(together).items():
-        same = [(step, pytest.approx(value, rel=1e-6, abs=1e-6)) for step, value in events]
-        assert others[tag] == same, tag
+    runs.assert_close_curves(reference, together)

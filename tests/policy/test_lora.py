@@ -282,9 +282,7 @@ def test_policy_and_critic_train_adapters_and_value_head(
     }
 
 
-def test_policy_and_critic_share_the_frozen_weights(
-    lora_args: Callable[..., PolicyArgs],
-) -> None:
+def test_policy_and_critic_share_the_frozen_weights(lora_args: Callable[..., PolicyArgs]) -> None:
     model = ActorCritic.load(lora_args())
     assert model.critic is not None
     trunk = dict(model.policy.base_model.named_parameters())
@@ -428,9 +426,7 @@ def test_validation_from_a_checkpoint(done: tuple[Path, PreTrainedModel]) -> Non
     assert float(scores["val/score"]) == runs.scalars(run_dir)["val/score"][-1][1]
 
 
-def test_the_exported_model_is_plain_and_says_the_same(
-    done: tuple[Path, PreTrainedModel],
-) -> None:
+def test_the_exported_model_is_plain_and_says_the_same(done: tuple[Path, PreTrainedModel]) -> None:
     run_dir, policy = done
     policy.eval()
     model = AutoModelForCausalLM.from_pretrained(run_dir / "model")

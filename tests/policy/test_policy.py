@@ -249,10 +249,7 @@ def test_the_value_head_has_the_policys_type(policy: PreTrainedModel, rollout: R
 )
 @pytest.mark.parametrize("critic", ["separate", "shared", "critic_model"])
 def test_training_carries_no_dropout_noise(
-    dropout: dict[str, Any],
-    critic: str,
-    architectures: dict[str, dict[str, Any]],
-    tmp_path: Path,
+    dropout: dict[str, Any], critic: str, architectures: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
     architecture = architectures[dropout["model_type"]] | dropout
     kind: Any = "shared" if critic == "shared" else "separate"

@@ -82,11 +82,7 @@ def assert_same(left: Path, right: Path) -> None:
     for i in range(1, runs.ITERATIONS + 1):
         weights = runs.weights(left, f"iteration={i}")
         assert runs.distance(weights, runs.weights(right, f"iteration={i}")) < 1e-9
-    curves, others = runs.scalars(left), runs.scalars(right)
-    assert curves.keys() == others.keys()
-    for tag, events in curves.items():
-        close = [(step, pytest.approx(value, rel=1e-5, abs=1e-6)) for step, value in events]
-        assert others[tag] == close, tag
+    runs.assert_close_curves(left, right)
     exported = [load_file(run / "model" / "model.safetensors") for run in (left, right)]
     assert runs.distance(*exported) < 1e-9
 
@@ -245,10 +241,7 @@ def test_two_nodes(alone: Path, tmp_path: Path, strategy: Any) -> None:
     ],
 )
 def test_options_of_the_strategy_that_are_refused(
-    strategy: dict[str, Any],
-    message: str,
-    tmp_path: Path,
-    refusal: runs.Said,
+    strategy: dict[str, Any], message: str, tmp_path: Path, refusal: runs.Said
 ) -> None:
     changes = {"trainer.strategy": {**SHARDED, "init_args": strategy}}
     assert message in refusal(runs.run, tmp_path / "run", changes=changes)

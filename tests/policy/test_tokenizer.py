@@ -176,11 +176,7 @@ def no_end(tokenizer: PreTrainedTokenizerBase) -> None:
     ],
 )
 def test_a_token_beyond_the_table_is_refused(
-    change: Change,
-    reason: str,
-    saved: Callable[..., str],
-    tmp_path: Path,
-    refused: runs.Said,
+    change: Change, reason: str, saved: Callable[..., str], tmp_path: Path, refused: runs.Said
 ) -> None:
     assert re.match(f"error: {reason}", refused(model=saved("model", change)))
 

@@ -52,10 +52,7 @@ def test_a_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     where = tmp_path / "cwd"
     where.mkdir()
     client = NotebookClient(
-        notebook,
-        kernel_name="own",
-        timeout=600,
-        resources={"metadata": {"path": str(where)}},
+        notebook, kernel_name="own", timeout=600, resources={"metadata": {"path": str(where)}}
     )
     client.execute()
     shown = [bool(cell.outputs) for cell in code_cells(notebook)[1:]]

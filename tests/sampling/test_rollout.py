@@ -1,6 +1,7 @@
 """Tests of tre_lightning.sampling.in_process."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,16 +132,9 @@ def sample(
 def only_row(prompts: PromptBatch, row: int) -> PromptBatch:
     """One prompt without its padding."""
     real = prompts.prompt_mask[row]
-    return PromptBatch(
-        prompt_ids=prompts.prompt_ids[row, real].unsqueeze(0),
-        prompt_mask=real[real].unsqueeze(0),
-        texts=("",),
-        extras=({},),
-        split=prompts.split,
-        index=prompts.index,
-        first_row=row,
-        total_rows=prompts.total_rows,
-    )
+    ids = prompts.prompt_ids[row, real].unsqueeze(0)
+    alone = {"prompt_ids": ids, "prompt_mask": real[real].unsqueeze(0), "first_row": row}
+    return replace(prompts, **alone, texts=("",), extras=({},))
 
 
 def uniform_policy(policy: PreTrainedModel) -> PreTrainedModel:
@@ -465,11 +459,7 @@ def test_a_run_in_small_sample_batches_trains_the_same(
     assert used == {("train", 3), ("val", 3)}
     whole, parts = (runs.weights(tmp_path / name) for name in ("whole", "parts"))
     assert runs.distance(whole, parts) < 1e-6
-    alone, together = runs.scalars(tmp_path / "parts"), runs.scalars(tmp_path / "whole")
-    assert alone.keys() == together.keys()
-    for tag, events in alone.items():
-        close = [(step, pytest.approx(value, rel=1e-5, abs=1e-6)) for step, value in events]
-        assert together[tag] == close, tag
+    runs.assert_close_curves(tmp_path / "parts", tmp_path / "whole")
 
 
 # --- the batch ---

@@ -1,25 +1,15 @@
 """What a response answers, as majority@k counts it: Countdown, MATH and tasks without answers."""
 
 import pytest
-import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tre_lightning.batches import PromptBatch
+import batches
 from tre_lightning.tasks import CountdownDataModule, MathDataModule, PromptDataModule
 from tre_lightning.tasks.countdown.scorer import Format
 from tre_lightning.tasks.mathematics.prompts import normal_form
 
-PROMPTS = PromptBatch(
-    prompt_ids=torch.ones(1, 1, dtype=torch.int64),
-    prompt_mask=torch.ones(1, 1, dtype=torch.bool),
-    texts=("",),
-    extras=({"gold": "5", "numbers": (3, 4, 5), "target": 17},),
-    split="val",
-    index=0,
-    first_row=0,
-    total_rows=1,
-)
+PROMPTS = batches.prompt_batch({"gold": "5", "numbers": (3, 4, 5), "target": 17}, split="val")
 
 
 # ----- MATH

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from runs import write_jsonl
 from tre_lightning.tasks import CountdownDataModule, MathDataModule
 from tre_lightning.tasks.alignment.pairs import load_pairs
 from tre_lightning.tasks.alignment.prompts import PreferenceDataModule, RewardArgs
@@ -20,11 +21,6 @@ from tre_lightning.tasks.mathematics.scorer import score_math
 from tre_lightning.tasks.sources import number_text, read_rows
 
 ODD_NAMES = ["br[1]", "a*b?", "with space", "50%41", "~", "#1", "a::b", "{x}", "README.md", ".x"]
-
-
-def write_jsonl(file: Path, rows: Sequence[Any]) -> str:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(file)
 
 
 def write_parquet(file: Path, columns: dict[str, Any], types: dict[str, str] | None = None) -> str:

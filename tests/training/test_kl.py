@@ -96,12 +96,7 @@ def penalty_gradient(
     scores = torch.zeros(len(SEQUENCES))
     sampled = logprobs(old).detach()
     experience = build_experience(rollout, scores, sampled, logprobs(ref).detach(), None)
-    ppo = PPOArgs(
-        estimator="reinforce_pp",
-        kl_coef=1.0,
-        clip_eps_low=None,
-        clip_eps_high=None,
-    )
+    ppo = PPOArgs(estimator="reinforce_pp", kl_coef=1.0, clip_eps_low=None, clip_eps_high=None)
     # Not by the options: those that are refused have a gradient, too.
     object.__setattr__(ppo, "kl_estimator", estimator)
     object.__setattr__(ppo, "kl_in", place)

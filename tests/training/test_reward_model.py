@@ -75,8 +75,9 @@ def fit(module: RewardModelModule, data: PreferencePairs, **options: Any) -> Tra
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
     }
+    ckpt_path = options.pop("ckpt_path", None)
     trainer = Trainer(**{**quiet, **options})
-    trainer.fit(module, data)
+    trainer.fit(module, data, ckpt_path=ckpt_path)
     return trainer
 
 
@@ -671,14 +672,8 @@ def test_hyperparameters_and_weights_come_back_from_a_checkpoint(tmp_path: Path)
     assert restored.policy_args == module.policy_args and restored.lr == 1e-3
     restored.output_dir = str(tmp_path / "other")
     seed_everything(2, verbose=False)
-    more = Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-    )
-    more.fit(restored, data, ckpt_path=str(tmp_path / "x.ckpt"))  # nothing left to train
+    # Nothing is left to train.
+    fit(restored, data, max_epochs=1, ckpt_path=str(tmp_path / "x.ckpt"))
     for name, weight in module.state_dict().items():
         assert restored.state_dict()[name].equal(weight), name
 

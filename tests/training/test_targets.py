@@ -137,11 +137,7 @@ def test_a_response_without_counted_tokens_gets_no_reward() -> None:
 def test_an_unscorable_response_does_not_count() -> None:
     old, ref, values = (torch.randn(3, 4) for _ in range(3))
     whole = experience([4, 3, 2], [1.0, NAN, 0.0], old=old, ref=ref, values=values)
-    assert whole.response_mask.tolist() == [
-        [True] * 4,
-        [False] * 4,
-        [True, True, False, False],
-    ]
+    assert whole.response_mask.tolist() == [[True] * 4, [False] * 4, [True, True, False, False]]
     assert whole.scores.isnan().tolist() == [False, True, False]
     keep = torch.tensor([0, 2])
     without = experience([4, 2], [1.0, 0.0], old=old[keep], ref=ref[keep], values=values[keep])

@@ -12,13 +12,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 import runs
+from runs import write_jsonl
 from tre_lightning.batches import PromptBatch
 from tre_lightning.cli.main import PPOCLI, RewardCLI, main
 from tre_lightning.policy.tokenizers import word_tokenizer
@@ -43,12 +40,7 @@ REWARD: dict[str, Any] = {
     "model": {"policy": {"architecture": ARCHITECTURE}, "lr": 0.01},
     "data": {
         "class_path": PAIRS,
-        "init_args": {
-            "synthetic_size": 64,
-            "batch_size": 16,
-            "max_length": 64,
-            "val_size": 16,
-        },
+        "init_args": {"synthetic_size": 64, "batch_size": 16, "max_length": 64, "val_size": 16},
     },
     "trainer": {"accelerator": "cpu", "devices": 1, "max_epochs": 1},
 }
@@ -74,11 +66,6 @@ def reward_dir(words: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPath
     AutoModelForSequenceClassification.from_config(config).save_pretrained(directory)
     words.save_pretrained(directory)
     return str(directory)
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def prompts_of(task: PreferenceDataModule, stage: str) -> list[str]:
@@ -181,13 +168,13 @@ def of_files(words: PreTrainedTokenizerBase, reward: str, **options: Any) -> Pre
 
 def test_sizes_of_one_file(tmp_path: Path, words: PreTrainedTokenizerBase, reward_dir: str) -> None:
     rows = numbered(range(20)) + numbered(range(20))  # every prompt twice
-    file = write(tmp_path / "a.jsonl", rows)
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
     task = of_files(words, reward_dir, train_file=file, train_size=10)
     train, val, test = trained_on(task, 10), prompts_of(task, "val"), prompts_of(task, "test")
     assert [len(set(s)) for s in (train, val, test)] == [10, 3, 4]
     assert len({*train, *val, *test}) == 17  # disjoint
     assert set(trained_on(task, 30)[10:]) == set(train)  # another pass over the same
-    turned = write(tmp_path / "b.jsonl", rows[::-1])
+    turned = write_jsonl(tmp_path / "b.jsonl", rows[::-1])
     again = of_files(words, reward_dir, train_file=turned, train_size=10)
     assert prompts_of(again, "test") == test and trained_on(again, 10) == train
     other = of_files(words, reward_dir, train_file=file, train_size=10, seed=1)
@@ -200,9 +187,9 @@ def test_two_files_and_what_the_reward_model_has_seen(
     tmp_path: Path, words: PreTrainedTokenizerBase, reward_dir: str
 ) -> None:
     files = {
-        "train_file": write(tmp_path / "train.jsonl", numbered(range(20))),
-        "eval_file": write(tmp_path / "eval.jsonl", numbered(range(10, 25))),
-        "exclude_file": write(
+        "train_file": write_jsonl(tmp_path / "train.jsonl", numbered(range(20))),
+        "eval_file": write_jsonl(tmp_path / "eval.jsonl", numbered(range(10, 25))),
+        "exclude_file": write_jsonl(
             tmp_path / "seen.jsonl",
             [
                 {
@@ -226,7 +213,7 @@ def test_long_prompts_leave_the_sizes_as_they_are(
     tmp_path: Path, words: PreTrainedTokenizerBase, reward_dir: str
 ) -> None:
     rows = numbered(range(12)) + [{"prompt": f"w{n} w1 w1"} for n in range(12)]
-    file = write(tmp_path / "a.jsonl", rows)
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
     options = {"train_file": file, "max_prompt_length": 4, "train_size": 5}
     task = of_files(words, reward_dir, **options, long_prompts="drop")
     assert len(set(trained_on(task, 5))) == 5 and task.longest_prompt == 3  # Human: w3 Assistant:
@@ -238,7 +225,7 @@ def test_a_chat_template_gets_the_messages(
     tmp_path: Path, words: PreTrainedTokenizerBase, reward_dir: str
 ) -> None:
     rows = [{"prompt": [SYSTEM, {"role": "user", "content": f"w{n}"}]} for n in range(9)]
-    file = write(tmp_path / "a.jsonl", rows)
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
     words.chat_template = "{% for m in messages %}{{ m.role[0] }} {{ m.content }} {% endfor %}a"
     try:
         task = of_files(words, reward_dir, train_file=file)
@@ -270,12 +257,14 @@ def test_options_that_cannot_work(options: dict[str, Any], told: str) -> None:
 
 
 def test_too_few_prompts(tmp_path: Path, words: PreTrainedTokenizerBase, reward_dir: str) -> None:
-    file = write(tmp_path / "a.jsonl", numbered(range(7)))
+    file = write_jsonl(tmp_path / "a.jsonl", numbered(range(7)))
     with pytest.raises(ValueError, match=r"only 0 prompts of .* are left for data.train_size=None"):
         of_files(words, reward_dir, train_file=file)
     with pytest.raises(ValueError, match=r"only 7 prompts of .* are left for data.test_size=8"):
         of_files(words, reward_dir, train_file=file, test_size=8)
-    same = write(tmp_path / "same.jsonl", [{"prompt": "w1", "chosen": "w2", "rejected": "w2"}])
+    same = write_jsonl(
+        tmp_path / "same.jsonl", [{"prompt": "w1", "chosen": "w2", "rejected": "w2"}]
+    )
     with pytest.raises(ValueError, match=r"data.exclude_file=.* holds no prompt"):
         of_files(words, reward_dir, train_file=file, exclude_file=same)
     task = PreferenceDataModule(RewardArgs(model=reward_dir), val_size=1000)

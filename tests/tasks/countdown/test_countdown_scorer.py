@@ -339,8 +339,7 @@ operands = st.integers(0, 12).map(str)
 expressions = st.recursive(
     operands,
     lambda inner: st.one_of(
-        st.tuples(inner, st.sampled_from("+-*/"), inner).map(" ".join),
-        inner.map("( {} )".format),
+        st.tuples(inner, st.sampled_from("+-*/"), inner).map(" ".join), inner.map("( {} )".format)
     ),
     max_leaves=6,
 )

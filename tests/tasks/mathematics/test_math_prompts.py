@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
+import batches
 import runs
+from runs import write_jsonl
 from tre_lightning.batches import PromptBatch
 from tre_lightning.policy.tokenizers import word_tokenizer
 from tre_lightning.tasks import ArithmeticSpec, CountdownDataModule, MathDataModule
@@ -30,27 +32,12 @@ SPEC = ArithmeticSpec()
 SUMS = Problem((5, 7, 8), "+*")
 
 
-def write(file: Path, rows: Sequence[Any]) -> str:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(file)
-
-
 def texts(prompts: Sequence[Any]) -> list[str]:
     return [prompt.text for prompt in prompts]
 
 
 def batch(golds: Sequence[str]) -> PromptBatch:
-    rows = len(golds)
-    return PromptBatch(
-        prompt_ids=torch.ones(rows, 1, dtype=torch.int64),
-        prompt_mask=torch.ones(rows, 1, dtype=torch.bool),
-        texts=("",) * rows,
-        extras=tuple({"gold": gold} for gold in golds),
-        split="train",
-        index=0,
-        first_row=0,
-        total_rows=rows,
-    )
+    return batches.prompt_batch(*({"gold": gold} for gold in golds))
 
 
 @pytest.fixture
@@ -194,9 +181,9 @@ def test_golds_and_what_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFix
         {"problem": "nine", "answer": "9"},
     ]
     data = MathDataModule(
-        train_file=write(tmp_path / "train.jsonl", train),
-        eval_file=write(tmp_path / "eval.jsonl", [{"problem": "ei ght", "answer": "8"}]),
-        test_file=write(tmp_path / "test.jsonl", [{"problem": "nine", "answer": "9"}]),
+        train_file=write_jsonl(tmp_path / "train.jsonl", train),
+        eval_file=write_jsonl(tmp_path / "eval.jsonl", [{"problem": "ei ght", "answer": "8"}]),
+        test_file=write_jsonl(tmp_path / "test.jsonl", [{"problem": "nine", "answer": "9"}]),
         instruction="",
     )
     prompts = data.file_prompts()
@@ -210,8 +197,8 @@ def test_golds_and_what_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFix
 
 
 def test_the_instruction_follows_the_problem(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.jsonl", [{"problem": "What?", "answer": "1"}])
-    other = write(tmp_path / "b.jsonl", [{"problem": "Why?", "answer": "1"}])
+    file = write_jsonl(tmp_path / "a.jsonl", [{"problem": "What?", "answer": "1"}])
+    other = write_jsonl(tmp_path / "b.jsonl", [{"problem": "Why?", "answer": "1"}])
     data = MathDataModule(train_file=file, eval_file=other)
     said = r"Let's think step by step and output the final answer within \boxed{}."
     assert data.train_prompt(0).text == f"What? {said}"
@@ -221,8 +208,8 @@ def test_the_instruction_follows_the_problem(tmp_path: Path) -> None:
 def test_a_file_is_shuffled_anew_every_pass(tmp_path: Path) -> None:
     rows = [{"problem": letter, "answer": "1"} for letter in "abcdefg"]
     files = {
-        "train_file": write(tmp_path / "a.jsonl", rows),
-        "eval_file": write(tmp_path / "b.jsonl", [{"problem": "z", "answer": "1"}]),
+        "train_file": write_jsonl(tmp_path / "a.jsonl", rows),
+        "eval_file": write_jsonl(tmp_path / "b.jsonl", [{"problem": "z", "answer": "1"}]),
     }
     data = MathDataModule(**files, instruction="")
     stream = [data.train_prompt(index).text for index in range(35)]
@@ -256,7 +243,7 @@ def test_a_file_that_cannot_be_used_is_named(
 ) -> None:
     if text is not None:
         (tmp_path / name).write_text(text)
-    held_out = write(tmp_path / "eval.jsonl", [{"problem": "z", "answer": "1"}])
+    held_out = write_jsonl(tmp_path / "eval.jsonl", [{"problem": "z", "answer": "1"}])
     with pytest.raises(ValueError, match=said) as raised:
         MathDataModule(train_file=str(tmp_path / name), eval_file=held_out).file_prompts()
     assert "\n" not in str(raised.value)
@@ -310,8 +297,8 @@ def lengths(tmp_path: Path, **options: Any) -> MathDataModule:
     rows = [{"problem": " ".join("abcde"[:n]), "answer": str(n)} for n in range(1, 6)] * 300
     held_out = [{"problem": "x y", "answer": "1"}, {"problem": "x y z x", "answer": "1"}]
     return MathDataModule(
-        train_file=write(tmp_path / "train.jsonl", rows),
-        eval_file=write(tmp_path / "eval.jsonl", held_out),
+        train_file=write_jsonl(tmp_path / "train.jsonl", rows),
+        eval_file=write_jsonl(tmp_path / "eval.jsonl", held_out),
         instruction="",
         **options,
     )
@@ -335,8 +322,8 @@ def test_a_long_prompt_anywhere_in_a_file_is_an_error(
 ) -> None:
     rows = [{"problem": "a", "answer": "1"}] * 3000 + [{"problem": "a b c", "answer": "1"}]
     data = MathDataModule(
-        train_file=write(tmp_path / "train.jsonl", rows),
-        eval_file=write(tmp_path / "eval.jsonl", [{"problem": "z", "answer": "1"}]),
+        train_file=write_jsonl(tmp_path / "train.jsonl", rows),
+        eval_file=write_jsonl(tmp_path / "eval.jsonl", [{"problem": "z", "answer": "1"}]),
         instruction="",
         max_prompt_length=2,
     )
@@ -351,9 +338,9 @@ def test_an_error_about_a_prompt_names_its_row_and_shows_its_end(
     templated = copy.deepcopy(words)
     templated.chat_template = "{% for m in messages %}a b {{ m.content }}{% endfor %}"
     rows = [{"problem": "a b c"}, {"problem": "a " * 300 + "z"}, {"problem": "a %"}]
-    held_out = write(tmp_path / "b.jsonl", [{"problem": "x", "answer": 1}])
+    held_out = write_jsonl(tmp_path / "b.jsonl", [{"problem": "x", "answer": 1}])
     for row, said in ((rows[1], "a a z'"), (rows[2], "'a %'")):
-        file = write(tmp_path / "a.jsonl", [{**r, "answer": 1} for r in (rows[0], row)])
+        file = write_jsonl(tmp_path / "a.jsonl", [{**r, "answer": 1} for r in (rows[0], row)])
         for tokenizer in (words, templated):
             data = MathDataModule(train_file=file, eval_file=held_out, instruction="")
             data.max_prompt_length = 99
@@ -443,10 +430,7 @@ TINY = {
         "workers": 1,
     },
 }
-RUN: dict[str, Any] = {
-    "data": TINY,
-    "model.rollout": {"num_responses": 4, "max_new_tokens": 18},
-}
+RUN: dict[str, Any] = {"data": TINY, "model.rollout": {"num_responses": 4, "max_new_tokens": 18}}
 
 
 def test_fit_test_and_predict(tmp_path: Path) -> None:
@@ -496,9 +480,7 @@ def test_the_task_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "backwards.py").write_text(block)
     monkeypatch.syspath_prepend(tmp_path)
     options = {"batch_size": 4, "iterations_per_epoch": 2}
-    changes = {
-        "data": {"class_path": "backwards.Backwards", "init_args": options},
-    }
+    changes = {"data": {"class_path": "backwards.Backwards", "init_args": options}}
     runs.run(tmp_path / "run", changes=changes)
     curves = runs.scalars(tmp_path / "run")
     assert [step for step, _ in curves["val/pass@1"]] == [0, 1, 3]

@@ -1,11 +1,10 @@
 import random
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tre_lightning.batches import PromptBatch
+import batches
 from tre_lightning.tasks.walks.prompts import (
     Walk,
     WalkDataModule,
@@ -144,15 +143,10 @@ def test_held_out_prompts_differ_and_are_not_trained_on() -> None:
 
 
 def test_scores_follow_the_prompt_of_each_response() -> None:
-    batch = PromptBatch(
-        prompt_ids=torch.zeros(2, 1, dtype=torch.long),
-        prompt_mask=torch.ones(2, 1, dtype=torch.bool),
+    batch = batches.prompt_batch(
+        {"walk": Walk(5, (2, 3, 7))},
+        {"walk": Walk(1, (1, 2, 4))},
         texts=("5 with +-2 +-3 +-7 in #2 :", "1 with +-1 +-2 +-4 in #2 :"),
-        extras=({"walk": Walk(5, (2, 3, 7))}, {"walk": Walk(1, (1, 2, 4))}),
-        split="val",
-        index=0,
-        first_row=0,
-        total_rows=2,
     )
     other = "#2 1 + 2 = 3 #1 3 - 1 = 2"
     scores = WalkDataModule().score([RIGHT, other, RIGHT, other], batch)
