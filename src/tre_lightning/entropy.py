@@ -33,6 +33,31 @@ from torch import Tensor
 _FIRST_LOOK = 64  # sorted head of the vocabulary; only rows whose nucleus is wider are fully sorted
 
 
+@dataclass(frozen=True)
+class Region:
+    """Which tokens an entropy is taken over: ``top_k``, ``top_p``, or with neither all tokens.
+
+    Raises:
+        ValueError: if both are given, or one is out of range.
+
+    Example:
+        >>> Region(top_p=0.99), Region().whole
+        (Region(top_k=None, top_p=0.99), True)
+    """
+
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.whole:
+            check_region(self.top_k, self.top_p)
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is the whole vocabulary."""
+        return self.top_k is None and self.top_p is None
+
+
 class EntropyStats(NamedTuple):
     """Entropies and region of every position, each ``[...]``."""
 
@@ -51,6 +76,11 @@ def trust_region_entropy(
 
     Raises:
         ValueError: unless exactly one of ``top_k`` (>= 1) and ``top_p`` (in (0, 1)) is given.
+
+    Example:
+        >>> logits = torch.tensor([2.0, 2.0, 0.0, -1.0])
+        >>> trust_region_entropy(logits, top_k=2)  # log 2, times log 4 / log 2
+        tensor(1.3863)
     """
     size, mask = _region(logits, top_k, top_p)
     z = _upcast(logits)
@@ -61,7 +91,12 @@ def trust_region_entropy(
 def trust_region_mask(
     logits: Tensor, *, top_k: int | None = None, top_p: float | None = None
 ) -> Tensor:
-    """The region A, ``[..., V] -> [..., V]`` bool. Same arguments and errors as the entropy."""
+    """The region A, ``[..., V] -> [..., V]`` bool. Same arguments and errors as the entropy.
+
+    Example:
+        >>> trust_region_mask(torch.tensor([2.0, 2.0, 0.0, -1.0]), top_p=0.95)
+        tensor([ True,  True,  True, False])
+    """
     return _region(logits, top_k, top_p)[1]
 
 
@@ -176,24 +211,3 @@ def _scale(size: Tensor, z: Tensor) -> Tensor:
 
 def _upcast(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
-
-
-@dataclass(frozen=True)
-class Region:
-    """Which tokens an entropy is taken over: ``top_k``, ``top_p``, or with neither all tokens.
-
-    Raises:
-        ValueError: if both are given, or one is out of range.
-    """
-
-    top_k: int | None = None
-    top_p: float | None = None
-
-    def __post_init__(self) -> None:
-        if not self.whole:
-            check_region(self.top_k, self.top_p)
-
-    @property
-    def whole(self) -> bool:
-        """Whether it is the whole vocabulary."""
-        return self.top_k is None and self.top_p is None

@@ -89,6 +89,11 @@ def main(args: Sequence[str] | None = None) -> LightningCLI:
         SystemExit: with one line on stderr and code 2 for a configuration that cannot work, code 1
             where the reward server, updates that are not finite, an infinite score or a full disk
             ended the run, 130 for Ctrl-C, 143 for SIGTERM.
+
+    Example:
+        >>> cli = main(["fit", "--config=configs/countdown_tiny.yaml", "--trainer.fast_dev_run=1"])
+        >>> cli.model.iteration
+        1
     """
     keep_freed_memory()
     _be_quiet()

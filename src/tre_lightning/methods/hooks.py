@@ -124,6 +124,13 @@ class Method(Callback):
         observed_regions: those that only ``observe`` asks for.
         needs_logits: whether its hooks ask for the logits; they cost memory, n x V numbers.
         needs_reference: whether ``observe`` asks for the initial policy, which is then kept.
+
+    Example:
+        >>> class OnlyGood(Method):
+        ...     def shape_advantages(self, batch):
+        ...         return batch.advantages.clamp(min=0.0)
+        >>> OnlyGood("only_good").state_key
+        'OnlyGood[only_good]'
     """
 
     regions: tuple[Region, ...] = ()
@@ -189,6 +196,14 @@ class LossTerm(Method, ABC):
 
     The module reduces it over the global minibatch as it reduces the policy loss. A loss is a
     function of its token alone: tokens may come in any number of parts.
+
+    Example:
+        >>> class TopTwenty(LossTerm):
+        ...     regions = (Region(top_k=20),)
+        ...     def per_token(self, outputs, tokens):
+        ...         return -outputs.entropy(Region(top_k=20)).region
+        >>> TopTwenty("top_twenty", coef=0.001).coef
+        0.001
     """
 
     def __init__(self, name: str, coef: float | LinearSchedule) -> None:

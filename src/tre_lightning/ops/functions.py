@@ -110,6 +110,13 @@ def fused_linear_logprobs_and_entropy(
 
     Raises:
         ValueError: for shapes, dtypes, labels, region, temperature or memory that cannot be.
+
+    Example:
+        >>> hidden, head = torch.zeros(2, 5, 8), torch.zeros(100, 8)  # [B, T, D], [V, D]
+        >>> labels = torch.zeros(2, 5, dtype=torch.int64)
+        >>> out = fused_linear_logprobs_and_entropy(hidden, head, labels, top_k=2)
+        >>> out.entropy[0, 0]  # a uniform region scores log 100, whatever its size
+        tensor(4.6052)
     """
     region = Region(top_k, top_p)
     stats = fused_linear_token_stats(

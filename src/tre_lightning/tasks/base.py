@@ -42,7 +42,19 @@ class Prompt:
 
 
 class PromptDataModule(LightningDataModule, ABC):
-    """Base of the tasks: batches of prompts that depend only on the seed and the iteration."""
+    """Base of the tasks: batches of prompts that depend only on the seed and the iteration.
+
+    Example:
+        >>> class Sevens(PromptDataModule):
+        ...     def train_prompt(self, index):
+        ...         return Prompt(f"{index} + 7 =")
+        ...     def heldout_prompts(self, stage):
+        ...         return {stage: [Prompt("8 + 7 =")]}
+        ...     def score(self, responses, prompts):
+        ...         return torch.tensor([float("7" in response) for response in responses])
+        >>> Sevens(batch_size=8).train_prompt(3).text
+        '3 + 7 ='
+    """
 
     binary_scores = True
     """Whether a score is 1 for right and 0 for wrong, so that pass@k means something."""

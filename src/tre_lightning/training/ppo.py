@@ -68,6 +68,11 @@ class PPOModule(LightningModule):
     """Proximal policy optimisation of a causal language model, with a critic or without.
 
     The model is built in ``configure_model``; until then ``actor_critic`` does not exist.
+
+    Example:
+        >>> module = PPOModule(policy={"model": "my/model"}, ppo={"num_epochs": 2})
+        >>> module.ppo_args.num_epochs, module.rollout_args.num_responses
+        (2, 8)
     """
 
     actor_critic: ActorCritic
