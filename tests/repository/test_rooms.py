@@ -7,15 +7,14 @@ from collections.abc import Iterator
 from contextlib import redirect_stdout
 from inspect import getmodule
 from io import StringIO
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+import runs
 import tre_lightning
 
-ROOT = Path(__file__).parents[1]
-SOURCE = ROOT / "src" / "tre_lightning"
+SOURCE = runs.ROOT / "src" / "tre_lightning"
 # From the bottom up; a room imports itself and these. CONTRIBUTING.md says why.
 ROOMS = {
     "common": set[str](),
@@ -84,7 +83,7 @@ def test_the_example_of_a_public_name_holds(name: str, monkeypatch: pytest.Monke
             return tre_lightning.main(words)
 
     names["main"] = quietly
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(runs.ROOT)
     (example,) = [
         found
         for found in doctest.DocTestFinder(recurse=False).find(public, name, globs=names)
