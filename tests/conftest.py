@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import batches
@@ -24,6 +25,10 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of the tests' child processes
 
 # Tests send Ctrl-C to processes, which inherit what a shell's background makes of it: nothing.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Hypothesis would fail an example for the milliseconds that it takes on a busy machine.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 VOCAB_SIZE = 50
 # A wide initialisation: with the usual one all logits of so small a model are nearly equal.

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jsonargparse import Namespace
 
@@ -96,7 +96,6 @@ def test_home_in_a_comparison(home: Path) -> None:
     assert read.output == f"{home}/out" and read.set == {"warm_start.cache_dir": f"{home}/warm"}
 
 
-@settings(deadline=None)
 @given(st.text(max_size=8), st.sampled_from(["", " ", "a~", "~ ", "~!", "x/~/", "=~/"]))
 def test_only_a_leading_tilde_is_the_home_directory(text: str, start: str) -> None:
     if not text.startswith("~"):

@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import batches
@@ -64,7 +64,6 @@ def test_within_responses_the_mean_is_the_authors() -> None:
     assert term.coef_at(0) == pytest.approx(2 * 0.1 * (6.0 - 2.5))
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=9), min_size=1, max_size=4),
     st.sampled_from([0.05, 0.2, 0.25, 0.5, 0.9, 1.0]),

@@ -453,7 +453,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 @given(cases())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_equal_to_the_reference_in_float64(case: Case) -> None:
     case.assume_a_clear_edge(1e-9)
     assert_like_reference(case.logits, case.labels, [case.region], case.temperature)
@@ -462,7 +462,7 @@ def test_equal_to_the_reference_in_float64(case: Case) -> None:
 
 
 @given(cases(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_lower_precision_costs_no_more_than_float32s_rounding(
     case: Case, dtype: torch.dtype
 ) -> None:

@@ -5,7 +5,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -223,7 +223,6 @@ def scored_groups(rewards: Tensor, mask: Tensor, n: int) -> list[list[tuple[int,
     return [[(i, total[i]) for i in range(s, s + n) if counted[i]] for s in starts]
 
 
-@settings(deadline=None)
 @given(groups())
 def test_rloo_is_the_scaled_distance_of_the_mean(case: tuple[Tensor, Tensor, int]) -> None:
     rewards, mask, n = case
@@ -241,7 +240,6 @@ def test_rloo_is_the_scaled_distance_of_the_mean(case: tuple[Tensor, Tensor, int
             )
 
 
-@settings(deadline=None)
 @given(groups(), st.integers(1, 20), st.integers(-50, 50))
 def test_grpo_sees_neither_unit_nor_origin_of_the_scores(
     case: tuple[Tensor, Tensor, int], unit: int, origin: int

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tre_lightning.tasks.countdown.puzzles import (
@@ -87,7 +87,6 @@ def test_split_is_a_property_of_the_puzzle() -> None:
 
 
 @given(st.sampled_from(SPECS), st.sampled_from(SPLITS), st.integers(0, 10**6), st.integers())
-@settings(deadline=None)
 def test_generated_puzzles_obey_the_spec_and_are_solvable(
     spec: PuzzleSpec, split: str, index: int, seed: int
 ) -> None:

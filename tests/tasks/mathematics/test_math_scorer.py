@@ -484,7 +484,7 @@ def test_a_number_equals_its_renderings_and_no_other_number(
                 assert score(scorer, gold, text) == 0.0, text
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(roots=st.lists(st.integers(-9, 9), min_size=2, max_size=3), seed=st.integers(0, 2**32))
 def test_a_polynomial_equals_its_factors_and_no_other(
     scorer: MathScorer, roots: list[int], seed: int
