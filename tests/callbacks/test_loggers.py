@@ -80,7 +80,7 @@ def test_csv_has_what_tensorboard_has_and_goes_on(run_dir: Path, tmp_path: Path)
     }
     assert written.keys() == scalars.keys() | {"step", *runs.CLOCKS}
     for tag, events in scalars.items():
-        expected = [(step, pytest.approx(value, abs=1e-6)) for step, value in events]
+        expected = [(step, pytest.approx(value, rel=1e-6, abs=1e-6)) for step, value in events]
         found = [(step, value) for step, value in written[tag] if not math.isnan(value)]
         assert found == expected, tag
 

@@ -352,7 +352,7 @@ def test_an_architecture_needs_a_model_type() -> None:
 
 @pytest.mark.parametrize("critic", ["shared", "none"])
 def test_only_a_separate_critic_has_a_model_of_its_own(critic: Any) -> None:
-    message = rf"policy\.critic_model=some/model needs critic: separate, not {critic}"
+    message = rf"policy\.critic_model=some/model needs model\.policy\.critic=separate, not {critic}"
     with pytest.raises(ValueError, match=message):
         PolicyArgs(model="m", critic=critic, critic_model="some/model")
 
