@@ -29,7 +29,7 @@ WORKDIR /app
 # Dependencies first: a change of the source leaves this layer alone.
 COPY pyproject.toml constraints.txt /tmp/build/
 RUN python3 -m venv /opt/venv \
-    && python -c 'import tomllib; d = tomllib.load(open("/tmp/build/pyproject.toml", "rb")); p = d["project"]; print(*d["build-system"]["requires"], *p["dependencies"], *p["optional-dependencies"]["lora"], sep="\n")' > /tmp/build/requirements.txt \
+    && python -c 'import tomllib; d = tomllib.load(open("/tmp/build/pyproject.toml", "rb")); p = d["project"]; e = p["optional-dependencies"]; print(*d["build-system"]["requires"], *p["dependencies"], *e["lora"], *e["serve"], sep="\n")' > /tmp/build/requirements.txt \
     && python -m pip install -c /tmp/build/constraints.txt -r /tmp/build/requirements.txt
 
 COPY pyproject.toml README.md LICENSE /tmp/build/

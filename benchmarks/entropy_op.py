@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -217,34 +218,33 @@ def time_linear(count: int, vocabulary: int, dtype: str, repetitions: int) -> Fi
 
 def time_update(dtype: str, repetitions: int) -> Fields:
     """One micro-batch of a PPO update of a 0.5B model, with and without entropy."""
+    from tre_lightning.batches import Rollout
     from tre_lightning.policy.actor_critic import ActorCritic, PolicyArgs
-    from tre_lightning.policy.head import Head, label_logprobs
+    from tre_lightning.policy.head import HeadOptions
 
     torch.manual_seed(0)
     model = ActorCritic.load(PolicyArgs(architecture=QWEN, critic="shared")).to(DTYPES[dtype])
     model.policy.base_model.norm.weight.data.fill_(15.0)  # logits as in time_linear
-    ids = torch.randint(1000, (4, 160))
-    mask, counted = torch.ones(4, 160, dtype=torch.bool), torch.ones(4, 128, dtype=torch.bool)
-    labels = ids[:, -128:].flatten()
+    ids, mask = torch.randint(1000, (4, 160)), torch.ones(4, 160, dtype=torch.bool)
+    batch = Rollout(ids[:, :32], mask[:, :32], ids[:, 32:], mask[:, 32:], mask[:, 0])
+    plain = HeadOptions((), temperature=1.0, memory=128 * 2**20, fused=False)
 
     def finish(total: Tensor, values: Tensor) -> None:
         (total + values.square().sum()).backward()
         model.zero_grad()
 
     def cross_entropy() -> None:
-        total, values = model(
-            ids, mask, counted, lambda s: label_logprobs(s.logits, labels).sum(), takes_hidden=False
-        )
-        finish(total, values)
+        outputs, values = model.outputs(batch, plain)
+        finish(outputs.logprobs.sum(), values)
 
     def fused(regions: tuple[Region, ...]) -> None:
-        head = Head(regions, temperature=1.0, memory=128 * 2**20)
+        asked = replace(plain, regions=regions, fused=True)
 
         def losses(rows: slice, outputs: Any) -> Tensor:
             parts = [outputs.entropy(region).scaled for region in regions]
             return torch.stack([outputs.logprobs, *parts])
 
-        done, values = model(ids, mask, counted, lambda s: head.loss(s, labels, losses))
+        done, values = model.loss(batch, asked, losses)
         finish(done.total, values)
 
     seconds = medians(

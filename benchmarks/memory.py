@@ -240,7 +240,7 @@ def forward_flops(run: Run, responses: int, head: bool = True) -> float:
     return responses * (trunk + (2.0 * run.new_tokens * model.table if head else 0.0))
 
 
-def judging_flops(run: Run, responses: int) -> float:
+def evaluation_flops(run: Run, responses: int) -> float:
     """Policy and, if there is one, critic; no reference."""
     critic = forward_flops(run, responses, head=False) if run.critic == "separate" else 0.0
     return forward_flops(run, responses) + critic
@@ -266,7 +266,7 @@ class Device:
 
     flops: float = 989e12  # H100 SXM, dense bfloat16
     bandwidth: float = 3.35e12  # bytes a second
-    compute_fraction: float = 0.4  # MFU of judging and update
+    compute_fraction: float = 0.4  # MFU of evaluation and update
     bandwidth_fraction: float = 0.6  # of sampling, which reads weights and cache once a token
 
 
@@ -291,7 +291,7 @@ def device_seconds(run: Run, responses: int, prompts: int, device: Device) -> di
             + (sampling_flops(run, 1, 1) - sampling_flops(run, 1, 0)) * share / speed,
             reading / (device.bandwidth * device.bandwidth_fraction),
         ),
-        "judging": judging_flops(run, 1) * own / speed,
+        "evaluation": evaluation_flops(run, 1) * own / speed,
         "update": update_flops(run, 1) * own / speed,
     }
 
@@ -435,7 +435,7 @@ def compared(cases: Sequence[tuple[str, Fields]]) -> Iterator[tuple[Fields, Fiel
         prompts = SIZES[size].prompts
         flops = {
             "sampling": sampling_flops(run, run.rows, prompts),
-            "judging pass": judging_flops(run, run.rows),
+            "evaluation pass": evaluation_flops(run, run.rows),
             "update": update_flops(run, run.rows),
         }
         seconds = {name: found["parts"][name] for name in flops}
@@ -444,8 +444,8 @@ def compared(cases: Sequence[tuple[str, Fields]]) -> Iterator[tuple[Fields, Fiel
             time[f"{name}, GFLOP"] = round(flops[name] / 1e9)
             time[f"{name}, CPU s"] = seconds[name]
             time[f"{name}, GFLOP/s"] = flops[name] / 1e9 / seconds[name]
-            time[f"{name}, predicted share"] = flops[name] / sum(flops.values())
-            time[f"{name}, share"] = seconds[name] / sum(seconds.values())
+            time[f"{name}, predicted fraction"] = flops[name] / sum(flops.values())
+            time[f"{name}, fraction"] = seconds[name] / sum(seconds.values())
         yield memory, time
 
 

@@ -287,7 +287,7 @@ def run_ours(
         for name, function in {
             "texts and scores": "_score",
             "texts and scores ": "_texts",
-            "judging pass": "_evaluate_rollout",
+            "evaluation pass": "_evaluate_rollout",
             "update": "_update",
             "forward": "_loss",
             "backward": "manual_backward",

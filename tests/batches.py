@@ -13,7 +13,7 @@ from tre_lightning.batches import PromptBatch, TrainingBatch
 from tre_lightning.methods import LossTerm, Method, PolicyOutputs, Tokens
 from tre_lightning.methods.hooks import weighed
 from tre_lightning.ops import Region
-from tre_lightning.policy.head import Head, HeadInput
+from tre_lightning.policy.head import HeadOptions, head_outputs
 
 Rows = Sequence[Sequence[float]]
 
@@ -91,8 +91,9 @@ def entropy(*weights: float) -> float:
 def outputs(method: Method, logits: Tensor, *others: Region, fused: bool = True) -> PolicyOutputs:
     """What a method is given of tokens ``[n]`` that have these logits ``[n, V]``."""
     regions = (*method.regions, *method.observed_regions, *others)
-    head = Head(regions, temperature=1.0, memory=1, fused=fused, show_logits=method.needs_logits)
-    return head.outputs(HeadInput(logits=logits), torch.zeros(len(logits), dtype=torch.long))
+    show = method.needs_logits
+    asked = HeadOptions(regions, temperature=1.0, memory=1, fused=fused, show_logits=show)
+    return head_outputs(logits, None, torch.zeros(len(logits), dtype=torch.long), asked)
 
 
 def mean_loss(term: LossTerm, logits: Tensor, batch: TrainingBatch) -> Tensor:

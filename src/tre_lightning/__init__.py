@@ -1,7 +1,8 @@
 """Trust Region Entropy for reinforcement learning of language models, on PyTorch Lightning."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from tre_lightning.common.lazy import lazy_names
 
 if TYPE_CHECKING:
     from tre_lightning.cli.main import main
@@ -26,24 +27,19 @@ __all__ = [
     "trust_region_mask",
 ]
 
-# Read at first use: a scorer's worker process needs none of torch, Lightning and transformers.
-_ROOMS = {
-    "LossTerm": "methods",
-    "Method": "methods",
-    "PPOModule": "training.ppo",
-    "PromptDataModule": "tasks",
-    "Region": "entropy",
-    "fused_linear_logprobs_and_entropy": "ops",
-    "main": "cli.main",
-    "trust_region_entropy": "entropy",
-    "trust_region_mask": "entropy",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _ROOMS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)
+__getattr__ = lazy_names(
+    {
+        "LossTerm": "tre_lightning.methods",
+        "Method": "tre_lightning.methods",
+        "PPOModule": "tre_lightning.training.ppo",
+        "PromptDataModule": "tre_lightning.tasks",
+        "Region": "tre_lightning.entropy",
+        "fused_linear_logprobs_and_entropy": "tre_lightning.ops",
+        "main": "tre_lightning.cli.main",
+        "trust_region_entropy": "tre_lightning.entropy",
+        "trust_region_mask": "tre_lightning.entropy",
+    }
+)
 
 
 def __dir__() -> list[str]:

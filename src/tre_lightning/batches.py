@@ -1,4 +1,4 @@
-"""What flows through an iteration: prompts, rollout, experience, training batch."""
+"""The data of one iteration: prompts, rollout, experience, training batch."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -33,7 +33,7 @@ class PromptBatch:
         return len(self.texts)
 
     def to(self, device: torch.device, **kwargs: Any) -> "PromptBatch":
-        """The same on a device; what Lightning calls to move a batch."""
+        """A copy on another device; Lightning calls this to move a batch."""
         ids, mask = self.prompt_ids.to(device, **kwargs), self.prompt_mask.to(device, **kwargs)
         return replace(self, prompt_ids=ids, prompt_mask=mask)
 
@@ -85,7 +85,7 @@ class Experience(Rollout):
     observed: Mapping[str, Tensor]  # [B, T, ...] each, what the methods kept of every token
 
     def gathered(self) -> "Experience":
-        """The same with the rows of all ranks, in rank order."""
+        """The experience of all ranks, rows in rank order."""
 
         def gather(name: str, rows: Tensor) -> Tensor:
             if name.startswith("prompt_"):  # padded on the left
@@ -105,12 +105,12 @@ class TrainingBatch(Experience):
     weights: Mapping[str, Tensor] = field(default_factory=dict)  # [B, T] each, in a loss's mean
 
     def micro_batches(self, size: int) -> Iterator["TrainingBatch"]:
-        """Consecutive slices of at most ``size`` rows, without columns that all of them pad."""
+        """Consecutive slices of at most ``size`` rows, without columns of padding only."""
         for start in range(0, len(self), size):
             yield self[start : start + size].trimmed()
 
     def uncounted(self) -> "TrainingBatch":
-        """The same rows, of which no token counts."""
+        """A copy in which no token counts."""
         return replace(self, response_mask=torch.zeros_like(self.response_mask))
 
     def trimmed(self) -> "TrainingBatch":

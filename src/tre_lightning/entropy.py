@@ -35,7 +35,7 @@ _FIRST_LOOK = 64  # sorted head of the vocabulary; only rows whose nucleus is wi
 
 @dataclass(frozen=True)
 class Region:
-    """Which tokens an entropy is taken over: ``top_k``, ``top_p``, or with neither all tokens.
+    """The tokens that an entropy is taken over: ``top_k``, ``top_p``, or with neither all.
 
     Raises:
         ValueError: if both are given, or one is out of range.
@@ -54,7 +54,7 @@ class Region:
 
     @property
     def whole(self) -> bool:
-        """Whether it is the whole vocabulary."""
+        """Whether the region is the whole vocabulary."""
         return self.top_k is None and self.top_p is None
 
 
@@ -106,7 +106,7 @@ def full_entropy(logits: Tensor) -> Tensor:
 
 
 def entropy_of_tokens(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Entropy inside regions that are given token by token, and their scale, ``[...]`` each.
+    """Entropy inside regions given as token ids, and their scale, ``[...]`` each.
 
     Args:
         logits: ``[..., V]``.
@@ -121,7 +121,7 @@ def entropy_of_tokens(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 def entropy_stats(
     logits: Tensor, *, top_k: int | None = None, top_p: float | None = None
 ) -> EntropyStats:
-    """Everything that the diagnostics show, from one search of the region; no gradient."""
+    """All that the diagnostics show, from one search for the region; no gradient."""
     size, mask = _region(logits, top_k, top_p)
     z = _upcast(logits)
     log_p = z.log_softmax(-1).clamp_(min=torch.finfo(torch.float32).min)

@@ -30,13 +30,13 @@ def test_a_card_in_full() -> None:
         model_card(**FACTS)
         == """\
 ---
+base_model: owner/name-1.5B
 library_name: transformers
 pipeline_tag: text-generation
 tags:
 - reinforcement-learning
 - ppo
 - tre-lightning
-base_model: owner/name-1.5B
 ---
 
 # Policy trained by tre-lightning

@@ -194,8 +194,18 @@ def test_one_line_keeps_what_is_told() -> None:
         "  Errors:\n    - Expected a <class 'int'>\n    - Expected a <class 'NoneType'>\n"
         "  Given value type: <class 'str'>\n  Given value: many\n"
     )
-    assert one_line(union) == 'Parser key "n": Expected a int; Given value: many'
+    errors = "Expected a int; Expected a NoneType; Given value: many"
+    assert one_line(union) == f'Parser key "n": {errors}'
+    nested = union.replace("\n", "\n        ").replace("Parser", "- Parser")
+    several = (
+        'Parser key "m":\n\n  - Expected a path but x is none\n  - Does not validate\n  Errors:\n'
+        f"    - Problem with A:\n        {nested.rstrip()}\n    - Not a B\n      B may be one of:\n"
+        "      - b\n    - Problem with C:\n        no C\n  Given value type: t\n  Given value: x"
+    )
+    told = f'Parser key "m": Problem with A: Parser key "n": {errors}'
+    assert one_line(several) == told
     assert one_line("Errors:\n") == "Errors:"  # nothing else was said
+    assert one_line("Some things:\n  - a\n  b:\n    c\nall") == "Some things: a; b: c; all"
     assert len(one_line("x" * 100_000)) < 520
 
 

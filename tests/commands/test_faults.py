@@ -21,7 +21,6 @@ from torch import Tensor
 import runs
 import tre_lightning.sampling.in_process
 import tre_lightning.training.objective
-import tre_lightning.training.ppo
 from tre_lightning.batches import PromptBatch
 from tre_lightning.callbacks.checkpoint import IterationCheckpoint, find_checkpoint
 from tre_lightning.callbacks.progress import RunProgress
@@ -116,14 +115,14 @@ def test_too_many_skipped_updates_end_the_run(
     if kind == "value":
         changes = poisoned(max_skipped_updates=3)
         calls = 0
-        value_loss = tre_lightning.training.ppo.value_loss
+        value_loss = tre_lightning.training.objective.value_loss
 
         def failing(values: Tensor, *args: Tensor, **options: Any) -> Tensor:
             nonlocal calls
             calls += 1
             return value_loss(values, *args, **options) * (math.nan if calls >= 6 else 1.0)
 
-        monkeypatch.setattr(tre_lightning.training.ppo, "value_loss", failing)
+        monkeypatch.setattr(tre_lightning.training.objective, "value_loss", failing)
     line = refusal(runs.run, run_dir, changes=changes, code=1)
     said = "3 updates in a row", "max_skipped_updates", named, "model.optim.lr", "--ckpt_path last"
     for word in said:
@@ -500,12 +499,12 @@ def test_a_full_disk_of_the_first_rank_ends_all(whole: Path, tmp_path: Path) -> 
     def prepare(rank: int) -> None:
         original, saves = torch.save, 0
 
-        def full(*args: Any, **options: Any) -> None:
+        def full(content: Any, target: Any, **options: Any) -> None:
             nonlocal saves
-            saves += isinstance(args[0], dict) and "tre_lightning" in args[0]
+            saves += isinstance(target, str | Path)  # not the states that are tried before
             if saves == 2:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            original(*args, **options)
+            original(content, target, **options)
 
         torch.save = full  # the first rank alone writes
 

@@ -22,7 +22,7 @@ from tre_lightning.methods import (
     TrustRegionEntropy,
     find_methods,
 )
-from tre_lightning.methods.hooks import POLICY, shaped, weighed
+from tre_lightning.methods.hooks import POLICY, adapt, shaped, start_iteration, weighed
 from tre_lightning.ops import Region
 
 P = [0.5, 0.3, 0.1, 0.1]
@@ -165,6 +165,31 @@ def test_coefficient_zero_switches_off() -> None:
 class Constant(LossTerm):
     def per_token(self, outputs: PolicyOutputs, tokens: Tokens) -> Tensor:
         return torch.full_like(outputs.logprobs, 3.0)
+
+
+class Controlled(Constant):
+    """Its coefficient is the number of rollouts that it has seen, plus a tenth of the iteration."""
+
+    seen = reads = 0
+
+    def adapt(self, batch: TrainingBatch) -> None:
+        self.seen += 1
+
+    def coef_at(self, iteration: int) -> float:
+        self.reads += 1
+        return self.seen + 0.1 * iteration
+
+
+def test_a_coefficient_is_read_once_an_iteration_after_all_have_adapted() -> None:
+    schedule = LinearSchedule(start=0.4, end=0.0, iterations=4)
+    methods = [EntropyBonus(schedule), Controlled("controlled", 1.0), Method("another")]
+    batch = batches.training_batch([[1.0]])
+    for iteration, expected in ((0, [0.4, 1.0]), (1, [0.3, 2.1]), (5, [0.0, 3.5])):
+        start_iteration(methods, iteration)
+        assert [method.iteration for method in methods] == [iteration] * 3
+        adapt(methods, batch)
+        assert [term.current_coef for term in methods[:2]] == pytest.approx(expected)
+    assert methods[1].reads == 3
 
 
 def test_find_methods_keeps_the_order_and_skips_other_callbacks() -> None:

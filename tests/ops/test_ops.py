@@ -23,13 +23,13 @@ from tre_lightning.entropy import (
 )
 from tre_lightning.ops import (
     LogprobsAndEntropy,
+    PolicyOutputs,
     Region,
     fused_linear_logprobs_and_entropy,
     logprobs_and_entropy,
 )
 from tre_lightning.ops.functions import (
     LossSum,
-    TokenStats,
     fused_linear_loss,
     fused_linear_token_stats,
     token_stats,
@@ -51,7 +51,7 @@ Grads = tuple[Tensor, ...]
 
 def reference(
     logits: Tensor, labels: Tensor, regions: Sequence[Region], temperature: float = 1.0
-) -> TokenStats:
+) -> PolicyOutputs:
     """What the ops should return, from tre_lightning.entropy; differentiated by autograd."""
     z = logits / temperature
     logprobs = z.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
@@ -67,15 +67,15 @@ def reference(
             scaled=trust_region_entropy(z, **kind),
         )
 
-    return TokenStats(logprobs, {region: stats(region) for region in regions})
+    return PolicyOutputs(logprobs, {region: stats(region) for region in regions})
 
 
-def named(stats: TokenStats, region: Region) -> LogprobsAndEntropy:
+def named(stats: PolicyOutputs, region: Region) -> LogprobsAndEntropy:
     found = stats.entropies[region]
     return LogprobsAndEntropy(stats.logprobs, found.scaled, found.full, found.size, found.tail_mass)
 
 
-def weighted(stats: TokenStats) -> Tensor:
+def weighted(stats: PolicyOutputs) -> Tensor:
     """A number to which every log-probability and entropy contributes with its own weight."""
     place = torch.arange(stats.logprobs.numel(), dtype=torch.float64).view(stats.logprobs.shape)
     total = ((place + 1).cos() * stats.logprobs).sum()
@@ -156,7 +156,7 @@ def operands(
     return hidden, weight, leaf(0.5, vocabulary), labels
 
 
-def curved_loss(rows: slice, stats: TokenStats) -> Tensor:
+def curved_loss(rows: slice, stats: PolicyOutputs) -> Tensor:
     """A loss in which places, log-probabilities and entropies all count, in no linear way."""
     place = torch.arange(rows.start, rows.stop, dtype=stats.logprobs.dtype)
     loss = (place + 1).cos() * stats.logprobs.exp()
@@ -685,7 +685,7 @@ def test_several_regions_equal_one_at_a_time(temperature: float) -> None:
     options = {"bias": bias, "temperature": temperature, "memory": 3 * 700 * 8}
     logits = F.linear(*leaves)
 
-    def entropies(stats: TokenStats) -> Tensor:
+    def entropies(stats: PolicyOutputs) -> Tensor:
         place = torch.arange(1.0, 8.0, dtype=torch.float64)
         return sum(
             ((place * f.scaled).sum() for f in stats.entropies.values()), place.new_zeros(())
@@ -754,7 +754,7 @@ def test_the_loss_sees_each_row_once_in_order_and_no_more_than_the_budget(
     expected = reference(F.linear(hidden, weight), labels, [TOP_K])
     seen: list[int] = []
 
-    def loss(rows: slice, stats: TokenStats) -> Tensor:
+    def loss(rows: slice, stats: PolicyOutputs) -> Tensor:
         here = list(range(count))[rows]
         assert 1 <= len(here) <= budget
         seen.extend(here)
@@ -770,7 +770,7 @@ def test_the_loss_sees_each_row_once_in_order_and_no_more_than_the_budget(
 def test_a_loss_of_several_parts() -> None:
     hidden, weight, _, labels = operands(9, 3, 20)
 
-    def loss(rows: slice, stats: TokenStats) -> Tensor:
+    def loss(rows: slice, stats: PolicyOutputs) -> Tensor:
         return torch.stack([stats.logprobs, 2 * stats.entropies[TOP_K].scaled])
 
     total, losses, logprobs = fused_linear_loss(
@@ -789,7 +789,7 @@ def test_the_loss_inside_without_any_gradient() -> None:
     hidden, weight, _, labels = operands(9, 3, 20)
     expected = unfused_loss((hidden, weight), labels, [TOP_K], 1.0).total.item()
 
-    def loss(rows: slice, stats: TokenStats) -> Tensor:
+    def loss(rows: slice, stats: PolicyOutputs) -> Tensor:
         return curved_loss(rows, stats).detach()  # to take its gradient would be an error
 
     for guard in (torch.no_grad(), torch.inference_mode()):

@@ -13,7 +13,7 @@ from tre_lightning.entropy import entropy_stats, full_entropy, trust_region_entr
 from tre_lightning.methods.hooks import PolicyOutputs
 from tre_lightning.ops import Region
 from tre_lightning.policy.actor_critic import PolicyArgs, head_input, load_language_model
-from tre_lightning.policy.head import Head, HeadInput, plain_head
+from tre_lightning.policy.head import HeadOptions, head_loss, head_outputs, plain_head
 
 REGIONS = (Region(), Region(top_k=3), Region(top_k=1), Region(top_p=0.9))
 MEMORY = 4 * 50 * 8  # four rows of the fixtures' vocabulary in float64
@@ -158,7 +158,10 @@ def test_no_hooks_stay_where_the_model_fails(
 # --- three ways to the same numbers ---
 
 
-def sources(policy: PreTrainedModel) -> tuple[HeadInput, HeadInput, Tensor]:
+Source = tuple[Tensor, nn.Linear | None]
+
+
+def sources(policy: PreTrainedModel) -> tuple[Source, Source, Tensor]:
     """Hidden states with the head, and logits, of 13 counted tokens, and their labels."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 50, (3, 9), generator=generator)
@@ -170,7 +173,7 @@ def sources(policy: PreTrainedModel) -> tuple[HeadInput, HeadInput, Tensor]:
     assert head is not None
     hidden, _ = head_input(policy, head, ids, mask, counted)
     logits, _ = head_input(policy, None, ids, mask, counted)
-    return hidden, logits, ids[:, -5:][counted]
+    return (hidden, head), (logits, None), ids[:, -5:][counted]
 
 
 def token_losses(rows: slice, outputs: PolicyOutputs) -> Tensor:
@@ -212,16 +215,16 @@ def test_three_ways_give_the_same_outputs_and_gradients(
 ) -> None:
     policy = any_policy.double()
     hidden, logits, labels = sources(policy)
-    ops = Head(REGIONS, temperature, MEMORY)
-    slow = Head(REGIONS, temperature, MEMORY, fused=False)
-    assert logits.logits is not None and len(labels) == 13
-    expected = by_hand(logits.logits / temperature, labels)
+    ops = HeadOptions(REGIONS, temperature, MEMORY)
+    slow = HeadOptions(REGIONS, temperature, MEMORY, fused=False)
+    assert len(labels) == 13
+    expected = by_hand(logits[0] / temperature, labels)
     total = token_losses(slice(None), expected).sum()
     gradients = policy_gradients(total, policy)
     assert all(gradient.any() for gradient in gradients if gradient.dim() > 1)
 
-    for head, source in ((ops, hidden), (ops, logits), (slow, logits)):
-        outputs = head.outputs(source, labels)
+    for asked, source in ((ops, hidden), (ops, logits), (slow, logits)):
+        outputs = head_outputs(*source, labels, asked)
         assert outputs.logits is None
         torch.testing.assert_close(outputs.logprobs, expected.logprobs, **TIGHT)
         for region in REGIONS:
@@ -230,7 +233,7 @@ def test_three_ways_give_the_same_outputs_and_gradients(
         mine = policy_gradients(token_losses(slice(None), outputs).sum(), policy)
         torch.testing.assert_close(mine, gradients, **TIGHT)
 
-        loss = head.loss(source, labels, token_losses)
+        loss = head_loss(*source, labels, asked, token_losses)
         torch.testing.assert_close(loss.total, total, **TIGHT)
         torch.testing.assert_close(
             loss.losses, token_losses(slice(None), expected).detach(), **TIGHT
@@ -244,8 +247,8 @@ def test_a_head_with_a_bias(policy: PreTrainedModel) -> None:
     policy.set_output_embeddings(nn.Linear(16, 50, bias=True))
     policy.double()
     hidden, logits, labels = sources(policy)
-    head = Head(REGIONS, 0.7, MEMORY)
-    fused, plain = (head.outputs(source, labels) for source in (hidden, logits))
+    asked = HeadOptions(REGIONS, 0.7, MEMORY)
+    fused, plain = (head_outputs(*source, labels, asked) for source in (hidden, logits))
     torch.testing.assert_close(fused.logprobs, plain.logprobs, **TIGHT)
     mine, theirs = (
         torch.autograd.grad(token_losses(slice(None), out).sum(), policy.lm_head.bias)
@@ -253,7 +256,7 @@ def test_a_head_with_a_bias(policy: PreTrainedModel) -> None:
     )
     assert mine[0].any()
     torch.testing.assert_close(mine, theirs, **TIGHT)
-    loss = head.loss(hidden, labels, token_losses)
+    loss = head_loss(*hidden, labels, asked, token_losses)
     (inside,) = torch.autograd.grad(loss.total, policy.lm_head.bias)
     torch.testing.assert_close(inside, theirs[0], **TIGHT)
 
@@ -263,17 +266,18 @@ def test_a_head_with_a_bias(policy: PreTrainedModel) -> None:
 def test_the_logits_are_shown_with_the_temperature_applied(
     policy: PreTrainedModel, temperature: float, fused: bool
 ) -> None:
-    _, source, labels = sources(policy.double())
-    assert source.logits is not None
-    head = Head(REGIONS, temperature, MEMORY, fused=fused, show_logits=True)
-    outputs = head.outputs(source, labels)
+    _, (logits, _), labels = sources(policy.double())
+    asked = HeadOptions(REGIONS, temperature, MEMORY, fused=fused, show_logits=True)
+    outputs = head_outputs(logits, None, labels, asked)
     assert outputs.logits is not None
-    torch.testing.assert_close(outputs.logits, source.logits / temperature, **TIGHT)
+    torch.testing.assert_close(outputs.logits, logits / temperature, **TIGHT)
     logprobs = outputs.logits.log_softmax(-1).gather(1, labels.unsqueeze(1)).squeeze(1)
     torch.testing.assert_close(outputs.logprobs, logprobs, **TIGHT)
     # A loss may use them: their gradient counts beside that of the statistics.
-    loss = head.loss(source, labels, lambda _, out: out.logits.square().sum(-1) + out.logprobs)
-    expected = (source.logits / temperature).square().sum() + logprobs.sum()
+    loss = head_loss(
+        logits, None, labels, asked, lambda _, out: out.logits.square().sum(-1) + out.logprobs
+    )
+    expected = (logits / temperature).square().sum() + logprobs.sum()
     torch.testing.assert_close(loss.total, expected, **TIGHT)
     torch.testing.assert_close(
         policy_gradients(loss.total, policy), policy_gradients(expected, policy), **TIGHT
@@ -287,4 +291,4 @@ def test_the_logits_are_shown_with_the_temperature_applied(
 def test_hidden_states_are_enough_for_the_ops_alone(
     fused: bool, show_logits: bool, takes_hidden: bool
 ) -> None:
-    assert Head((), 1.0, MEMORY, fused, show_logits).takes_hidden == takes_hidden
+    assert HeadOptions((), 1.0, MEMORY, fused, show_logits).takes_hidden == takes_hidden

@@ -21,7 +21,7 @@ from tre_lightning.policy.actor_critic import (
     head_input,
     load_language_model,
 )
-from tre_lightning.policy.head import Head, plain_head
+from tre_lightning.policy.head import HeadOptions, head_loss, plain_head
 from tre_lightning.policy.lora import (
     LoraArgs,
     add_adapters,
@@ -238,10 +238,11 @@ def test_the_fused_head_reads_adapted_hidden_states(any_policy: PreTrainedModel)
 
     found = []
     for fused in (True, False):
-        how = Head(regions, 0.7, 4 * 50 * 8, fused=fused)
-        source, _ = head_input(policy, head if fused else None, ids, mask, counted)
-        assert (source.logits is None) == fused
-        loss = how.loss(source, labels, losses)
+        how = HeadOptions(regions, 0.7, 4 * 50 * 8, fused=fused)
+        linear = head if fused else None
+        source, _ = head_input(policy, linear, ids, mask, counted)
+        assert source.shape == (13, 16 if fused else 50)
+        loss = head_loss(source, linear, labels, how, losses)
         trained = [p for p in policy.parameters() if p.requires_grad]
         found.append((loss.logprobs, loss.losses, *torch.autograd.grad(loss.total, trained)))
     assert all(gradient.any() for gradient in found[1])

@@ -18,6 +18,8 @@ from transformers import (
 )
 
 from tre_lightning.batches import PromptBatch, Rollout, sequence_inputs
+from tre_lightning.entropy import full_entropy
+from tre_lightning.ops import Region
 from tre_lightning.policy.actor_critic import (
     ActorCritic,
     PolicyArgs,
@@ -26,9 +28,10 @@ from tre_lightning.policy.actor_critic import (
     parameter_shapes,
     response_positions,
 )
-from tre_lightning.policy.head import HeadInput
+from tre_lightning.policy.head import HeadOptions, label_logprobs
 from tre_lightning.policy.tokenizers import end_tokens, load_tokenizer, word_tokenizer
 from tre_lightning.sampling.in_process import generate
+from tre_lightning.training.losses import spread
 
 PROMPTS, RESPONSES = [3, 6, 1], [4, 2, 1]
 
@@ -62,15 +65,18 @@ def actor_critic(policy: PreTrainedModel, kind: str) -> ActorCritic:
 def run(
     model: ActorCritic, ids: Tensor, mask: Tensor, length: int, takes_hidden: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Logits and values of the last ``length`` tokens."""
-    counted = torch.ones(len(ids), length, dtype=torch.bool)
+    """Log-probability and entropy ``[B, length, 2]``, and values, of the last ``length`` tokens."""
+    counted = mask[:, -length:]
+    batch = Rollout(ids[:, :-length], mask[:, :-length], ids[:, -length:], counted, counted[:, 0])
+    asked = HeadOptions((Region(),), 1.0, 2**20, show_logits=not takes_hidden)
+    assert asked.takes_hidden == takes_hidden
+    outputs, values = model.outputs(batch, asked)
+    return spread(numbers(outputs.logprobs, outputs.entropy(Region()).region), counted), values
 
-    def logits(source: HeadInput) -> Tensor:
-        assert (source.logits is None) == takes_hidden
-        made = source.logits if source.head is None else source.head(source.hidden)
-        return made.view(len(ids), length, -1)
 
-    return model(ids, mask, counted, logits, takes_hidden=takes_hidden)
+def numbers(logprobs: Tensor, entropies: Tensor) -> Tensor:
+    """Both side by side, ``[n, 2]``."""
+    return torch.stack([logprobs, entropies], -1)
 
 
 # --- forward ---
@@ -83,19 +89,20 @@ def test_logits_and_values_are_those_of_each_row_alone(
 ) -> None:
     model = actor_critic(any_policy, kind)
     ids, mask = sequence_inputs(rollout)
-    logits, values = run(model, ids, mask, 4, takes_hidden)
-    assert logits.shape == (3, 4, 50)
+    found, values = run(model, ids, mask, 4, takes_hidden)
+    assert found.shape == (3, 4, 2)
     assert values.shape == (3, 4) and values.dtype == torch.float32
     for row, (p, t) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
         alone = unpadded(rollout, row)
         # The model's own output at each response token's predecessor.
-        expected = any_policy(alone).logits[0, p - 1 : p + t - 1]
+        logits = any_policy(alone).logits[0, p - 1 : p + t - 1]
+        expected = numbers(label_logprobs(logits, alone[0, p:]), full_entropy(logits))
         hidden = any_policy.base_model(alone).last_hidden_state[0, p - 1 : p + t - 1]
         close = {"atol": 1e-4, "rtol": 1e-4}
-        torch.testing.assert_close(logits[row, :t], expected, **close)
+        torch.testing.assert_close(found[row, :t], expected, **close)
         torch.testing.assert_close(values[row, :t], model.value_head(hidden)[:, 0], **close)
         short = run(model, alone, torch.ones_like(alone, dtype=torch.bool), t, takes_hidden)
-        torch.testing.assert_close(logits[row, :t], short[0][0], **close)
+        torch.testing.assert_close(found[row, :t], short[0][0], **close)
         torch.testing.assert_close(values[row, :t], short[1][0], **close)
 
 
@@ -104,15 +111,13 @@ def test_only_counted_tokens_reach_the_head(
     policy: PreTrainedModel, rollout: Rollout, takes_hidden: bool
 ) -> None:
     model = ActorCritic(policy, None)
-    ids, mask = sequence_inputs(rollout)
-    every, _ = run(model, ids, mask, 4, takes_hidden)
-
-    def use(source: HeadInput) -> Tensor:
-        return source.logits if source.head is None else source.head(source.hidden)
-
+    every, _ = run(model, *sequence_inputs(rollout), 4, takes_hidden)
+    outputs, _ = model.outputs(rollout, HeadOptions((), 1.0, 2**20, show_logits=not takes_hidden))
     counted = rollout.response_mask
-    logits, _ = model(ids, mask, counted, use, takes_hidden=takes_hidden)
-    torch.testing.assert_close(logits, every[counted])
+    assert (outputs.logits is None) == takes_hidden
+    assert takes_hidden or outputs.logits.shape == (sum(RESPONSES), 50)
+    assert outputs.logprobs.shape == (sum(RESPONSES),)
+    torch.testing.assert_close(outputs.logprobs, every[counted][:, 0])
 
 
 def test_response_positions_are_the_predecessors() -> None:
@@ -142,7 +147,7 @@ def test_sampled_tokens_are_likely_under_forward(
     ids, mask = sequence_inputs(rollout)
     counted = rollout.response_mask
     source, _ = head_input(any_policy, None, ids, mask, counted)
-    assert torch.equal(source.logits.argmax(-1), rollout.response_ids[counted])
+    assert torch.equal(source.argmax(-1), rollout.response_ids[counted])
 
 
 # --- critic ---

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import runs
-from tre_lightning.batches import PromptBatch, sequence_inputs
+from tre_lightning.batches import PromptBatch, Rollout, sequence_inputs
 from tre_lightning.common.errors import Refused
 from tre_lightning.policy.actor_critic import ActorCritic, PolicyArgs, load_language_model
-from tre_lightning.policy.head import HeadInput, label_logprobs
+from tre_lightning.policy.head import HeadOptions, label_logprobs
 from tre_lightning.policy.reading import reading, trunk_of
 from tre_lightning.sampling.in_process import generate
 
@@ -76,12 +76,7 @@ def assert_one_number(model: ActorCritic, prompts: PromptBatch) -> None:
     )
     ids, mask = sequence_inputs(rollout)
     counted = rollout.response_mask
-    sampled, labels = rollout.behaviour_logprobs[counted], rollout.response_ids[counted]
-
-    def logprobs(source: HeadInput) -> Tensor:
-        logits = source.logits if source.head is None else source.head(source.hidden)
-        return label_logprobs(logits, labels)
-
+    sampled = rollout.behaviour_logprobs[counted]
     close = {"atol": 2e-4, "rtol": 2e-4}
     alone, states = [], []
     trunk = trunk_of(model.policy)
@@ -94,8 +89,9 @@ def assert_one_number(model: ActorCritic, prompts: PromptBatch) -> None:
         states.append(model.value_head(hidden[0, -length - 1 : -1])[:, 0])
     torch.testing.assert_close(sampled, torch.cat(alone), **close)
     for takes_hidden in (True, False):
-        found, values = model(ids, mask, counted, logprobs, takes_hidden=takes_hidden)
-        torch.testing.assert_close(found, sampled, **close)
+        asked = HeadOptions((), 1.0, 2**20, show_logits=not takes_hidden)
+        outputs, values = model.outputs(rollout, asked)
+        torch.testing.assert_close(outputs.logprobs, sampled, **close)
         torch.testing.assert_close(values[counted], torch.cat(states), **close)
 
 
@@ -214,8 +210,12 @@ def test_a_training_pass_is_that_of_evaluation(model_type: str, checkpointing: b
     ids = torch.arange(20).view(2, 10)
     mask = torch.ones_like(ids, dtype=torch.bool)
 
+    batch = Rollout(ids[:, :1], mask[:, :1], ids[:, 1:], mask[:, 1:], mask[:, 0])
+    asked = HeadOptions((), 1.0, 2**20, show_logits=True)
+
     def run() -> tuple[Tensor, Tensor]:
-        return model(ids, mask, mask[:, 1:], lambda source: source.logits, takes_hidden=False)
+        outputs, values = model.outputs(batch, asked)
+        return outputs.logits, values
 
     first, second, third = run(), run(), [part.detach() for part in model.eval() and run()]
     for logits, values in (second, third):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -25,10 +26,12 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 import runs
+from tre_lightning.batches import Rollout
 from tre_lightning.cli.main import main
+from tre_lightning.methods import PolicyOutputs, Tokens
 from tre_lightning.policy import sharding
 from tre_lightning.policy.actor_critic import ActorCritic, PolicyArgs, trains_all
-from tre_lightning.policy.head import HeadInput
+from tre_lightning.policy.head import HeadOptions
 from tre_lightning.policy.sharding import check_sharding
 
 pytestmark = pytest.mark.skipif(
@@ -332,15 +335,36 @@ def test_sampling_in_inference_mode_spoils_no_later_update(any_policy: PreTraine
             logits = model.sample(lambda policy: policy(input_ids=ids).logits)
         assert logits.shape[:2] == (1, 4)
         assert all(isinstance(p, DTensor) for p in model.parameters())  # sharded again
-        mask, counted = torch.ones(1, 4, dtype=torch.bool), torch.ones(1, 2, dtype=torch.bool)
-        used, values = model(ids, mask, counted, weighed_sum)
+        mask = torch.ones(1, 2, dtype=torch.bool)
+        batch = Rollout(ids[:, :2], mask, ids[:, 2:], mask, mask[:, 0])
+        asked = HeadOptions((), temperature=1.0, memory=2**20)
+        loss, values = model.loss(batch, asked, lambda _, outputs: outputs.logprobs)
         assert values is not None
-        (used + values.sum()).backward()
+        (loss.total + values.sum()).backward()
         assert all(p.grad is not None for p in model.parameters())
 
 
-def weighed_sum(source: HeadInput) -> Tensor:
-    if source.logits is not None:
-        return source.logits.sum()
-    assert source.hidden is not None and source.head is not None
-    return source.head(source.hidden).sum()
+def test_half_precision_takes_no_digit_of_what_a_loss_is_given(any_policy: PreTrainedModel) -> None:
+    """FSDP casts the arguments of a forward pass, tensors in records too."""
+    old = torch.tensor([[1.0 + 2**-20]])
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    rows = torch.tensor([[2]])
+    batch = Rollout(rows, mask, rows + 1, mask, mask[:, 0], behaviour_logprobs=old)
+    tokens = Tokens(old[0], old[0], rows[0], {})
+    seen: list[Tokens] = []
+
+    @dataclass(frozen=True)
+    class Objective:
+        tokens: Tokens
+
+        def __call__(self, rows: slice, outputs: PolicyOutputs) -> Tensor:
+            seen.append(self.tokens[rows])
+            return outputs.logprobs
+
+    with one_process():
+        model = ActorCritic(any_policy, None)
+        model.shard("cpu", "bf16-mixed")
+        asked = HeadOptions((), temperature=1.0, memory=2**20)
+        loss, _ = model.loss(batch, asked, Objective(tokens))
+        loss.total.backward()
+    assert seen and all(torch.equal(part.old_logprobs, old[0]) for part in seen)

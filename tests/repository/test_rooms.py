@@ -31,7 +31,6 @@ ROOMS = {
 }
 # Supervised training is of a task's data; PPO knows no task.
 ALSO = {"training.sft": {"tasks"}, "training.reward_model": {"tasks.alignment"}}
-ALSO["policy.head"] = {"methods.hooks"}  # until what the policy says of tokens is one record
 
 
 def imports() -> Iterator[tuple[str, str]]:

@@ -17,7 +17,7 @@ import runs
 from tre_lightning.batches import PromptBatch, Rollout
 from tre_lightning.methods import PolicyOutputs
 from tre_lightning.training.kl import KLEstimator, KLPlace, kl_estimate, kl_loss, next_kl_coef
-from tre_lightning.training.objective import PolicyObjective
+from tre_lightning.training.objective import Objective
 from tre_lightning.training.options import PPOArgs
 from tre_lightning.training.targets import build_experience, compute_targets
 
@@ -110,7 +110,7 @@ def penalty_gradient(
         kl_estimator=estimator,
         whiten=False,
     )
-    objective = PolicyObjective.of(batch, ppo, {}, 1.0)
+    objective = Objective.of(batch, ppo, [], 1.0)
     parts = objective(slice(None), PolicyOutputs(logprobs(policy)[mask], {}))
     weights = sampled.sum(1, keepdim=True).exp().expand(-1, T)[mask]
     return gradient((parts.sum(0) * weights).sum(), policy)

@@ -16,7 +16,7 @@ from chat_tokenizers import chatml
 from tre_lightning.batches import PromptBatch, Rollout
 from tre_lightning.common.errors import ScoreError
 from tre_lightning.policy.encoding import control_tokens, textless_tokens
-from tre_lightning.training.ppo import PPOModule
+from tre_lightning.training.responses import invalid_responses, response_texts
 from tre_lightning.training.task import scores_of
 
 
@@ -147,7 +147,6 @@ def ids_of(text: str) -> list[int]:
 
 def test_texts_lose_their_end_and_padding_and_nothing_else() -> None:
     """Special tokens are a part of what the model wrote."""
-    module: Any = SimpleNamespace(tokenizer=chatml())
     answer = "<think>a</think><answer>3 + 4</answer>"
     rows = [
         (ids_of(answer + "<|im_end|>"), True),
@@ -158,7 +157,7 @@ def test_texts_lose_their_end_and_padding_and_nothing_else() -> None:
         (ids_of("<|im_end|>"), True),
         ([], False),
     ]
-    assert PPOModule._texts(module, rollout(rows)) == [
+    assert response_texts(rollout(rows), chatml()) == [
         answer,
         answer,
         answer,
@@ -170,14 +169,14 @@ def test_texts_lose_their_end_and_padding_and_nothing_else() -> None:
 
 
 def test_invalid_is_a_control_token_before_the_end() -> None:
-    module: Any = SimpleNamespace(tokenizer=chatml(), _textless=textless_tokens(chatml()))
+    known = len(chatml()), textless_tokens(chatml())
     for text in ("a b", "<think>a</think>", "", "<answer>", "a" * 50):
         for end in ("<|im_end|>", "<|endoftext|>"):
             rows = rollout([(ids_of(text + end), True), (ids_of("a" * 60), False)])
-            assert PPOModule._invalid(module, rows).tolist() == [False, False]
+            assert invalid_responses(rows, *known).tolist() == [False, False]
     for name in control_tokens(chatml()):
         expected = not name.strip("<>/").isalpha()  # a tag
         for text in (f"{name}a", f"a{name}b", f"a{name}"):
             rows = rollout([(ids_of(text), False), (ids_of(text + "<|im_end|>"), True)])
-            assert PPOModule._invalid(module, rows).tolist() == [expected] * 2, text
-    assert PPOModule._invalid(module, rollout([([len(chatml())], False)])).tolist() == [True]
+            assert invalid_responses(rows, *known).tolist() == [expected] * 2, text
+    assert invalid_responses(rollout([([len(chatml())], False)]), *known).tolist() == [True]

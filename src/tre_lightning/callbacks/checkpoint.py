@@ -48,7 +48,7 @@ class IterationCheckpoint(Checkpoint):
             every_n_iterations: PPO iterations between two checkpoints; the end of an epoch is
                 always saved.
             monitor: metric of which ``best.ckpt`` holds the highest value.
-            keep_all: keep ``iteration=N.ckpt`` of every save too.
+            keep_all: also keep ``iteration=N.ckpt`` of every save.
         """
         at_least("checkpoint.every_n_iterations", every_n_iterations, 1)
         self.every_n_iterations = every_n_iterations
@@ -90,7 +90,7 @@ class IterationCheckpoint(Checkpoint):
             count.started = count.completed
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the last iteration of the epoch; not of one that was cut off, which goes on."""
+        """Save the last iteration of the epoch, unless the epoch was cut short and will go on."""
         if not _stops_within_epoch(trainer):
             self._save_last(trainer, pl_module)
 
@@ -105,7 +105,7 @@ class IterationCheckpoint(Checkpoint):
             self._save(trainer, "best.ckpt")
 
     def check_monitor(self, trainer: Trainer) -> None:
-        """Refuse a ``monitor`` that the validation which has just ended did not log."""
+        """Refuse a ``monitor`` that the last validation did not log."""
         logged = [tag for tag in trainer.callback_metrics if tag.startswith(("val/", "val_"))]
         if logged and self.monitor not in logged:
             raise MisconfigurationException(
@@ -115,15 +115,15 @@ class IterationCheckpoint(Checkpoint):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Make plain numbers of NumPy's in the states of callbacks."""
+        """Turn NumPy numbers in the states of callbacks into plain ones."""
         checkpoint["callbacks"] = _plain(checkpoint["callbacks"])
 
     def state_dict(self) -> dict[str, Any]:
-        """The best score so far."""
+        """State to save: the best score so far."""
         return {"best_score": self.best_score}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the best score so far."""
+        """Restore the best score so far."""
         self.best_score = state_dict["best_score"]
 
     @staticmethod
@@ -161,7 +161,7 @@ class IterationCheckpoint(Checkpoint):
         raise CheckpointError(f"the checkpoint could not be read back: {reason}")
 
     def _keep_previous(self, last: Path) -> None:
-        """Let ``previous.ckpt`` be what ``last.ckpt`` is, unless that is damaged."""
+        """Keep ``last.ckpt`` as ``previous.ckpt``, unless it is damaged."""
         good = self._wrote_last or damage(last) is None
         self._wrote_last = True
         if good and last.exists():
@@ -184,7 +184,7 @@ def _stops_within_epoch(trainer: Trainer) -> bool:
 
 
 def check_states(callbacks: Sequence[Callback]) -> None:
-    """Refuse callbacks whose state a checkpoint would hold and could not give back.
+    """Refuse callbacks whose state could be saved in a checkpoint but not loaded from it.
 
     Raises:
         ValueError: naming the callback.
@@ -204,7 +204,7 @@ def check_states(callbacks: Sequence[Callback]) -> None:
 
 
 def _plain(state: Any) -> Any:
-    """The state with Python's numbers for NumPy's, which a checkpoint could not give back."""
+    """The state with NumPy numbers as plain ones, as a checkpoint cannot load the former."""
     return apply_to_collection(state, np.generic, lambda number: number.item())
 
 
@@ -231,7 +231,7 @@ def _as_run_error() -> Iterator[None]:
 
 @contextmanager
 def _as_checkpoint_error(target: Path, partial: Path) -> Iterator[None]:
-    """Name what could not be written, and leave no half of it."""
+    """Name what could not be written, and leave no half-written file."""
     try:
         yield
     except OSError as error:
@@ -243,12 +243,12 @@ def _as_checkpoint_error(target: Path, partial: Path) -> Iterator[None]:
 
 
 def folder(run_dir: str | Path) -> Path:
-    """Where the checkpoints of a run directory lie."""
+    """The folder of the checkpoints of a run directory."""
     return Path(run_dir) / FOLDER
 
 
 def find_checkpoint(ckpt_path: str, run_dir: str | Path) -> Path:
-    """The file that ``ckpt_path`` (a path, ``last`` or ``best``) means.
+    """The file that ``ckpt_path`` (a path, ``last`` or ``best``) refers to.
 
     Instead of a damaged ``last``, with a warning, the one before it.
 
@@ -277,17 +277,17 @@ def find_checkpoint(ckpt_path: str, run_dir: str | Path) -> Path:
 
 @rank_zero_only
 def warn(message: str) -> None:
-    """Say so on stderr; on the first rank."""
+    """Print a warning to stderr, on the first rank only."""
     print(f"warning: {message}", file=sys.stderr)
 
 
 def has_run(run_dir: str | Path) -> bool:
-    """Whether there is a checkpoint that ``last`` could mean."""
+    """Whether there is a checkpoint that ``last`` could refer to."""
     return any((folder(run_dir) / name).exists() for name in (LAST, PREVIOUS))
 
 
 def damage(path: Path) -> str | None:
-    """Why a checkpoint cannot be read, as far as can be told without reading its tensors.
+    """Why a checkpoint cannot be read, judged without loading its tensors.
 
     A file that was cut off has lost its directory, which stands at its end.
     """
@@ -299,7 +299,7 @@ def damage(path: Path) -> str | None:
 
 
 def saved_run(path: Path) -> dict[str, Any]:
-    """What the checkpoint of a PPO run says of it.
+    """Iteration, parameter shapes and seed that a checkpoint of a PPO run holds.
 
     Returns:
         The finished ``iteration``, the optimiser's ``global_step``, the model's ``shapes``, the

@@ -1,4 +1,4 @@
-"""How region sizes and entropies are spread, as TensorBoard's histograms."""
+"""TensorBoard histograms of region sizes and of entropy by position."""
 
 import math
 from itertools import pairwise

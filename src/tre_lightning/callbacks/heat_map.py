@@ -34,7 +34,7 @@ class Sample:
 
 
 def heat_map(samples: Sequence[Sample]) -> Tensor:
-    """Draw responses below each other, ``[H, W, 3]`` uint8.
+    """Draw responses one below the other, ``[H, W, 3]`` uint8.
 
     Tokens flow like text. The colour scales are fixed, so pictures of different iterations compare.
     Of a long response only the beginning is drawn.
@@ -151,7 +151,7 @@ def _color(colors: Sequence[Color], value: float) -> Color:
 
 
 def _shortened(text: str, length: int) -> str:
-    """At most so many characters, the middle left out."""
+    """The text cut to a number of characters, its middle left out."""
     if len(text) <= length:
         return text
     kept = length - 3

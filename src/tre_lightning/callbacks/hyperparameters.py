@@ -1,4 +1,4 @@
-"""What TensorBoard's HPARAMS tab compares runs by: a row a run, its options and its results.
+"""TensorBoard's HPARAMS tab: one row per run, with its options and results.
 
 The results are curves of the run: the tab shows their last values, those of the ``test`` command
 too, which logs into a folder of the run directory.
@@ -29,7 +29,7 @@ _LEFT_OUT = {
 
 
 def hyperparameters(module: PPOModule, trainer: Trainer) -> dict[str, Value | None]:
-    """Options that tell runs apart, by name; the names are those of every run. None = not set."""
+    """The options to compare runs by, under the same names in every run. None = not set."""
     methods = find_methods(trainer.callbacks)  # type: ignore[attr-defined]
     terms = [method for method in methods if isinstance(method, LossTerm)]
     regions = [region for term in terms for region in term.regions]
@@ -54,7 +54,7 @@ def hyperparameters(module: PPOModule, trainer: Trainer) -> dict[str, Value | No
 
 
 def result_tags(module: PPOModule, trainer: Trainer) -> list[tuple[str | None, str]]:
-    """The results: folder of the run directory (None = itself) and tag."""
+    """The results to show: folder in the run directory (None = the directory itself) and tag."""
     k = module.evaluation_args.num_responses
     names = ["score", *(f"pass@{i}" for i in sorted({1, k}))]
     tags: list[tuple[str | None, str]] = []
@@ -71,7 +71,7 @@ def add_hyperparameters(
     found: Mapping[str, Value | None],
     results: Sequence[tuple[str | None, str]],
 ) -> None:
-    """Write the row ``name`` of the HPARAMS tab; unlike ``add_hparams``, no curve of its own."""
+    """Write the row ``name`` of the HPARAMS tab; unlike ``add_hparams``, without extra curves."""
     columns = [HParam(option) for option in found]
     metrics = [Metric(tag, group=folder, display_name=tag) for folder, tag in results]
     known = {option: value for option, value in found.items() if value is not None}

@@ -1,4 +1,4 @@
-"""What TensorBoard shows beside the curves: histograms, sample responses and hyperparameters."""
+"""TensorBoard views besides the curves: histograms, sample responses, hyperparameters."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -23,14 +23,14 @@ from tre_lightning.training.ppo import PPOModule
 
 
 class Inspection(Callback):
-    """Writes what the module does not: docs/metrics.md has every tag.
+    """Writes histograms, samples, heat maps and hyperparameters; docs/metrics.md has every tag.
 
     The module's steps return what it needs. Histograms cover the rows of all devices, samples are
     those of the first one.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Group the curves; name the run's hyperparameters, once for a run directory."""
+        """Group the curves, and write the hyperparameters once per run directory."""
         add_layout(trainer.loggers)
         wanted = trainer.enable_autolog_hparams
         if wanted and trainer.is_global_zero and not has_run(trainer.default_root_dir):

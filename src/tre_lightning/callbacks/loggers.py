@@ -1,4 +1,4 @@
-"""Logs that lie directly in the run directory, and how TensorBoard groups their curves."""
+"""Loggers that write directly into the run directory, and the groups of TensorBoard curves."""
 
 import csv
 import warnings
@@ -23,7 +23,7 @@ LAYOUT: dict[str, dict[str, list[str]]] = {
     },
     "region": {
         "tokens": ["entropy/region_size$"],
-        "share of single tokens": ["entropy/single_token_fraction$"],
+        "fraction of single tokens": ["entropy/single_token_fraction$"],
     },
     "tail": {
         "mass outside the region": ["entropy/tail_mass$"],
@@ -44,7 +44,7 @@ LAYOUT: dict[str, dict[str, list[str]]] = {
 
 
 def add_layout(loggers: Iterable[object]) -> None:
-    """Group the curves in the custom-scalars tab of those that are TensorBoard's."""
+    """Group the curves in the custom-scalars tab of the TensorBoard loggers."""
     layout = {
         group: {chart: ["Multiline", patterns] for chart, patterns in charts.items()}
         for group, charts in LAYOUT.items()
@@ -77,7 +77,7 @@ class TensorBoard(TensorBoardLogger):
 
 
 class CSV(CSVLogger):
-    """A CSVLogger whose ``metrics.csv`` lies in the run directory; a resumed run goes on in it."""
+    """A CSVLogger whose ``metrics.csv`` lies in the run directory; a resumed run appends to it."""
 
     def __init__(self, save_dir: str, purge_step: int = 0) -> None:
         """Set the directory.
@@ -95,7 +95,7 @@ class CSV(CSVLogger):
 
     @property
     def experiment(self) -> Any:
-        """The writer; the rows that are kept go through it first."""
+        """The CSV writer, primed with the rows that are kept from the earlier run."""
         kept, self._kept = self._kept, []
         with warnings.catch_warnings():  # that it deletes the earlier file
             warnings.simplefilter("ignore")

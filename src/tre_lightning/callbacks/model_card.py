@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from huggingface_hub import ModelCardData
 
 from tre_lightning.methods import LossTerm, Method
 from tre_lightning.ops import Region
@@ -39,13 +39,12 @@ def model_card(
         after: the same after it.
         config: the run's configuration as YAML; empty = left out.
     """
-    header: dict[str, object] = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["reinforcement-learning", "ppo", "tre-lightning"],
-    }
-    if base_model is not None:
-        header["base_model"] = base_model
+    data = ModelCardData(
+        base_model=base_model,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["reinforcement-learning", "ppo", "tre-lightning"],
+    )
     facts = [] if base_model is None else [("Base model", base_model)]
     facts += [
         ("Task", task),
@@ -55,7 +54,7 @@ def model_card(
         ("Seed", str(seed)),
     ]
     parts = [
-        f"---\n{OmegaConf.to_yaml(OmegaConf.create(header))}---",
+        f"---\n{data}\n---",
         "# Policy trained by tre-lightning",
         "\n".join(f"- {name}: {value}" for name, value in facts),
         _scores(before, after),

@@ -1,4 +1,4 @@
-"""A metric that a callback watches must be logged: else it would stop or save nothing."""
+"""Check that the metrics which callbacks monitor are logged."""
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
@@ -17,14 +17,14 @@ _TRAINING = ("entropy/", "loss/", "policy/", "rollout/", "value/")
 
 
 class MonitorCheck(Callback):
-    """Looks after the first iteration, which logs what depends on methods and options."""
+    """Checks after the first iteration, when all training metrics have been logged."""
 
     _checked = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Refuse what is watched and not among the metrics of an iteration."""
+        """Refuse a monitored metric that the iteration did not log."""
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         if not self._checked and not others_log(callbacks):
             known = [tag for tag in trainer.callback_metrics if not of_validation(tag)]
@@ -35,7 +35,7 @@ class MonitorCheck(Callback):
 
 
 def check_monitors(trainer: Trainer, module: PPOModule, data: PromptDataModule) -> None:
-    """Refuse before any work what neither a validation of these sets nor an iteration logs.
+    """Refuse, before any work, a monitor that neither validation nor training can log.
 
     Raises:
         MisconfigurationException: naming the option and the metrics that there are.
@@ -54,7 +54,7 @@ def check_monitors(trainer: Trainer, module: PPOModule, data: PromptDataModule) 
 
 
 def validation_tags(module: PPOModule, data: PromptDataModule) -> list[str]:
-    """What a validation of these data may log; majority@k only where a response has an answer."""
+    """Metrics that a validation of these data may log; majority@k only for tasks with answers."""
     metrics = EvaluationMetrics(module.evaluation_args.num_responses)
     answers = type(data).answers is not PromptDataModule.answers
     names = [
@@ -68,7 +68,7 @@ def validation_tags(module: PPOModule, data: PromptDataModule) -> list[str]:
 
 
 def monitors(callbacks: Sequence[Callback]) -> Iterator[tuple[str, str]]:
-    """The option and the metric of every callback that watches one."""
+    """The option and the metric of every callback that monitors one."""
     for callback in callbacks:
         monitor = getattr(callback, "monitor", None)
         if isinstance(monitor, str):
@@ -78,7 +78,7 @@ def monitors(callbacks: Sequence[Callback]) -> Iterator[tuple[str, str]]:
 
 
 def refuse_unknown(watched: Iterable[tuple[str, str]], known: Collection[str]) -> None:
-    """Raise MisconfigurationException for the first metric that is not among the known ones."""
+    """Raise MisconfigurationException for the first metric that is not known."""
     for flag, monitor in watched:
         if monitor not in known:
             there = f"use one of {', '.join(known)}" if known else "no validation runs"
@@ -86,12 +86,12 @@ def refuse_unknown(watched: Iterable[tuple[str, str]], known: Collection[str]) -
 
 
 def of_validation(tag: str) -> bool:
-    """Whether a validation logs this metric."""
+    """Whether this is a metric of a validation."""
     return tag.startswith(("val/", "val_"))
 
 
 def others_log(callbacks: Sequence[Callback]) -> bool:
-    """Whether there is a callback that may log metrics which nobody here knows."""
+    """Whether a callback of the user may log metrics of its own."""
     return any(
         type(callback).__module__.partition(".")[0] not in ("lightning", "tre_lightning")
         and not isinstance(callback, Method)

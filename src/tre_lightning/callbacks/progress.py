@@ -33,13 +33,13 @@ _SHOWN = {
     "reward/accuracy": "accuracy {:.3f}",
     "val/accuracy": "val {:.3f}",
 }
-# In a task of right and wrong the share of right responses is the score: once is enough.
+# With scores of 0 and 1, pass@1 is the mean score: showing it once is enough.
 _SAME = {"rollout/pass@1": "rollout/score", "val/score": "val/pass@1"}
 _CLOCKS = ("rollout/seconds", "policy/update_seconds")
 
 
 class RunProgress(ProgressBar):
-    """Iterations done, time left, and this iteration's numbers that tell of trouble first.
+    """A bar of iterations done and time left, with the numbers that show trouble first.
 
     Score (and pass@1, where it is another number), entropy of the whole vocabulary, mass outside
     the region, KL of the update, response length, the last validation, and seconds.
@@ -111,11 +111,11 @@ class RunProgress(ProgressBar):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Give the terminal back."""
+        """Release the terminal."""
         self.teardown(trainer, pl_module, "fit")
 
     def _rest(self, done: int, limit: float) -> str:
-        """Total and time left, where the run has an end; ``limit`` is the clock's, seconds."""
+        """Total and time left of a run with an end; ``limit`` is that of the clock, in seconds."""
         pace = (time.perf_counter() - self._started) / max(done - self._start, 1)
         left = min(pace * max(self._total - done, 0), limit)
         total = "" if math.isinf(self._total) else f"/{int(self._total)}"
@@ -127,7 +127,7 @@ class RunProgress(ProgressBar):
 
 
 def _numbers(trainer: Trainer) -> str:
-    """The numbers of :data:`_SHOWN` that there are, and the seconds of the iteration."""
+    """Those of :data:`_SHOWN` that were logged, and the seconds of the iteration."""
     values = {tag: float(value) for tag, value in trainer.callback_metrics.items()}
     shown = []
     for tag, text in _SHOWN.items():

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run between two iterations, and on all ranks together."""
+"""Graceful stop: Ctrl-C and SIGTERM end a run between two iterations, on all ranks together."""
 
 import ctypes
 import os
@@ -19,7 +19,7 @@ _PAUSE = 1.0  # seconds; launchers pass on the Ctrl-C that their processes had f
 
 
 class GracefulStop(Callback):
-    """Finishes and saves the iteration where Ctrl-C or SIGTERM comes; a second Ctrl-C kills.
+    """On Ctrl-C or SIGTERM, finishes and saves the iteration; a second Ctrl-C ends at once.
 
     Lightning's own handler of SIGTERM sends to the other ranks from wherever the signal meets it,
     between any two of the run's own exchanges; here ranks tell each other after an iteration.
@@ -31,7 +31,7 @@ class GracefulStop(Callback):
         self._handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the signals over, in place of Lightning."""
+        """Install the signal handlers, in place of those of Lightning."""
         _end_with_launcher(True)
         self._trainer = trainer
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -39,7 +39,7 @@ class GracefulStop(Callback):
                 self._handlers[number] = signal.signal(number, self._handle)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the signals back."""
+        """Restore the signal handlers."""
         _end_with_launcher(False)
         while self._handlers:
             signal.signal(*self._handlers.popitem())
@@ -47,17 +47,17 @@ class GracefulStop(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Give the signals back."""
+        """Restore the signal handlers."""
         self.on_train_end(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **options: Any) -> None:
-        """Have the trainer stop after this iteration, where one rank was told to."""
+        """Stop the trainer after this iteration if any rank got a signal."""
         self.received = highest(self.received, trainer.strategy.root_device)
         if self.received:  # as Lightning's own handler does; checkpoints come after this callback
             trainer._signal_connector.received_sigterm = True
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any, **options: Any) -> None:
-        """The same after a batch of a validation, which a resumed run repeats."""
+        """Stop after this batch of a validation, which a resumed run repeats."""
         if trainer.state.fn == "fit":
             self.on_train_batch_end(trainer)
 

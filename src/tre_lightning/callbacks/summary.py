@@ -19,7 +19,7 @@ from tre_lightning.training.ppo import PPOModule
 
 
 class RunSummary(Callback):
-    """Remembers the scores before and after; prints them and exports the policy at the end."""
+    """Prints the scores before and after training, and exports the policy."""
 
     def __init__(self, export: bool = True) -> None:
         """Keep the options.
@@ -35,14 +35,14 @@ class RunSummary(Callback):
         self._started = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the scores; the first ones, from before training, stay."""
+        """Keep the scores: the first ones (from before training) and the latest."""
         if trainer.sanity_checking:
             return
         self.validated = cast(int, pl_module.iteration)
         values = {tag: float(value) for tag, value in trainer.callback_metrics.items()}
-        shares = {tag: v for tag, v in values.items() if tag.startswith("val") and "pass@" in tag}
+        passed = {tag: v for tag, v in values.items() if tag.startswith("val") and "pass@" in tag}
         scores = {tag: v for tag, v in values.items() if re.fullmatch(r"val\w*/score", tag)}
-        self.after = shares or scores  # a task without right and wrong has no pass@k
+        self.after = passed or scores  # a task without right and wrong has no pass@k
         self.before = self.before or self.after
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -87,7 +87,7 @@ class RunSummary(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the scores and seconds of the resumed run."""
+        """Restore the scores and seconds of the resumed run."""
         self.before = state_dict["before"]
         self.after = state_dict["after"]
         self.seconds = state_dict["seconds"]
@@ -99,7 +99,7 @@ class RunSummary(Callback):
         return Path(trainer.default_root_dir) / "model"
 
     def print_table(self, trainer: Trainer, warm_start_seconds: float | None) -> None:
-        """Print what changed, where everything lies, and how to look at it."""
+        """Print the scores before and after, where the files are, and how to view them."""
         module = cast(PPOModule, trainer.lightning_module)
         last = self.validated == module.iteration  # else the run ended before a validation
         after = "after" if last else f"after iteration {self.validated} of {module.iteration}"
@@ -159,7 +159,7 @@ class PredictionWriter(BasePredictionWriter):
             file.writelines(json.dumps(record) + "\n" for record in prediction)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say where they are."""
+        """Print where the predictions are."""
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             print(f"predictions  {self.path(trainer)}")
 

@@ -1,1 +1,1 @@
-"""The command line: options, checks, configuration files, warm start."""
+"""The command line: options, checks, configuration files, warm start (SFT)."""

@@ -1,4 +1,4 @@
-"""What must fit together before any work: data, model, devices, loss terms and checkpoint."""
+"""Checks before any work: whether data, model, devices, loss terms and checkpoint fit together."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -130,7 +130,7 @@ def check_run(
 
 
 def check_critic(model: str, tokenizer: PreTrainedTokenizerBase, known: int | None) -> None:
-    """Refuse a ``critic_model`` that cannot read what the policy says.
+    """Refuse a ``critic_model`` that cannot read the tokens of the policy.
 
     Args:
         model: its directory or hub name.
@@ -166,7 +166,7 @@ def check_length(trainer: Trainer) -> None:
 def check_resumed(
     module: PPOModule, data: PromptDataModule, trainer: Trainer, saved: Mapping[str, Any]
 ) -> None:
-    """Refuse to go on with a run whose length is told otherwise, and warn of other prompts.
+    """Refuse to resume with another length than the checkpoint has, and warn of other prompts.
 
     Args:
         module: the configured module.
@@ -236,7 +236,7 @@ def check_devices(accelerator: str, devices: object) -> None:
     if there == 0:
         raise ValueError(
             f"trainer.accelerator={accelerator}, and this machine has no GPU that torch can use; "
-            "give --trainer.accelerator cpu behind the files of configs/scale, or leave them out"
+            "give --trainer.accelerator cpu after the files of configs/scale, or leave them out"
         )
     if isinstance(devices, int) and devices > there:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Configuration files that build on others.
+"""Configuration files that build on others (``layers:``).
 
 ``layers: [paper.yaml, ../task/math.yaml]`` at the top of a file names files, relative to it, that
 come before its own values, in this order; they may have layers themselves.
@@ -14,7 +14,7 @@ from tre_lightning.common.paths import expanded
 
 
 def with_layers(words: Sequence[str]) -> list[str]:
-    """The command line with every ``--config FILE`` that has layers as one ``--config`` for each.
+    """The command line with one ``--config`` per layer in place of each ``--config FILE``.
 
     The file itself comes last, as text without ``layers``, so that the parser merges all of them as
     if they were given one by one. Other words stay as they are.
@@ -35,14 +35,14 @@ def with_layers(words: Sequence[str]) -> list[str]:
 
 
 def read_config(given: str) -> Any:
-    """Content of a configuration file, or of a configuration as text, as plain containers."""
+    """A configuration file, or a configuration as text, as plain containers."""
     return OmegaConf.to_container(
         OmegaConf.load(given) if _is_file(given) else OmegaConf.create(given)
     )
 
 
 def _layers(given: str, above: tuple[Path, ...]) -> list[str]:
-    """What a file consists of, itself last; ``above`` are the files that lead to it."""
+    """The layers of a file, itself last; ``above`` are the files that led to it."""
     try:
         config: Any = read_config(given) if _is_file(given) else None
     except Exception:  # the parser will say what is wrong
@@ -71,5 +71,5 @@ def _layers(given: str, above: tuple[Path, ...]) -> list[str]:
 
 
 def _is_file(given: str) -> bool:
-    """Whether this is a file, not a configuration as text."""
+    """Whether this names a file rather than being a configuration as text."""
     return "\n" not in given and Path(given).is_file()

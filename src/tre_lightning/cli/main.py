@@ -110,7 +110,7 @@ def main(args: Sequence[str] | None = None) -> LightningCLI:
 
 
 def run() -> None:
-    """Console entry point; it has the exit codes of :func:`main`, Ctrl-C before a run included."""
+    """Console entry point, with the exit codes of :func:`main` for Ctrl-C during imports too."""
     try:
         if main().trainer.received_sigterm:
             sys.exit(143)
@@ -132,12 +132,12 @@ class RunConfig(SaveConfigCallback):
         super().__init__(parser, given, overwrite=True, save_to_log_dir=False)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Only ``fit`` owns the run directory."""
+        """Write only for ``fit``, which owns the run directory."""
         if stage == "fit":
             super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write the file; on the first rank."""
+        """Write the file, on the first rank only."""
         path = Path(trainer.default_root_dir) / self.config_filename
         path.parent.mkdir(parents=True, exist_ok=True)
         # YAML knows no enumerations, which are defaults of some callbacks of Lightning.
@@ -150,7 +150,7 @@ class RunConfig(SaveConfigCallback):
 
 
 def _be_quiet() -> None:
-    """Silence what says nothing of this run: tips, progress of small files, a known deprecation."""
+    """Silence noise of libraries: tips, progress of small files, a known deprecation."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # writes its report so
@@ -190,7 +190,7 @@ def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def command_to_resume(words: Sequence[str]) -> str:
-    """The shell command that goes on with what these words began."""
+    """The shell command that resumes the run which these arguments started."""
     kept: list[str] = []
     rest = iter(words)
     for word in rest:
@@ -216,7 +216,7 @@ _CONFIGURED: dict[type, str] = {
 
 
 def _naming(option: str) -> Callable[..., Any]:
-    """How to build what stands in ``option``: an error says where and of which class."""
+    """An instantiator whose errors name the option and the class."""
 
     def build(kind: type, /, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -230,13 +230,22 @@ def _naming(option: str) -> Callable[..., Any]:
     return build
 
 
+class _Parser(LightningArgumentParser):
+    """Lightning's parser, which names the option in the error of a class that it builds."""
+
+    def instantiate_classes(self, cfg: Namespace, **options: Any) -> Any:
+        """Build what the configuration names by class."""
+        naming = [(_naming(option), kind, True) for kind, option in _CONFIGURED.items()]
+        return self.instantiate(cfg, instantiators=naming, **options)
+
+
 def _seed(seed: bool | int) -> int:
-    """A number for the parser; what true and false mean is settled later, in one place."""
+    """The seed as a number for the parser; true and false are settled later, in one place."""
     return int(seed)
 
 
 class _CLI(LightningCLI):
-    """LightningCLI with one-line errors, and paths that all derive from the run directory."""
+    """LightningCLI with one-line errors and one run directory from which all paths derive."""
 
     progress_name = "ppo"
     rules = trainer_options.PPO
@@ -261,6 +270,7 @@ class _CLI(LightningCLI):
                 subclass_mode_data=True,
                 seed_everything_default=42,
                 save_config_callback=RunConfig,
+                parser_class=_Parser,
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
                 parser_kwargs={
@@ -285,7 +295,7 @@ class _CLI(LightningCLI):
         return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add what every command has."""
+        """Add the options that every command has."""
         parser.add_lightning_class_args(RunProgress, "progress")
         parser.set_defaults({"progress.name": self.progress_name})
 
@@ -301,10 +311,10 @@ class _CLI(LightningCLI):
         """Do nothing: Lightning would let the checkpoint's options override the given ones."""
 
     def _set_seed(self) -> None:
-        """Do nothing: a run that goes on has its seed from the checkpoint, which is found later."""
+        """Do nothing: a resumed run takes the seed of its checkpoint, which is found later."""
 
     def before_instantiate_classes(self) -> None:
-        """Hold the run directory, settle the seed, and fill in the paths."""
+        """Lock the run directory, settle the seed, and fill in the paths."""
         self.options: Namespace = self.config[self.subcommand]
         with one_line_errors():
             check_options(self.options.trainer, self.rules)
@@ -323,16 +333,16 @@ class _CLI(LightningCLI):
             self.fill_in_paths()
 
     def hold(self, directory: str, *, beside: bool = False) -> None:
-        """Keep other processes out of a directory while this command runs."""
+        """Lock a directory against other processes while this command runs."""
         if not is_locked_here(directory):
             self.held.enter_context(locked(directory, beside=beside))
 
     def find_run(self) -> None:
-        """Find what the command goes on with; nothing by default."""
+        """Find the checkpoint that the command resumes from; none by default."""
 
     @property
     def saved_seed(self) -> int | None:
-        """Seed of the run that the command goes on with."""
+        """Seed of the run that the command resumes."""
         return None
 
     def _settle_seed(self) -> None:
@@ -372,15 +382,13 @@ class _CLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build module, data and trainer; their checks run here, before any work."""
-        for kind, option in _CONFIGURED.items():
-            self.parser.add_instantiator(_naming(option), kind, subclasses=True)
         with one_line_errors():
             super().instantiate_classes()
             if self.subcommand == "fit":
                 check_length(self.trainer)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        """Leave out of our callbacks what the flags switch off; name the flag in an error."""
+        """Build the trainer, without those of our callbacks that flags switch off."""
         given = config["callbacks"] or []
         given = given if isinstance(given, list) else [given]
         own = dict(zip(self._parser(self.subcommand).callback_keys, callbacks, strict=True))
@@ -402,16 +410,16 @@ class _CLI(LightningCLI):
         """Raise ValueError for a callback of ``trainer.callbacks`` that cannot work."""
 
     def more_callbacks(self) -> list[Callback]:
-        """Callbacks without options."""
+        """Callbacks that have no options."""
         return []
 
     @property
     def fast(self) -> bool:
-        """Whether this is a trial of which nothing is kept."""
+        """Whether this is a trial run (``fast_dev_run``) that keeps nothing."""
         return bool(self.options.trainer.fast_dev_run)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run; what ends a run though it is no bug is one line and an exit code."""
+        """Run the command; an expected failure becomes one line and an exit code."""
         if "LOCAL_RANK" not in os.environ:  # else started by that process, or by another launcher
             os.environ[LAUNCHER] = str(os.getpid())
         requeue = Requeue(self.trainer, wanted=subcommand == "fit")
@@ -459,7 +467,7 @@ class _CLI(LightningCLI):
             raise SystemExit(code) from error
 
     def _common_code(self, code: int) -> int:
-        """Where all ranks end alike, the first one speaks for them.
+        """The exit code; where all ranks fail alike, only the first one prints the line.
 
         At a code of another one Lightning would kill the first.
         """
@@ -478,7 +486,7 @@ class _CLI(LightningCLI):
 
     @property
     def stop_signal(self) -> int:
-        """What stopped the run between two iterations, or SIGTERM anywhere else."""
+        """The signal that stopped the run: between two iterations, or SIGTERM anywhere else."""
         stops = (c for c in self.trainer.callbacks if isinstance(c, GracefulStop))  # type: ignore[attr-defined]
         return next((stop.received for stop in stops if stop.received), int(signal.SIGTERM))
 
@@ -500,7 +508,7 @@ class _TrainingCLI(_CLI):
         return {"fit": LightningCLI.subcommands()["fit"]}
 
     def instantiate_classes(self) -> None:
-        """Refuse strategies that would train each device's model by itself, and a lost schedule."""
+        """Refuse strategies that would not synchronise devices, and a schedule without an end."""
         super().instantiate_classes()
         with one_line_errors():
             check_whole(self.trainer)
@@ -543,7 +551,7 @@ class RewardCLI(_TrainingCLI):
 
 
 class ServerErrorCheckpoint(Callback):
-    """Saves what is trained where the reward server ends the run.
+    """Saves a checkpoint when the reward server ends the run.
 
     Such an error comes before the update of an iteration, so the model is that of a whole one; all
     ranks raise it together.
@@ -575,22 +583,22 @@ class ServerErrorCheckpoint(Callback):
 
 
 class PPOCLI(_CLI):
-    """PPO with a warm start where one is asked for."""
+    """PPO, after a supervised warm start (SFT) if one is configured."""
 
     warm_start_seconds: float | None = None
     _trial: AbstractContextManager[Any] = nullcontext()  # the warm start of a fast_dev_run
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run, then drop what a trial made."""
+        """Run the command, then delete what a trial run made."""
         with self._trial:
             super()._run_subcommand(subcommand)
 
     def check_callbacks(self, given: Sequence[Callback], own: Mapping[str, Callback]) -> None:
-        """Refuse what PPO has already, and what changes updates that it makes itself."""
+        """Refuse callbacks that PPO has built in or that would change its updates."""
         check_ppo_callbacks(given, own)
 
     def more_callbacks(self) -> list[Callback]:
-        """The look at what callbacks watch."""
+        """The check of the metrics that callbacks monitor."""
         return [MonitorCheck()]
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -606,7 +614,7 @@ class PPOCLI(_CLI):
             "--warm_start",
             type=WarmStart | None,
             default=None,
-            help="train on the task's demonstrations first, once, and keep the result",
+            help="supervised training (SFT) on the task's demonstrations first, once, and cached",
         )
         parser.link_arguments("seed_everything", "model.seed", compute_fn=_seed)
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_seed)
@@ -617,7 +625,7 @@ class PPOCLI(_CLI):
         )
 
     def find_run(self) -> None:
-        """Find the checkpoint to go on with; protect an earlier run."""
+        """Find the checkpoint to resume from; protect an earlier run."""
         given, fits = self.options.ckpt_path, self.subcommand == "fit" and not self.fast
         if given and self.fast and self.subcommand == "fit":
             raise ValueError(
@@ -644,14 +652,14 @@ class PPOCLI(_CLI):
             self.options.ckpt_path = str(path)
 
     def _goes_on_by_itself(self) -> bool:
-        """Whether the run in the directory is of this very SLURM job, which was queued again."""
+        """Whether the run in the directory belongs to this SLURM job, requeued."""
         if not is_started_anew():
             return False
         return bool(saved_run(find_checkpoint("last", self.run_dir))["slurm_job"] == job_id())
 
     @property
     def saved_seed(self) -> int | None:
-        """Seed of the run that the command goes on with."""
+        """Seed of the run that the command resumes."""
         return None if self.resumed_iteration is None else self.resumed_run["seed"]
 
     def fill_in_paths(self) -> None:
@@ -691,7 +699,7 @@ class PPOCLI(_CLI):
     # ----- before and after the trainer
 
     def prepare(self) -> None:
-        """Check data against model, then run the warm start where its result is not there yet."""
+        """Check data against model, then run the warm start (SFT) if it is not cached."""
         module, data = self.model, self.datamodule
         assert isinstance(module, PPOModule) and isinstance(data, PromptDataModule)
         with one_line_errors():
@@ -720,7 +728,7 @@ class PPOCLI(_CLI):
         self.warm_start_seconds = time.perf_counter() - started
 
     def before_fit(self) -> None:
-        """Warm start, and the scores before training."""
+        """Run the warm start (SFT), and validate before training."""
         self.prepare()
         if self.fast:  # Lightning's limit counts optimiser steps, of which an iteration has many
             self.trainer.fit_loop.epoch_loop.max_steps = -1

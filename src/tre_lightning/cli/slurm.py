@@ -1,4 +1,4 @@
-"""Jobs that SLURM queues again: the run is saved, and goes on by itself when the job restarts."""
+"""Requeueing by SLURM: the run is saved, and resumes automatically when the job restarts."""
 
 import os
 import signal
@@ -16,19 +16,19 @@ from tre_lightning.common.distributed import job_id
 
 
 def is_started_anew() -> bool:
-    """Whether SLURM has started this job before."""
+    """Whether SLURM restarted this job."""
     return bool(job_id()) and os.environ.get("SLURM_RESTART_COUNT", "") not in ("", "0")
 
 
 class Requeue:
-    """Ends ``fit`` on the signal that SLURM sends before a job's time is up, and queues it again.
+    """Ends ``fit`` on the signal that SLURM sends before the time limit, and requeues the job.
 
     Instead of Lightning's own handler, which would save in the middle of an iteration. While the
     run trains, the iteration is finished and saved; before that the command ends at once.
     """
 
     def __init__(self, trainer: Trainer, *, wanted: bool) -> None:
-        """Take the place of Lightning's handler; nothing outside SLURM or without auto_requeue."""
+        """Replace Lightning's handler; does nothing outside SLURM or without auto_requeue."""
         environment = trainer._accelerator_connector.cluster_environment
         self.ended_early = False  # before there was an iteration to finish
         self.number: int | None = None  # of the signal, where there is one to wait for
@@ -60,7 +60,7 @@ class Requeue:
         stop.request(number)
 
     def submit(self) -> None:
-        """Queue the job again; on the first rank."""
+        """Requeue the job, on the first rank only."""
         if not self._trainer.is_global_zero:
             return
         job = job_id()

@@ -1,4 +1,4 @@
-"""What Lightning's Trainer offers and cannot mean here: refused in one line before any work."""
+"""Refuse options of Lightning's Trainer that do not apply to PPO, in one line before any work."""
 
 import inspect
 import re
@@ -29,14 +29,14 @@ from tre_lightning.tasks.batching import spans
 
 @dataclass(frozen=True)
 class Rule:
-    """Which values of an argument work, and what to do instead of giving another."""
+    """Which values of an argument work, and what to use instead of the others."""
 
     works: Callable[[Any], bool]
     instead: str
 
 
 def _whole(value: object) -> bool:
-    """Not given, or all batches: 1.0, while 1 is one batch."""
+    """Whether a limit is not given or means all batches: 1.0, while 1 is one batch."""
     return value is None or (isinstance(value, float) and value == 1.0)
 
 
@@ -123,7 +123,7 @@ def check_options(given: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
 
 
 def check_ppo_callbacks(callbacks: Sequence[Callback], own: Mapping[str, Callback]) -> None:
-    """Refuse callbacks that PPO has already, or that change updates which it makes itself.
+    """Refuse callbacks that PPO has built in, or that would change its updates.
 
     Args:
         callbacks: those of ``trainer.callbacks``.
@@ -147,7 +147,7 @@ def check_ppo_callbacks(callbacks: Sequence[Callback], own: Mapping[str, Callbac
 
 
 def check_trainer(trainer: Trainer) -> None:
-    """Refuse what only the built trainer shows.
+    """Refuse settings that can only be seen on the built trainer.
 
     Raises:
         ValueError: naming the argument and what to do instead.
@@ -166,10 +166,10 @@ def check_trainer(trainer: Trainer) -> None:
 
 
 def check_limits(trainer: Trainer, data: PromptDataModule) -> None:
-    """Refuse a share of held-out batches that is less than one.
+    """Refuse a fraction of the held-out batches that is less than one batch.
 
     Raises:
-        ValueError: naming the argument, the set and the least share.
+        ValueError: naming the argument, the set and the least fraction.
     """
     for stage, limit in (("val", trainer.limit_val_batches), ("test", trainer.limit_test_batches)):
         for split, prompts in data.heldout_prompts(stage).items():
@@ -182,7 +182,7 @@ def check_limits(trainer: Trainer, data: PromptDataModule) -> None:
 
 
 def blame(message: str, given: Mapping[str, Any]) -> str:
-    """Lightning's message, led by the arguments of ``trainer`` that it is about."""
+    """Lightning's message, with the arguments of ``trainer`` that it is about in front."""
     if re.match(r"\w+\.\w", message):  # names an option already
         return message
     words = set(re.findall(r"\w+", message))

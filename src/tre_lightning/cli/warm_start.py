@@ -1,4 +1,4 @@
-"""A supervised warm start, trained once and kept for every run that asks for the same."""
+"""A supervised warm start (SFT), trained once and cached for runs with the same settings."""
 
 import hashlib
 import json
@@ -29,15 +29,15 @@ _WAIT_SECONDS = 3600.0
 
 @dataclass(frozen=True)
 class WarmStart:
-    """Train the policy on the task's demonstrations before reinforcement learning.
+    """Supervised fine-tuning (SFT) on the task's demonstrations before reinforcement learning.
 
     Args:
         steps: optimiser steps.
         batch_size: demonstrations a step.
         lr: learning rate at the start.
-        final_lr_fraction: share of lr at the last step, linear in between.
-        misleading_fraction: share of the demonstrations whose steps end elsewhere than the target,
-            in [0, 1]; they teach the format without the search and leave room to improve.
+        final_lr_fraction: rate at the last step as a fraction of lr; linear decay in between.
+        misleading_fraction: fraction of the demonstrations whose steps end elsewhere than the
+            target, in [0, 1]; they teach the format without the search and leave room to improve.
         cache_dir: directory of the trained models, one folder for each set of options.
     """
 
@@ -56,7 +56,7 @@ class WarmStart:
         unit_fraction("warm_start.misleading_fraction", self.misleading_fraction)
 
     def directory(self, policy: dict[str, Any], data: dict[str, Any], seed: int) -> Path:
-        """Folder of the warm start of this model on this task: named by a hash of both."""
+        """Folder of the warm start of this model on this task, named by a hash of both."""
         options = {k: v for k, v in data["init_args"].items() if k not in _IRRELEVANT}
         own = {k: v for k, v in vars(self).items() if k != "cache_dir"}
         key = [own, policy["model"], policy["architecture"], policy["tokenizer"], seed]

@@ -1,1 +1,1 @@
-"""What all rooms may use: errors, ranks, seeds, validation, metrics; imports nothing of ours."""
+"""Helpers for all packages: errors, ranks, seeds, validation, metrics; imports none of them."""

@@ -13,20 +13,20 @@ from tre_lightning.common.errors import RunError
 
 
 def world() -> tuple[int, int]:
-    """(rank, number of ranks)."""
+    """Rank and number of ranks."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
 def is_first_process() -> bool:
-    """Whether this is the run's first process, by the launcher's environment: before exchanges."""
+    """Whether this is rank 0 by the launcher's environment; works before processes connect."""
     node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))
     return not (_get_rank() or int(node))
 
 
 def gather_rows(tensor: Tensor, padding: float) -> Tensor:
-    """Rows of all ranks in rank order, ``[B, ...] -> [sum of B, ...]``.
+    """Rows of all ranks in rank order, ``[B, ...] -> [sum of B, ...]``. Collective.
 
     Ranks may differ in B and in the other axes; those are padded at their end to the longest.
     """
@@ -44,7 +44,7 @@ def gather_rows(tensor: Tensor, padding: float) -> Tensor:
 
 
 def highest(number: int, device: torch.device) -> int:
-    """The highest of all ranks' numbers; every one of them must ask."""
+    """Maximum over ranks. Collective: call on all ranks."""
     if world()[1] == 1:
         return number
     numbers = torch.tensor(number, device=device)
@@ -54,7 +54,7 @@ def highest(number: int, device: torch.device) -> int:
 
 @contextmanager
 def agreed() -> Iterator[None]:
-    """What fails in this block on one rank ends all of them at its end, where they exchange errors.
+    """Context in which an error on one rank is raised on all ranks, at the end. Collective.
 
     All ranks must come here; no collective may follow in the block on what can fail.
 
@@ -72,7 +72,7 @@ def agreed() -> Iterator[None]:
 
 
 def agree(error: Exception | None) -> None:
-    """Raise on all ranks where one of them comes with an error; see :func:`agreed`."""
+    """Raise on all ranks if one passes an error; see :func:`agreed`. Collective."""
     rank, ranks = world()
     if ranks == 1:
         if error is not None:
@@ -97,5 +97,5 @@ def agree(error: Exception | None) -> None:
 
 
 def job_id() -> str | None:
-    """The SLURM job of this process; it stays when the job is queued again."""
+    """The SLURM job of this process; a requeued job keeps its id."""
     return os.environ.get("SLURM_JOB_ID")

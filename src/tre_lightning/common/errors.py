@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import TypeVar
 
 Loaded = TypeVar("Loaded")
@@ -13,24 +14,6 @@ Loaded = TypeVar("Loaded")
 # No room for a file: of the disk, of the user's quota, or of the process's limit.
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _LONGEST_MESSAGE = 500  # characters
-# Lines with which jsonargparse describes the other types that a value could have had.
-_NOISE = (
-    "Does not validate against",
-    "Subtypes:",
-    "Errors:",
-    "Given value type:",
-    "Given value: Namespace(",
-    "Given value: NestedArg(",
-    "Given value: [",
-    "Given value: {",
-    "Subclass types expect",
-    "a class path",
-    "a dict ",
-    "Not a valid subclass",
-    "Expected a <class 'NoneType'>",
-    "Expected a path but",
-    "Expected a dot import path",
-)
 
 
 class RunError(RuntimeError):
@@ -73,14 +56,40 @@ def one_line_errors(hint: str = "") -> Iterator[None]:
 
 def one_line(message: str) -> str:
     """What matters of an error message of many lines, on one."""
-    lines = [" ".join(line.split()).removeprefix("- ") for line in message.splitlines()]
-    telling = [line for line in lines if line and not line.startswith(_NOISE)]
     joined = ""
-    for line in telling or lines:
+    for line in _deepest([line for line in message.splitlines() if line.strip()]):
+        line = " ".join(line.split()).removeprefix("- ")
         joined += (" " if joined.endswith((":", ".", ",")) else "; ") + line if joined else line
     joined = re.sub(r"<class '([\w.]+)'>", r"\1", joined)
     short = len(joined) <= _LONGEST_MESSAGE
     return joined if short else joined[:_LONGEST_MESSAGE] + " ..."
+
+
+def _deepest(lines: list[str]) -> list[str]:
+    """Of a value that fits none of several types, what concerns the type that it fits best.
+
+    jsonargparse lists each type's error below "Errors:", the deeper the further the value got, then
+    "Given value:". Its exceptions hold the first type's alone, so there is only this text.
+    """
+    depths = [len(line) - len(line.lstrip()) for line in lines]
+    pairs = zip(lines, pairwise(depths), strict=False)
+    heads = [i for i, (line, (own, below)) in enumerate(pairs) if line[-1] == ":" and own < below]
+    if not any(lines[i].strip() == "Errors:" for i in heads):
+        return lines
+    last = max(heads, key=depths.__getitem__)
+    above = [last]
+    for i in reversed(heads[: heads.index(last)]):
+        if depths[i] < depths[above[0]]:
+            above.insert(0, i)
+    rest = range(last + 1, len(lines))
+    end = next((i for i in rest if depths[i] <= depths[last]), len(lines))
+    said = [i for i in range(last + 1, end) if depths[i] == depths[last + 1]]
+    if lines[last].strip() == "Errors:":
+        said += [i for i in range(end, len(lines)) if lines[i].strip().startswith("Given value:")][
+            :1
+        ]
+    kept = [lines[i].strip() for i in above + said]
+    return [line for line in dict.fromkeys(kept) if line != "Errors:"]
 
 
 def read(field: str, name: str, load: Callable[[str], Loaded]) -> Loaded:

@@ -1,4 +1,4 @@
-"""Keep freed memory in the process: on a CPU, page faults can cost more than the arithmetic."""
+"""A malloc setting that keeps freed memory: on a CPU, page faults can dominate the run time."""
 
 import ctypes
 import sys

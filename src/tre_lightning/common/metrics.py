@@ -152,7 +152,7 @@ def number_answers(answers: Sequence[Hashable | None], num_responses: int) -> Te
 
 
 class _Float64Metric(Metric):
-    """Metric whose states keep their dtype.
+    """A metric whose states keep their dtype when the module is cast.
 
     ``Module.to(torch.bfloat16)``, as Lightning's "bf16-true" does, would turn torchmetrics' states
     into bfloat16, and a sum would stop growing after a few hundred tokens.
@@ -194,7 +194,8 @@ class _RunningMean(_Float64Metric):
 class MaskedMean(_RunningMean):
     """Mean over the True entries of a mask, over all updates and devices.
 
-    Example: the clip fraction of an epoch is a ``MaskedMean`` of :func:`clipped`.
+    Example: the clip fraction of an epoch is a ``MaskedMean`` of
+    :func:`tre_lightning.training.losses.clipped`.
     """
 
     def update(self, values: Tensor, mask: Tensor | None = None) -> None:
@@ -340,7 +341,7 @@ class StandardError(_Float64Metric):
 
 
 class MaskedExplainedVariance(_Float64Metric):
-    """Share of the returns' variance the values explain, 1 - Var(returns - values) / Var(returns).
+    """Explained variance of the returns by the values, 1 - Var(returns - values) / Var(returns).
 
     1 is a perfect critic (up to a constant), 0 one no better than a constant. NaN where the returns
     are constant (all within 1e-6 of the largest return or value, float32 rounding: returns are

@@ -1,4 +1,4 @@
-"""Paths as they are given, and directories that one process at a time may write to."""
+"""Expansion of ``~`` in paths, checks of directories, and locks on them."""
 
 import fcntl
 import os
@@ -18,16 +18,16 @@ _held: set[Path] = set()  # lock files of this process
 
 
 def expanded(value: Any) -> Any:
-    """The value with the home directory in place of ``~`` or ``~user`` at the start of any text.
+    """The value with ``~`` and ``~user`` expanded at the start of every text in it.
 
     It looks into containers: an option that is not known here may be a path too. Shells do this for
-    words that start with a tilde, but not behind ``--option=`` or in a file.
+    words that start with a tilde, but not after ``--option=`` or in a file.
     """
     return changed(value, lambda x: os.path.expanduser(x) if _is_in_home(x) else x)
 
 
 def changed(value: Any, change: Callable[[Any], Any]) -> Any:
-    """The value with every part of its containers changed; namespaces are changed in place."""
+    """The value with ``change`` applied to every leaf; namespaces are changed in place."""
     if isinstance(value, Namespace):
         for key, part in list(vars(value).items()):
             setattr(value, key, changed(part, change))
@@ -44,7 +44,7 @@ def _is_in_home(value: Any) -> bool:
 
 
 def check_directory(field: str, given: str) -> None:
-    """Raise ValueError unless the directory is there or can be made, and can be written to."""
+    """Raise ValueError unless the directory exists or can be made, and is writable."""
     there = Path(given).absolute()
     while not there.exists() and not there.is_symlink():
         there = there.parent
@@ -55,13 +55,13 @@ def check_directory(field: str, given: str) -> None:
 
 
 def is_locked_here(directory: str | Path) -> bool:
-    """Whether this very process is in :func:`locked` for the directory."""
+    """Whether this process holds the lock of the directory."""
     return _lock_file(Path(directory), beside=False) in _held
 
 
 @contextmanager
 def locked(directory: str | Path, *, beside: bool = False, wait: bool = False) -> Iterator[None]:
-    """Keep other processes out of a directory, until the end of the block or of this process.
+    """Lock a directory against other processes, until the block or this process ends.
 
     Of a run with several processes the first one does so for all. Where the file system knows no
     locks, a line says so.

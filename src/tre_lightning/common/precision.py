@@ -1,4 +1,4 @@
-"""The type of new tensors, which is not that of the weights."""
+"""The default dtype of new tensors, apart from the dtype of the weights."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ import torch
 
 @contextmanager
 def float32_or_better() -> Iterator[None]:
-    """New tensors are float32, where a trainer of half precision would make them bfloat16.
+    """Context in which new tensors are float32 even under ``bf16-true``.
 
     Scores, counts, coefficients and whatever else becomes a tensor in a step keep their digits; the
     weights, and what the model makes of them, keep their type.

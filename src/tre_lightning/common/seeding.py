@@ -1,4 +1,4 @@
-"""All randomness, derived from what it is for: (seed, purpose, iteration, ...).
+"""Random numbers by key: each generator is derived from (seed, purpose, iteration, ...).
 
 No generator state lives between iterations, so a resumed run, another micro-batch size or another
 number of devices draws the same numbers.

@@ -1,4 +1,4 @@
-"""Checks of option values, and options that come back as plain mappings."""
+"""Checks of option values, and option dataclasses from plain mappings."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
@@ -7,7 +7,7 @@ Options = TypeVar("Options")
 
 
 def options(kind: type[Options], value: Options | Mapping[str, Any]) -> Options:
-    """Options as given, or as ``load_from_checkpoint`` finds them, a plain mapping."""
+    """The options as their dataclass; ``load_from_checkpoint`` passes a plain mapping."""
     return kind(**value) if isinstance(value, Mapping) else value
 
 
@@ -24,7 +24,7 @@ def positive(name: str, value: float) -> None:
 
 
 def one_of(name: str, value: str | None, words: Sequence[str]) -> None:
-    """Raise ValueError unless the value is one of the words; the parser lets null through."""
+    """Raise ValueError unless the value is one of the words (the parser lets null through)."""
     if value not in words:
         raise ValueError(f"{name}={value} must be one of the words {', '.join(words)}")
 

@@ -1,4 +1,4 @@
-"""Methods against each other, each with its own chosen coefficient, over several seeds.
+"""Comparison of methods over seeds, each at the coefficient that a sweep chose for it.
 
 ``python -m tre_lightning.compare --config FILE``; see :mod:`tre_lightning.compare.plan`.
 """

@@ -20,7 +20,7 @@ from tre_lightning.compare.trial import run_trial
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Compare as the arguments say; ``None`` = those of the process.
+    """Run a comparison; ``args`` defaults to the process's arguments.
 
     Raises:
         SystemExit: with code 2 for a plan that cannot work, 1 where a trial failed, 130 where

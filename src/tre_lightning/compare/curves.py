@@ -16,7 +16,7 @@ Points = dict[int, list[float]]  # a value for each seed, by step
 
 
 def gather(runs: Sequence[Curves], tag: str) -> Points:
-    """The values of all the runs at the steps that all of them have."""
+    """Values of several runs at the steps that they have in common."""
     curves = [run.get(tag, {}) for run in runs]
     shared = set(curves[0]).intersection(*curves) if curves else set()
     return {step: [curve[step] for curve in curves] for step in sorted(shared)}

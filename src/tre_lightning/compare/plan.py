@@ -1,4 +1,4 @@
-"""A comparison as a YAML file, and the trials that it asks for."""
+"""A comparison as a YAML file, and the trials that it consists of."""
 
 import json
 import re
@@ -125,7 +125,7 @@ class Plan:
         ]
 
     def final(self, chosen: Mapping[str, Value | None]) -> list["Trial"]:
-        """The trials that are reported, of the methods that have a value by now."""
+        """The trials to report, of the methods whose value has been chosen."""
         return [
             Trial(name, chosen[name], seed)
             for seed in self.seeds
@@ -149,7 +149,7 @@ class Trial:
         return f"{setting}/seed={self.seed}"
 
     def directory(self, plan: Plan) -> Path:
-        """Where everything that it writes lies."""
+        """The directory of all its output."""
         return Path(plan.output) / "trials" / self.name
 
 
@@ -174,7 +174,7 @@ def read_plan(file: str | Path) -> Plan:
 
 
 def specification(plan: Plan, trial: Trial, folder: Path) -> Fields:
-    """Everything that decides a trial's result, with the content of its files.
+    """Everything that determines a trial's result, with the content of its files.
 
     Args:
         plan: the comparison.

@@ -26,7 +26,7 @@ class _Running:
 
 
 class Runner:
-    """Runs what is missing; ``failed`` are the names of the trials that could not be done."""
+    """Runs the trials that have no result yet; ``failed`` names those that failed."""
 
     def __init__(self, plan: Plan, folder: Path, jobs: int) -> None:
         """Keep the plan.
@@ -57,7 +57,7 @@ class Runner:
                 )
 
     def run(self) -> None:
-        """Choose the values, then run what is reported; stops its processes on any exception."""
+        """Run the sweep, choose values, run the final trials; any exception ends all processes."""
         try:
             self._run_all(self.plan.sweep, later=self._finals_left())
             self._run_all(self.plan.final(choose(self.plan)))
@@ -66,13 +66,13 @@ class Runner:
             raise
 
     def _finals_left(self) -> int:
-        """Trials to report that are to come; where one of any value is done, it counts as done."""
+        """Number of final trials still to run; one that is done with any value counts as done."""
         done = {(t.method, t.seed) for t in _existing(self.plan) if result_of(self.plan, t)}
         pairs = {(name, seed) for name in self.plan.methods for seed in self.plan.seeds}
         return len(pairs - done)
 
     def _run_all(self, trials: Sequence[Trial], later: int = 0) -> None:
-        """Run these; ``later`` is how many others come after them."""
+        """Run these trials; ``later`` is the number of others that come after them."""
         waiting = [trial for trial in trials if result_of(self.plan, trial) is None]
         finished = [trial for trial in trials if trial not in waiting]
         warm = {trial.seed for trial in finished}
@@ -90,7 +90,7 @@ class Runner:
                 self._report(len(waiting) + len(self._running) + later)
 
     def _next(self, waiting: Sequence[Trial], warm: set[int]) -> Trial | None:
-        """The first that may start: the warm start of a seed is trained by one trial, alone."""
+        """The first trial that may start: one trial alone trains the warm start (SFT) of a seed."""
         busy = {running.trial.seed for running in self._running}
         able = (t for t in waiting if t.seed in warm or t.seed not in busy)
         return next(able, None)
@@ -188,7 +188,7 @@ def _score(plan: Plan, method: str, value: Value | None) -> float | None:
 
 
 def _existing(plan: Plan) -> list[Trial]:
-    """Every trial of the plan, with any value, that has been started."""
+    """Every trial of the plan, with any value, that was started."""
     trials = [
         Trial(name, value, seed)
         for seed in [*plan.sweep_seeds, *plan.seeds]
@@ -199,7 +199,7 @@ def _existing(plan: Plan) -> list[Trial]:
 
 
 def _comparable(content: Mapping[str, object]) -> Fields:
-    """As it is read back from a file; what is kept decides no result."""
+    """A specification as read back from its file, without options that change no result."""
     read: Fields = json.loads(json.dumps(content))
     read.pop("keep_checkpoints")
     return read

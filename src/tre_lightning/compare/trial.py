@@ -35,7 +35,7 @@ Curves = dict[str, dict[int, float]]  # value by step, by tag
 
 
 def run_trial(file: Path) -> None:
-    """Do what a ``trial.json`` says, from its last checkpoint if there is one.
+    """Run the trial of a ``trial.json``, from its last checkpoint if there is one.
 
     Raises:
         SystemExit: with 143 where SIGTERM stopped it, else as :func:`tre_lightning.cli.main.main`.
@@ -51,6 +51,8 @@ def run_trial(file: Path) -> None:
     ]
     begun = (folder(directory) / "last.ckpt").exists()
     with locked(directory):
+        if not begun:  # what a trial exported whose result has been deleted
+            shutil.rmtree(directory / "model", ignore_errors=True)
         try:
             fit = main(["fit", *words, *(["--ckpt_path=last"] if begun else [])])
             if fit.trainer.received_sigterm:
@@ -106,14 +108,14 @@ def late_mean(points: dict[int, float]) -> float:
 
 
 def write_json(file: Path, content: Fields) -> None:
-    """Write whole or not at all."""
+    """Write a JSON file atomically."""
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     partial.replace(file)
 
 
 def _without_nan(result: Fields) -> Fields:
-    """NaN and infinities as null: they are no JSON."""
+    """The value with null for NaN and infinities, which JSON lacks."""
     for key, value in result.items():
         if isinstance(value, dict):
             result[key] = _without_nan(value)

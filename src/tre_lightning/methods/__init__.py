@@ -1,4 +1,4 @@
-"""Entropy methods: one file each, every one a callback of the hooks in ``hooks.py``."""
+"""Entropy methods, one file each; every one is a callback with the hooks of ``hooks.py``."""
 
 from tre_lightning.methods.adaptive_entropy import AdaptiveEntropy
 from tre_lightning.methods.aent import AEnt
@@ -10,13 +10,13 @@ from tre_lightning.methods.hooks import (
     LinearSchedule,
     LossTerm,
     Method,
-    PolicyOutputs,
     Tokens,
     find_methods,
 )
 from tre_lightning.methods.paec import PAEC
 from tre_lightning.methods.siren import SIREN
 from tre_lightning.methods.trust_region import TrustRegionEntropy
+from tre_lightning.ops import PolicyOutputs
 
 __all__ = [
     "PAEC",

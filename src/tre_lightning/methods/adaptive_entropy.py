@@ -7,7 +7,8 @@ from torch import Tensor
 
 from tre_lightning.batches import TrainingBatch
 from tre_lightning.entropy import Region
-from tre_lightning.methods.hooks import LossTerm, PolicyOutputs, Tokens
+from tre_lightning.methods.hooks import LossTerm, Tokens
+from tre_lightning.ops import PolicyOutputs
 
 
 class AdaptiveEntropy(LossTerm):
@@ -41,7 +42,7 @@ class AdaptiveEntropy(LossTerm):
         max_coef: float | None = None,
         name: str = "adaptive_entropy",
     ) -> None:
-        """Set the target and how the coefficient moves.
+        """Set the target entropy and how the coefficient follows it.
 
         Args:
             coef: coefficient c_0 of the first iteration, >= 0.
@@ -74,7 +75,7 @@ class AdaptiveEntropy(LossTerm):
         return outputs.entropy(Region()).full
 
     def adapt(self, batch: TrainingBatch) -> None:
-        """Switch the bonus on or off, and move the coefficient of the next iteration."""
+        """Switch the bonus on or off, and adjust the coefficient of the next iteration."""
         entropies = batch.observed[self.name][batch.response_mask]
         if not len(entropies):
             return
@@ -93,7 +94,7 @@ class AdaptiveEntropy(LossTerm):
         return -outputs.entropy(Region()).region
 
     def logged(self) -> Mapping[str, float]:
-        """The entropy that moves the coefficient (nats), and the next iteration's c."""
+        """Mean entropy that controls the coefficient (nats), and the next iteration's c."""
         if self.entropy is None:
             return {}
         return {"entropy": self.entropy, "next_coef": self.following}
@@ -103,5 +104,5 @@ class AdaptiveEntropy(LossTerm):
         return {"coef": self.following}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the coefficient of the run."""
+        """Restore the coefficient."""
         self.following = state_dict["coef"]

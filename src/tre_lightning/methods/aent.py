@@ -8,7 +8,8 @@ from torch import Tensor
 
 from tre_lightning.batches import TrainingBatch
 from tre_lightning.entropy import Region
-from tre_lightning.methods.hooks import LossTerm, PolicyOutputs, Tokens
+from tre_lightning.methods.hooks import LossTerm, Tokens
+from tre_lightning.ops import PolicyOutputs
 
 
 class AEnt(LossTerm):
@@ -53,11 +54,11 @@ class AEnt(LossTerm):
         warmup: int = 0,
         name: str = "aent",
     ) -> None:
-        """Set the bounds and how the coefficient moves.
+        """Set the bounds and how the coefficient follows the entropy.
 
         Args:
             coef: coefficient at the start, within ``coef_min`` and ``coef_max``; 0 = off for good.
-            clamp_p: share of the vocabulary that is left out, from 0 to below 1.
+            clamp_p: fraction of the vocabulary that is left out, from 0 to below 1.
             low: the coefficient grows while the entropy is below this, nats.
             high: the coefficient shrinks while the entropy is above this, nats.
             step: change of the coefficient per nat outside the bounds, >= 0; 0 = none.
@@ -102,7 +103,7 @@ class AEnt(LossTerm):
         self.entropy: float | None = None  # clamped, of the rollout, nats
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count the tokens that are left of the model's vocabulary."""
+        """Count the tokens that the clamping leaves of the vocabulary."""
         config = pl_module.actor_critic.policy.config  # type: ignore[union-attr]
         size = int(config.get_text_config().vocab_size)  # type: ignore[operator, union-attr]
         self.region = Region(top_k=size - int(self.clamp_p * size))
@@ -113,7 +114,7 @@ class AEnt(LossTerm):
         return outputs.entropy(self.region).region
 
     def adapt(self, batch: TrainingBatch) -> None:
-        """Move the coefficient where the mean clamped entropy is out of bounds."""
+        """Adjust the coefficient if the mean clamped entropy is out of bounds."""
         entropies = batch.observed[self.name][batch.response_mask]
         if not len(entropies):
             return
@@ -124,7 +125,7 @@ class AEnt(LossTerm):
             self.current = min(max(moved, self.coef_min), self.coef_max)
 
     def coef_at(self, iteration: int) -> float:
-        """The coefficient that the rollouts so far have led to."""
+        """The coefficient after the rollouts so far."""
         return self.current
 
     def per_token(self, outputs: PolicyOutputs, tokens: Tokens) -> Tensor:
@@ -132,7 +133,7 @@ class AEnt(LossTerm):
         return -outputs.entropy(self.region).region
 
     def logged(self) -> Mapping[str, float]:
-        """The mean clamped entropy that moves the coefficient, nats."""
+        """Mean clamped entropy that controls the coefficient, nats."""
         return {} if self.entropy is None else {"entropy": self.entropy}
 
     def state_dict(self) -> dict[str, Any]:
@@ -140,5 +141,5 @@ class AEnt(LossTerm):
         return {"coef": self.current}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the coefficient of the run."""
+        """Restore the coefficient."""
         self.current = state_dict["coef"]

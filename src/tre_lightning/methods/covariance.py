@@ -9,8 +9,8 @@ and a few tokens make most of it:
 
 Deviation: the authors take the log-probabilities of the policy in training, and means and fractions
 over one micro-batch of one device. Here they are those of the policy that sampled (equal at the
-first update of an iteration), and means and shares are over the global minibatch, so that neither
-micro-batches nor devices change the choice.
+first update of an iteration), and means and fractions are over the global minibatch, so that
+neither micro-batches nor devices change the choice.
 """
 
 from torch import Tensor
@@ -18,12 +18,13 @@ from torch import Tensor
 from tre_lightning.batches import TrainingBatch
 from tre_lightning.common.metrics import centred
 from tre_lightning.common.seeding import uniforms
-from tre_lightning.methods.hooks import LinearSchedule, LossTerm, Method, PolicyOutputs, Tokens
+from tre_lightning.methods.hooks import LinearSchedule, LossTerm, Method, Tokens
 from tre_lightning.methods.selection import check_fraction, fraction_of, top
+from tre_lightning.ops import PolicyOutputs
 
 
 def covariances(batch: TrainingBatch) -> Tensor:
-    """Each counted token's part in the covariance, nats x advantage, ``[B, T]``; 0 elsewhere."""
+    """Each counted token's term of the covariance, nats x advantage, ``[B, T]``; 0 elsewhere."""
     mask = batch.response_mask.flatten()
     logprobs, _ = centred(batch.old_logprobs.flatten(), mask)
     advantages, _ = centred(batch.advantages.flatten(), mask)

@@ -1,11 +1,12 @@
-"""A larger advantage where the policy was uncertain."""
+"""Entropy advantage: a larger advantage where the policy was uncertain."""
 
 import torch
 from torch import Tensor
 
 from tre_lightning.batches import TrainingBatch
 from tre_lightning.entropy import Region
-from tre_lightning.methods.hooks import Method, PolicyOutputs
+from tre_lightning.methods.hooks import Method
+from tre_lightning.ops import PolicyOutputs
 
 
 class EntropyAdvantage(Method):
@@ -53,7 +54,7 @@ class EntropyAdvantage(Method):
         return outputs.entropy(Region()).full
 
     def shape_advantages(self, batch: TrainingBatch) -> Tensor:
-        """Advantages with the bonus, ``[B, T]``; tokens that do not count keep theirs."""
+        """Advantages with the bonus, ``[B, T]``; uncounted tokens keep theirs."""
         advantages = batch.advantages
         bonus = (self.alpha * batch.observed[self.name]).to(advantages)
         bonus = bonus.minimum(advantages.abs() / self.kappa)

@@ -1,9 +1,10 @@
-"""The standard entropy bonus: the baseline whose tail TRE avoids."""
+"""The standard entropy bonus, the baseline that TRE improves on."""
 
 from torch import Tensor
 
 from tre_lightning.entropy import Region
-from tre_lightning.methods.hooks import LinearSchedule, LossTerm, PolicyOutputs, Tokens
+from tre_lightning.methods.hooks import LinearSchedule, LossTerm, Tokens
+from tre_lightning.ops import PolicyOutputs
 
 
 class EntropyBonus(LossTerm):

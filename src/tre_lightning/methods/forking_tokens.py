@@ -1,4 +1,4 @@
-"""The policy gradient on the tokens of highest entropy only: the "80/20 rule"."""
+"""Forking tokens, the "80/20 rule": policy gradient on the tokens of highest entropy only."""
 
 from typing import Literal, get_args
 
@@ -6,8 +6,9 @@ from torch import Tensor
 
 from tre_lightning.batches import TrainingBatch
 from tre_lightning.entropy import Region
-from tre_lightning.methods.hooks import Method, PolicyOutputs
+from tre_lightning.methods.hooks import Method
 from tre_lightning.methods.selection import check_fraction, fraction_of, top
+from tre_lightning.ops import PolicyOutputs
 
 Divisor = Literal["all", "selected"]
 

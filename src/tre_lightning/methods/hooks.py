@@ -6,7 +6,7 @@ hooks in the order in which an iteration flows; each hook has a default that cha
 ====================  =====================================================  ====================
 hook                  when                                                   on
 ====================  =====================================================  ====================
-``observe``           the policy that sampled is judged                      tokens of some rows
+``observe``           the policy that sampled is evaluated                   tokens of some rows
 ``adapt``             the rollout is scored, before the first update         the global rollout
 ``shape_advantages``  after that, in the order of the callbacks              the global rollout
 ``policy_weights``    before each update                                     a global minibatch
@@ -14,7 +14,7 @@ hook                  when                                                   on
 ``per_token``         in each update, of a :class:`LossTerm`                 tokens of some rows
 ====================  =====================================================  ====================
 
-What a hook selects (a quantile, the top share) it selects over a *global* batch, so that neither
+What a hook selects (a quantile, the top fraction) it selects over a *global* batch, so that neither
 the micro-batch size nor the number of devices changes it. That is why such a choice is made from
 what is known before the update: what ``observe`` kept, old log-probabilities and advantages.
 """
@@ -23,7 +23,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -31,7 +30,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from tre_lightning.batches import TrainingBatch
-from tre_lightning.entropy import EntropyStats, Region
+from tre_lightning.entropy import Region
+from tre_lightning.ops import PolicyOutputs
 
 POLICY, KL = "policy", "kl"
 _TAKEN = (POLICY, KL, "value", "total")  # loss/<name> in the logs
@@ -61,25 +61,6 @@ class LinearSchedule:
         """The value at a PPO iteration."""
         done = min(iteration / self.iterations, 1.0)
         return self.start + (self.end - self.start) * done
-
-
-@dataclass(frozen=True)
-class PolicyOutputs:
-    """What the policy says of some response tokens, n in all, padding left out."""
-
-    logprobs: Tensor  # [n] float32, of the response tokens
-    entropies: Mapping[Region, EntropyStats]  # [n] each, of the regions that the methods name
-    logits: Tensor | None = None  # [n, V], temperature applied, if a method has ``needs_logits``
-
-    def entropy(self, region: Region) -> EntropyStats:
-        """Entropies and region of each token; ``region`` and ``scaled`` are differentiable.
-
-        Raises:
-            ValueError: if no method's ``regions`` names this region.
-        """
-        if region not in self.entropies:
-            raise ValueError(f"{region} is not at hand; name it in the method's `regions`")
-        return self.entropies[region]
 
 
 @dataclass(frozen=True)
@@ -119,7 +100,7 @@ class Method(Callback):
 
     Attributes:
         name: stands in the logs.
-        iteration: PPO iteration that is running.
+        iteration: PPO iteration that is running; the module sets it.
         regions: the regions whose entropies its hooks ask the outputs for.
         observed_regions: those that only ``observe`` asks for.
         needs_logits: whether its hooks ask for the logits; they cost memory, n x V numbers.
@@ -184,18 +165,15 @@ class Method(Callback):
         """Refuse methods whose names clash."""
         find_methods(trainer.callbacks)  # type: ignore[attr-defined]
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Follow the iteration."""
-        self.iteration = int(pl_module.iteration)  # type: ignore[arg-type]
-
 
 class LossTerm(Method, ABC):
     """A method that adds ``coef * masked mean of per_token`` to the policy loss.
 
     The module reduces it over the global minibatch as it reduces the policy loss. A loss is a
     function of its token alone: tokens may come in any number of parts.
+
+    Attributes:
+        current_coef: coefficient of the iteration that is running, set after ``adapt``; 0 = off.
 
     Example:
         >>> class TopTwenty(LossTerm):
@@ -205,6 +183,8 @@ class LossTerm(Method, ABC):
         >>> TopTwenty("top_twenty", coef=0.001).coef
         0.001
     """
+
+    current_coef: float = 0.0
 
     def __init__(self, name: str, coef: float | LinearSchedule) -> None:
         """``coef`` 0 switches the term off; its log is ``loss/<name>``."""
@@ -264,6 +244,20 @@ def find_methods(callbacks: Sequence[Callback]) -> list[Method]:
 def loss_terms(methods: Sequence[Method]) -> list[LossTerm]:
     """Those that add to the loss."""
     return [method for method in methods if isinstance(method, LossTerm)]
+
+
+def start_iteration(methods: Sequence[Method], iteration: int) -> None:
+    """Tell the methods which PPO iteration begins."""
+    for method in methods:
+        method.iteration = iteration
+
+
+def adapt(methods: Sequence[Method], batch: TrainingBatch) -> None:
+    """Let the methods adapt to the rollout; each coefficient is read here, once an iteration."""
+    for method in methods:
+        method.adapt(batch)
+    for term in loss_terms(methods):
+        term.current_coef = term.coef_at(term.iteration)
 
 
 def shaped(batch: TrainingBatch, methods: Sequence[Method]) -> TrainingBatch:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from tre_lightning.batches import TrainingBatch
 from tre_lightning.entropy import Region, check_region
-from tre_lightning.methods.hooks import LinearSchedule, LossTerm, PolicyOutputs, Tokens
+from tre_lightning.methods.hooks import LinearSchedule, LossTerm, Tokens
 from tre_lightning.methods.selection import check_fraction, fraction_of, top
+from tre_lightning.ops import PolicyOutputs
 
 _TWO = Region(top_k=2)
 
@@ -95,7 +96,7 @@ class PAEC(LossTerm):
         return torch.stack([score, nucleus.region], -1)
 
     def adapt(self, batch: TrainingBatch) -> None:
-        """Measure the masked mean entropy; the first ones make the anchor."""
+        """Measure the masked mean entropy; the first few set the anchor."""
         mask = self._mask(batch)
         chosen = mask > 0.0
         if not chosen.any():
@@ -108,7 +109,7 @@ class PAEC(LossTerm):
 
     @property
     def anchor(self) -> float | None:
-        """Mean over the first iterations, nats; None until there are enough."""
+        """Mean entropy of the first iterations, nats; None until they are done."""
         enough = len(self.first) == self.anchor_iterations
         return sum(self.first) / len(self.first) if enough else None
 
@@ -136,11 +137,11 @@ class PAEC(LossTerm):
         return {"entropy": self.entropy, **anchor}
 
     def state_dict(self) -> dict[str, Any]:
-        """The means that the anchor is made of."""
+        """State to save: the means that the anchor averages."""
         return {"first": self.first}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the anchor of the run."""
+        """Restore the anchor."""
         self.first = list(state_dict["first"])
 
     def _mask(self, batch: TrainingBatch) -> Tensor:

@@ -1,4 +1,4 @@
-"""How many of a batch's counted tokens a method acts on, and which."""
+"""Selection of the counted tokens that a method acts on."""
 
 import math
 
@@ -13,7 +13,7 @@ def check_fraction(name: str, fraction: float, hint: str) -> None:
 
 
 def fraction_of(count: int, fraction: float, *, up: bool = False) -> int:
-    """``fraction`` of ``count`` tokens, rounded down, or ``up``; at least 1 where there is any."""
+    """``fraction`` of ``count`` tokens, rounded down or ``up``; at least 1, unless of none."""
     exact = round(fraction * count, 6)  # 0.07 * 100 comes out above 7
     return min(count, max(1, math.ceil(exact) if up else math.floor(exact)))
 

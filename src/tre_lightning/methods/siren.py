@@ -8,8 +8,9 @@ from torch import Tensor
 from tre_lightning.batches import TrainingBatch
 from tre_lightning.common.validation import one_of
 from tre_lightning.entropy import Region, check_region
-from tre_lightning.methods.hooks import LinearSchedule, LossTerm, PolicyOutputs, Tokens
+from tre_lightning.methods.hooks import LinearSchedule, LossTerm, Tokens
 from tre_lightning.methods.selection import above_quantile, check_fraction, fraction_of, top
+from tre_lightning.ops import PolicyOutputs
 
 Within = Literal["rollout", "response"]
 
@@ -42,7 +43,7 @@ class SIREN(LossTerm):
     anchor, negative below, and 0 in the first iteration, which measures the anchor.
     ``loss/siren`` is this linear term, not the square.
 
-    Deviations: ``within`` is ``rollout`` unless set. The mean behind the coefficient is over the
+    Deviations: ``within`` is ``rollout`` unless set. The mean that sets the coefficient is over the
     global rollout; the authors take one micro-batch of one device. The tokens are chosen by the
     entropies of the policy that sampled; the authors' by those of the policy in training. The
     nucleus holds the token that crosses ``top_p``, as everywhere here; in the authors' code it does
@@ -83,7 +84,7 @@ class SIREN(LossTerm):
         return outputs.entropy(self.region).region
 
     def adapt(self, batch: TrainingBatch) -> None:
-        """Measure the mean entropy of the chosen tokens; the first one is the anchor."""
+        """Measure the mean entropy of the chosen tokens; the first one becomes the anchor."""
         weights = self._mean_weights(batch)
         if weights.any():
             chosen = weights > 0.0
@@ -106,7 +107,7 @@ class SIREN(LossTerm):
         return weights.to(minibatch.advantages)
 
     def logged(self) -> Mapping[str, float]:
-        """The anchor, and the mean entropy that is held at it, nats."""
+        """The anchor and the mean entropy, nats."""
         return {} if self.anchor is None else {"anchor": self.anchor, "entropy": self.entropy}
 
     def state_dict(self) -> dict[str, Any]:
@@ -114,7 +115,7 @@ class SIREN(LossTerm):
         return {"anchor": self.anchor}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the anchor of the run."""
+        """Restore the anchor."""
         self.anchor = state_dict["anchor"]
 
     def _mean_weights(self, batch: TrainingBatch) -> Tensor:

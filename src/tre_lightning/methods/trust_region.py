@@ -1,4 +1,4 @@
-"""Trust Region Entropy, the method that this project is about (arXiv 2602.03635).
+"""Trust Region Entropy (TRE), the method that this project is about (arXiv 2602.03635).
 
 Ours beyond the paper, off by default: the region may be that of the policy that sampled or of the
 initial policy instead of the current one's (``region_of``), its size and the coefficient may follow
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from tre_lightning.common.validation import at_least, one_of
 from tre_lightning.entropy import Region, check_region, entropy_of_tokens, trust_region_mask
-from tre_lightning.methods.hooks import LinearSchedule, LossTerm, PolicyOutputs, Tokens
+from tre_lightning.methods.hooks import LinearSchedule, LossTerm, Tokens
+from tre_lightning.ops import PolicyOutputs
 
 Owner = Literal["current", "behaviour", "reference"]
 
@@ -38,12 +39,12 @@ class TrustRegionEntropy(LossTerm):
             top_k: the region is this many most probable tokens (paper: 2), or a schedule, rounded.
             top_p: the region is the smallest nucleus of this mass (paper: 0.99), or a schedule.
             rescale: multiply the entropy by log|V| / log|A|.
-            region_of: whose plausible tokens they are: the ``current`` policy's (the paper), the
-                ``behaviour`` policy's that sampled, or the ``reference``'s, the initial policy. The
+            region_of: the policy that defines the region: the ``current`` one (the paper), the
+                ``behaviour`` policy that sampled, or the ``reference``, the initial policy. The
                 latter two need the logits in every update, and the reference a second model.
             max_size: most tokens kept of a region that is not the current policy's.
-            min_size: least tokens of a nucleus; a smaller one becomes the top ``min_size``, so that
-                positions which the policy is sure of count too.
+            min_size: least tokens of a nucleus; a smaller one is replaced by the top ``min_size``,
+                so that positions where the policy is sure count too.
             name: name in the logs.
         """
         super().__init__(name, coef)
@@ -72,13 +73,13 @@ class TrustRegionEntropy(LossTerm):
 
     @property
     def regions(self) -> tuple[Region, ...]:  # type: ignore[override]
-        """The region, and the one that stands in for a nucleus that is too small."""
+        """The region, and the top-k region that replaces a nucleus below ``min_size``."""
         if self.region_of != "current":
             return ()
         return (self.region,) if self.min_size == 1 else (self.region, Region(top_k=self.min_size))
 
     def observe(self, outputs: PolicyOutputs, reference: PolicyOutputs | None) -> Tensor | None:
-        """Token ids of the region, most probable first and -1 behind its end, ``[n, C]``."""
+        """Token ids of the region, most probable first, padded with -1, ``[n, C]``."""
         if self.region_of == "current":
             return None
         seen = reference if self.region_of == "reference" else outputs

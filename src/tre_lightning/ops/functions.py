@@ -14,6 +14,7 @@ Kernel, arXiv 2410.10989).
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -39,11 +40,23 @@ class LogprobsAndEntropy(NamedTuple):
     tail_mass: Tensor  # probability outside the region; no gradient
 
 
-class TokenStats(NamedTuple):
-    """Log-probabilities of the labels, and the entropies of any number of regions."""
+@dataclass(frozen=True)
+class PolicyOutputs:
+    """What a policy says of tokens, n response tokens in all, padding left out."""
 
-    logprobs: Tensor  # [N]
-    entropies: Mapping[Region, EntropyStats]  # [N] each; ``region`` and ``scaled`` differentiable
+    logprobs: Tensor  # [n] float32 (float64 of float64 logits), of the tokens; differentiable
+    entropies: Mapping[Region, EntropyStats]  # [n] each, of the regions that were asked for
+    logits: Tensor | None = None  # [n, V], temperature applied, where they were asked for
+
+    def entropy(self, region: Region) -> EntropyStats:
+        """Entropies and region of each token; ``region`` and ``scaled`` are differentiable.
+
+        Raises:
+            ValueError: if no method's ``regions`` names this region.
+        """
+        if region not in self.entropies:
+            raise ValueError(f"{region} is not at hand; name it in the method's `regions`")
+        return self.entropies[region]
 
 
 class LossSum(NamedTuple):
@@ -54,7 +67,7 @@ class LossSum(NamedTuple):
     logprobs: Tensor  # [N], no gradient
 
 
-Loss = Callable[[slice, TokenStats], Tensor]
+Loss = Callable[[slice, PolicyOutputs], Tensor]
 
 
 def logprobs_and_entropy(
@@ -132,7 +145,7 @@ def token_stats(
     temperature: float = 1.0,
     *,
     reuse_logits: bool = False,
-) -> TokenStats:
+) -> PolicyOutputs:
     """:func:`logprobs_and_entropy` for any number of regions, in one look at the logits."""
     _check(logits.shape, logits.shape[-1] if logits.dim() else 0, labels, temperature)
     flat = logits.reshape(-1, logits.shape[-1]).contiguous()
@@ -149,7 +162,7 @@ def fused_linear_token_stats(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     memory: int = MEMORY,
-) -> TokenStats:
+) -> PolicyOutputs:
     """:func:`fused_linear_logprobs_and_entropy` for any number of regions."""
     hidden, weight, bias = _operands(hidden, weight, labels, bias, temperature, memory)
     values = _apply(
@@ -471,7 +484,7 @@ def _by_output(grads: Sequence[Tensor | None]) -> tuple[Tensor | None, tuple[Ten
 
 def _stats(
     values: Sequence[Tensor], regions: Sequence[Region], vocabulary: int, shape: torch.Size
-) -> TokenStats:
+) -> PolicyOutputs:
     logprobs, full, *rest = (value.view(shape) for value in values)
     entropies = {}
     for number, region in enumerate(regions):
@@ -481,10 +494,10 @@ def _stats(
             log_size = size.clamp(min=2).to(entropy.dtype).log()
             scale = torch.where(size > 1, math.log(vocabulary) / log_size, 0.0)
         entropies[region] = EntropyStats(full, entropy, entropy * scale, scale, size, tail_mass)
-    return TokenStats(logprobs, entropies)
+    return PolicyOutputs(logprobs, entropies)
 
 
-def _named(stats: TokenStats, region: Region) -> LogprobsAndEntropy:
+def _named(stats: PolicyOutputs, region: Region) -> LogprobsAndEntropy:
     found = stats.entropies[region]
     return LogprobsAndEntropy(stats.logprobs, found.scaled, found.full, found.size, found.tail_mass)
 

@@ -1,4 +1,4 @@
-"""The trust region of every row, found without sorting the vocabulary.
+"""Search for the trust region of every row, without sorting the vocabulary.
 
 The largest logits of a row lie in the blocks with the largest maxima, so one pass over the logits
 that takes block maxima leaves a few hundred candidates to sort. Where a nucleus is wider, the
@@ -24,7 +24,7 @@ STEP = 2**19  # logits worked on at once: buffers of 2 MB, that stay in the proc
 
 
 class Summary(NamedTuple):
-    """What one pass over the logits keeps of each row; softmax is p."""
+    """What one pass over the logits keeps of each row; p is its softmax."""
 
     log_norm: Tensor  # [N], logsumexp
     entropy: Tensor  # [N], of p, nats
@@ -50,7 +50,7 @@ class RegionRows(NamedTuple):
         return (place < self.size.unsqueeze(1)) & ~self.wide.unsqueeze(1)
 
     def rows(self, which: slice | Tensor) -> "RegionRows":
-        """Some of the rows."""
+        """The regions of some of the rows."""
         return RegionRows(*(part[which] for part in self))
 
 
@@ -124,7 +124,7 @@ def find(
 
 
 def batches(rows: Tensor, width: int) -> tuple[Tensor, ...]:
-    """Row numbers in parts that hold some ``STEP`` elements at ``width`` a row."""
+    """Row numbers in chunks of about ``STEP`` elements at ``width`` per row."""
     return rows.split(max(1, STEP // width)) if len(rows) else ()
 
 

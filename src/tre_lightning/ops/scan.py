@@ -1,4 +1,4 @@
-"""From logits to log-probabilities, entropies and regions, and back to the logits' gradient."""
+"""Log-probabilities, entropies and regions of logits, and the gradient with respect to them."""
 
 from collections.abc import Sequence
 from importlib import import_module
@@ -15,7 +15,7 @@ from tre_lightning.ops.region import RegionRows, as_computed, find
 
 
 class Scan(NamedTuple):
-    """What one look at the logits gives, for N rows."""
+    """Results of one scan of the logits, for N rows."""
 
     logprobs: Tensor  # [N], of the labels
     log_norm: Tensor  # [N], logsumexp of the logits

@@ -84,7 +84,7 @@ def gradient(
     wide: Sequence[tuple[RegionRows, Tensor, Tensor]],
     out: Tensor,
 ) -> None:
-    """Write p_j * f_j + what is added at some tokens, to ``out``, which may be ``logits``.
+    """Write p_j * f_j, plus additions at some tokens, to ``out``, which may be ``logits``.
 
     Args:
         logits: ``[N, V]``.

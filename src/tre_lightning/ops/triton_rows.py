@@ -129,7 +129,7 @@ def gradient(
     wide: Sequence[tuple[RegionRows, Tensor, Tensor]],
     out: Tensor,
 ) -> None:
-    """Write p_j * f_j + what is added at some tokens, to ``out``, which may be ``logits``.
+    """Write p_j * f_j, plus additions at some tokens, to ``out``, which may be ``logits``.
 
     See :func:`tre_lightning.ops.torch_rows.gradient` for the arguments.
     """
@@ -424,7 +424,7 @@ def _sums_at_ids(
     WIDE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """The gradient at the listed tokens, whatever is added to one of them all at once."""
+    """The gradient at the listed tokens, with all additions to a token summed in one step."""
     program = tl.program_id(0)
     row = (program // chunks).to(tl.int64)
     place = (program % chunks) * CHUNK + tl.arange(0, CHUNK)

@@ -21,10 +21,19 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from tre_lightning.batches import Rollout, sequence_inputs
 from tre_lightning.common.distributed import world
 from tre_lightning.common.errors import Refused, read
 from tre_lightning.common.validation import one_of, options
-from tre_lightning.policy.head import HeadInput, plain_head
+from tre_lightning.ops import PolicyOutputs
+from tre_lightning.ops.functions import LossSum
+from tre_lightning.policy.head import (
+    HeadOptions,
+    TokenLosses,
+    head_loss,
+    head_outputs,
+    plain_head,
+)
 from tre_lightning.policy.lora import LoraArgs, add_adapters, has_adapters, merged_state_dict
 from tre_lightning.policy.reading import hidden_states, is_noisy, laid_out, reading, takes, trunk_of
 from tre_lightning.policy.sharding import (
@@ -240,40 +249,50 @@ class ActorCritic(nn.Module):
                 checkpoint_gradients(model)
         return cls(policy, critic, has_values=args.critic != "none")
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        mask: Tensor,
-        counted: Tensor,
-        use: Callable[[HeadInput], T],
-        *,
-        takes_hidden: bool = True,
-    ) -> tuple[T, Tensor | None]:
-        """What ``use`` makes of the counted tokens' head input, and values ``[B, T]`` (float32).
+    def outputs(self, batch: Rollout, asked: HeadOptions) -> tuple[PolicyOutputs, Tensor | None]:
+        """What the policy says of the n counted response tokens, and values ``[B, T]`` (float32).
 
-        There are no values (None) without a critic.
+        The tokens are those of ``response_mask``, in reading order. Without a critic there are no
+        values (None).
+        """
+        labels = batch.response_ids[batch.response_mask]
+        source, head, values = self._read(batch, asked)
+        return head_outputs(source, head, labels, asked), values
 
-        ``use`` is called in here, where a sharded head has its weight at hand.
+    def loss(
+        self, batch: Rollout, asked: HeadOptions, objective: TokenLosses
+    ) -> tuple[LossSum, Tensor | None]:
+        """Sum of the losses of the n counted response tokens, and values ``[B, T]`` (float32).
+
+        The objective is called in here, where a sharded head has its weight at hand.
 
         Args:
-            input_ids: ``[B, P + T]`` prompt and response.
-            mask: ``[B, P + T]`` bool, True = a real token.
-            counted: ``[B, T]`` bool, the n response tokens that ``use`` gets, in reading order.
-            use: a function of hidden states and head, or of logits.
-            takes_hidden: hidden states are enough for ``use``; it gets logits if not, or where the
-                head is more than a linear layer.
+            batch: the tokens are those of ``response_mask``, in reading order.
+            asked: what ``objective`` needs.
+            objective: makes losses ``[..., m]`` of the outputs of some rows of the n tokens.
         """
-        head = self.head if takes_hidden else None
+        labels = batch.response_ids[batch.response_mask]
+        source, head, values = self._read(batch, asked)
+        return head_loss(source, head, labels, asked, objective), values
+
+    def _read(
+        self, batch: Rollout, asked: HeadOptions
+    ) -> tuple[Tensor, nn.Linear | None, Tensor | None]:
+        """One pass of policy and critic: what the head gets, the head where it is linear, values.
+
+        As :func:`tre_lightning.policy.head.head_outputs` takes the first two.
+        """
+        (input_ids, mask), counted = sequence_inputs(batch), batch.response_mask
+        head = self.head if asked.takes_hidden else None
         source, hidden = head_input(self.policy, head, input_ids, mask, counted)
         if self.value_head is None:
-            return use(source), None
+            return source, head, None
         if self.critic is not None:
             # Its table may lack rows that stand for no token; the others' are checked before.
             known = input_ids.clamp(max=self._critic_vocabulary - 1)
             hidden = hidden_states(self.critic, known, mask)
         kept = hidden[:, response_positions(mask, counted)].to(self.value_head.weight.dtype)
-        values = self.value_head(kept).squeeze(-1)
-        return use(source), values.float()
+        return source, head, self.value_head(kept).squeeze(-1).float()
 
     def sample(self, use: Callable[[PreTrainedModel], T]) -> T:
         """What ``use`` makes of the policy, whose weights are whole meanwhile; no gradients."""
@@ -289,7 +308,8 @@ class ActorCritic(nn.Module):
         _ = self.head  # found by a trial, which needs whole weights
         for model in filter(None, (self.policy, trunk_of(self.policy), self.critic)):
             reading(model)
-        shard(self, device_type, precision, "_with_policy", cpu_offload=cpu_offload)
+        methods = ("outputs", "loss", "_with_policy")
+        shard(self, device_type, precision, *methods, cpu_offload=cpu_offload)
         self._offloaded = cpu_offload
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
@@ -333,15 +353,24 @@ def head_input(
     input_ids: Tensor,
     mask: Tensor,
     counted: Tensor,
-) -> tuple[HeadInput, Tensor]:
-    """What precedes each counted response token, and all last hidden states ``[B, P + T, D]``.
+) -> tuple[Tensor, Tensor]:
+    """What the head gets or gives before each counted token, and all hidden states.
 
-    Arguments as of :meth:`ActorCritic.forward`; ``head`` None asks for the logits.
+    Args:
+        policy: the language model.
+        head: its head where hidden states are wanted; None asks for the logits.
+        input_ids: ``[B, P + T]`` prompt and response.
+        mask: ``[B, P + T]`` bool, True = a real token.
+        counted: ``[B, T]`` bool, the n response tokens, in reading order.
+
+    Returns:
+        Last hidden states ``[n, D]``, or logits ``[n, V]``; all last hidden states
+        ``[B, P + T, D]``.
     """
     keep = response_positions(mask, counted)
     if head is not None:
         hidden = hidden_states(trunk_of(policy), input_ids, mask)
-        return HeadInput(hidden=hidden[:, keep][counted], head=head), hidden
+        return hidden[:, keep][counted], hidden
     layout = laid_out(policy, input_ids, mask)
     alone = layout.shift is None and takes(policy, "logits_to_keep")  # no logits but these
     seen: list[Tensor] = []
@@ -354,8 +383,8 @@ def head_input(
         hook.remove()
     logits = logits if alone else layout.back(logits, keep)
     if not seen:  # a model that calls its trunk's parts itself
-        return HeadInput(logits=logits[counted]), hidden_states(trunk_of(policy), input_ids, mask)
-    return HeadInput(logits=logits[counted]), layout.back(seen[0])
+        return logits[counted], hidden_states(trunk_of(policy), input_ids, mask)
+    return logits[counted], layout.back(seen[0])
 
 
 def response_positions(mask: Tensor, counted: Tensor) -> Tensor:

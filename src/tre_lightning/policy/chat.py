@@ -1,4 +1,4 @@
-"""Prompts as messages, and messages as the text that a model reads."""
+"""Chat messages: prompts as messages, and messages as the text that a model reads."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -61,7 +61,7 @@ def transcript(messages: Messages) -> str:
 def in_template(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, whose: str, *, ask: bool = False
 ) -> str:
-    """Messages in the tokenizer's chat template, which must be there.
+    """Messages rendered by the tokenizer's chat template, which must exist.
 
     Args:
         tokenizer: has the template.

@@ -1,4 +1,4 @@
-"""Texts to token ids and back: the one place where prompts, demonstrations and pairs are tokenized.
+"""Tokenization of prompts, demonstrations and pairs, all in this one place.
 
 Control tokens (end of a turn, begin of a text, padding, ...) come from the chat template and the
 tokenizer alone: one that is written in a prompt or a response stays text, as nobody may end a turn
@@ -23,7 +23,7 @@ _REASONING_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 class Conversation(NamedTuple):
-    """What a model reads: the messages in its chat template, or the text where it has none."""
+    """A model's input: the messages in its chat template, or the text if it has no template."""
 
     messages: Messages
     text: str
@@ -81,7 +81,7 @@ def encode_conversations(
 def encode_texts(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, own: str = ""
 ) -> list[list[int]]:
-    """Token ids of each text alone, without any special token; what reads like one stays text.
+    """Token ids of each text, without special tokens; the name of one in a text stays text.
 
     Args:
         tokenizer: of the model.
@@ -101,7 +101,7 @@ def encode_texts(
 
 
 def tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The ids that a tokenizer puts before and behind a plain text."""
+    """The ids that a tokenizer puts before and after a plain text."""
     sample = "Count to 3"
     bare = tokenizer(sample, add_special_tokens=False)["input_ids"]
     whole = cast(list[int], tokenizer(sample)["input_ids"])
@@ -112,14 +112,14 @@ def tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[i
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Names and ids of the tokens that are no text: special ones, and what the template writes."""
+    """Names and ids of control tokens: special ones, and those that the chat template writes."""
     state = (tokenizer.chat_template, tokenizer.special_tokens_map, len(tokenizer))
     return _control_tokens(tokenizer, repr(state))
 
 
 @lru_cache(maxsize=8)
 def _control_tokens(tokenizer: PreTrainedTokenizerBase, state: str) -> dict[str, int]:
-    """``state`` only says until when a result holds."""
+    """``state`` is only a cache key: a changed tokenizer is looked at again."""
     written = _written_by_template(tokenizer)
     found = {
         token.content: i
@@ -131,7 +131,7 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase, state: str) -> dict[str,
 
 
 def textless_tokens(tokenizer: PreTrainedTokenizerBase, own: str = "") -> list[int]:
-    """Ids that stand for no text: control tokens, and those that only fill a vocabulary up.
+    """Ids that stand for no text: control tokens, and those that only pad the vocabulary.
 
     Special tokens that are a part of what a model writes do stand for one: those of ``own``, as of
     :func:`encode_conversations`, those that tag thought and answer, and all others of the form
@@ -170,7 +170,7 @@ def pad(
 
 
 def _written_by_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the chat template writes around messages; empty without one."""
+    """The text that the chat template writes around messages; empty without a template."""
     if tokenizer.chat_template is None:
         return ""
     texts = []
@@ -194,7 +194,7 @@ def _hostile(
     forbidden: dict[str, int],
     encoded: Sequence[list[int]] | None = None,
 ) -> dict[str, bool]:
-    """The texts in which the tokenizer reads control tokens.
+    """The texts in which the tokenizer would read control tokens.
 
     The values say whether it does so even where the tokens' names are broken up (it may take other
     characters for them): such a text is to be encoded by the character.
@@ -215,7 +215,7 @@ def _hostile(
 
 
 def _broken(text: str, forbidden: Iterable[str], mark: str, by_character: bool) -> str:
-    """The text with a mark inside of every name of a control token."""
+    """The text with a mark inside every name of a control token."""
     text = _valid(text)
     if by_character:
         return mark.join(text)
@@ -224,8 +224,8 @@ def _broken(text: str, forbidden: Iterable[str], mark: str, by_character: bool) 
 
 
 def _joined_ids(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[str]) -> list[int]:
-    """Ids of the pieces of a text, each encoded for itself."""
-    # Some tokenizers read a space that is not there at the start of a text, but none behind "\n".
+    """Ids of the pieces of a text, each encoded alone."""
+    # Some tokenizers read a space that is not there at the start of a text, but none after "\n".
     line = _plain_ids(tokenizer, ["\n"])[0]
     first, *others = _plain_ids(tokenizer, [pieces[0], *(f"\n{piece}" for piece in pieces[1:])])
     for piece, ids in zip(pieces[1:], others, strict=True):

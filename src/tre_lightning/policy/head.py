@@ -7,18 +7,16 @@ capping, scaled logits) and for a loss term that asks for the logits. *Reference
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tre_lightning.entropy import EntropyStats, entropy_stats, full_entropy, trust_region_entropy
-from tre_lightning.methods.hooks import PolicyOutputs
-from tre_lightning.ops import Region
+from tre_lightning.ops import PolicyOutputs, Region
 from tre_lightning.ops.functions import (
     LossSum,
-    TokenStats,
     fused_linear_loss,
     fused_linear_token_stats,
     token_stats,
@@ -29,17 +27,8 @@ TokenLosses = Callable[[slice, PolicyOutputs], Tensor]
 
 
 @dataclass(frozen=True)
-class HeadInput:
-    """The last hidden states and the head of a model, or the logits, of n tokens."""
-
-    hidden: Tensor | None = None  # [n, D]
-    head: nn.Linear | None = None
-    logits: Tensor | None = None  # [n, V]
-
-
-@dataclass(frozen=True)
-class Head:
-    """How log-probabilities and entropies are computed.
+class HeadOptions:
+    """What is asked of the head, and how it is computed.
 
     Args:
         regions: those whose entropies are wanted.
@@ -60,50 +49,69 @@ class Head:
         """Whether hidden states are enough."""
         return self.fused and not self.show_logits
 
-    def outputs(self, source: HeadInput, labels: Tensor) -> PolicyOutputs:
-        """Log-probabilities of ``labels`` ``[n]`` and the entropies, differentiable."""
-        if source.logits is None:
-            assert source.hidden is not None and source.head is not None
-            stats = fused_linear_token_stats(
-                source.hidden,
-                source.head.weight,
-                labels,
-                self.regions,
-                bias=source.head.bias,
-                temperature=self.temperature,
-                memory=self.memory,
-            )
-        elif self.fused:
-            stats = token_stats(source.logits, labels, self.regions, self.temperature)
-        else:
-            stats = _reference(source.logits / self.temperature, labels, self.regions)
-        shown = source.logits if self.show_logits else None
-        return PolicyOutputs(stats.logprobs, stats.entropies, _scaled(shown, self.temperature))
 
-    def loss(self, source: HeadInput, labels: Tensor, losses: TokenLosses) -> LossSum:
-        """Sum of the losses ``[..., n]`` that ``losses`` makes of some tokens' outputs."""
-        if source.logits is None:
-            assert source.hidden is not None and source.head is not None
-            return fused_linear_loss(
-                source.hidden,
-                source.head.weight,
-                labels,
-                lambda rows, stats: losses(rows, PolicyOutputs(stats.logprobs, stats.entropies)),
-                self.regions,
-                bias=source.head.bias,
-                temperature=self.temperature,
-                memory=self.memory,
-            )
-        outputs = self.outputs(source, labels)
-        values = losses(slice(None), outputs)
-        return LossSum(values.sum(), values.detach(), outputs.logprobs.detach())
+def head_outputs(
+    source: Tensor, head: nn.Linear | None, labels: Tensor, asked: HeadOptions
+) -> PolicyOutputs:
+    """Log-probabilities of the labels and the entropies, differentiable.
+
+    Args:
+        source: last hidden states ``[n, D]``, which ``head`` is for; without it logits ``[n, V]``.
+        head: the linear layer from hidden states to logits, or None.
+        labels: token ids ``[n]``.
+        asked: what is wanted.
+    """
+    if head is not None:
+        return fused_linear_token_stats(
+            source,
+            head.weight,
+            labels,
+            asked.regions,
+            bias=head.bias,
+            temperature=asked.temperature,
+            memory=asked.memory,
+        )
+    if asked.fused:
+        outputs = token_stats(source, labels, asked.regions, asked.temperature)
+    else:
+        outputs = _reference(_scaled(source, asked.temperature), labels, asked.regions)
+    if not asked.show_logits:
+        return outputs
+    return replace(outputs, logits=_scaled(source, asked.temperature))
 
 
-def _scaled(logits: Tensor | None, temperature: float) -> Tensor | None:
-    return logits if logits is None or temperature == 1.0 else logits / temperature
+def head_loss(
+    source: Tensor,
+    head: nn.Linear | None,
+    labels: Tensor,
+    asked: HeadOptions,
+    losses: TokenLosses,
+) -> LossSum:
+    """Sum of the losses ``[..., n]`` that ``losses`` makes of some tokens' outputs.
+
+    Arguments as of :func:`head_outputs`; ``losses`` gets the tokens chunk by chunk.
+    """
+    if head is not None:
+        return fused_linear_loss(
+            source,
+            head.weight,
+            labels,
+            losses,
+            asked.regions,
+            bias=head.bias,
+            temperature=asked.temperature,
+            memory=asked.memory,
+        )
+    outputs = head_outputs(source, head, labels, asked)
+    values = losses(slice(None), outputs)
+    return LossSum(values.sum(), values.detach(), outputs.logprobs.detach())
 
 
-def _reference(logits: Tensor, labels: Tensor, regions: Sequence[Region]) -> TokenStats:
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    return logits if temperature == 1.0 else logits / temperature
+
+
+def _reference(logits: Tensor, labels: Tensor, regions: Sequence[Region]) -> PolicyOutputs:
     def stats(region: Region) -> EntropyStats:
         if region.whole:
             full = full_entropy(logits)
@@ -115,7 +123,7 @@ def _reference(logits: Tensor, labels: Tensor, regions: Sequence[Region]) -> Tok
         inside = trust_region_entropy(logits, top_k=top_k, top_p=top_p, rescale=False)
         return found._replace(region=inside, scaled=inside * found.scale)
 
-    return TokenStats(label_logprobs(logits, labels), {r: stats(r) for r in regions})
+    return PolicyOutputs(label_logprobs(logits, labels), {r: stats(r) for r in regions})
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ def growing_cache(config: PreTrainedConfig) -> DynamicCache:
 
 
 class GrowingLayer(DynamicLayer):
-    """Keys and values ``[R, H, C, D]`` at the start of ``[R, H, C + room, D]``."""
+    """Keys and values ``[R, H, C, D]`` of a layer, stored in buffers with room for more tokens."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -32,7 +32,7 @@ class GrowingLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Add keys and values, ``[R, H, c, D]``; all of them."""
+        """Append keys and values, ``[R, H, c, D]``, and return all of them."""
         start = self.get_seq_length()
         if start == 0 or self.keys is None or self.values is None:
             return super().update(key_states, value_states, *args, **kwargs)

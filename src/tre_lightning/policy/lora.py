@@ -119,7 +119,7 @@ def add_adapters(model: PreTrainedModel, args: LoraArgs, *key: int | str) -> Non
 
 @contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
-    """The frozen model by itself, for a forward pass without gradients."""
+    """The frozen model without its adapters, for a forward pass without gradients."""
     layers = [layer for _, layer in _adapted(model)]
     try:
         for layer in layers:
@@ -132,7 +132,7 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Weights of a plain model that says the same, by the plain model's names.
+    """Weights of the equivalent plain model, adapters merged, by the plain model's names.
 
     A merged weight has the type of the frozen one: in bfloat16 it is rounded to that. The model
     stays as it is.
@@ -150,7 +150,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Whether :func:`add_adapters` has been at it."""
+    """Whether the model has adapters of :func:`add_adapters`."""
     return any(name.endswith(".lora_A") for name, _ in model.named_modules())
 
 
@@ -167,7 +167,7 @@ def frozen_names(module: nn.Module) -> set[str]:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """Hash of the first numbers of every frozen parameter: other weights, other hash."""
+    """Hash of the first numbers of every frozen parameter, to recognise other weights."""
     digest = hashlib.blake2b(digest_size=8)
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:

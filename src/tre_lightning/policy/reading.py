@@ -1,4 +1,4 @@
-"""How a model is given rows of unequal length: found out on a few tokens, not looked up.
+"""How a model reads rows of unequal length, found by trial on a few tokens.
 
 The log-probability of a token must be one number wherever it is computed: sampled a token at a time
 from a decoding state, or in one pass over a batch of padded rows. What a model makes of left
@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Reading:
-    """What a model was found to read as it reads each row by itself.
+    """Which layout of padded rows a model reads as it reads each row alone.
 
     ``padded``: rows padded on the left, with an attention mask and position ids. Every causal model
     reads rows whose tokens come first, which is what the others get.
@@ -48,10 +48,10 @@ class Reading:
 
 
 def reading(model: nn.Module) -> Reading:
-    """How a language model or its trunk reads; tried out at the first use, with whole weights.
+    """The :class:`Reading` of a language model or its trunk; tried out once, with whole weights.
 
     Raises:
-        Refused: if rows with other tokens behind them are not read as by themselves, or the model
+        Refused: if rows with other tokens after them are not read as they are alone, or the model
             is not ready for plain tokens.
     """
     found: Reading | None = vars(model).get("_reading")
@@ -63,13 +63,13 @@ def reading(model: nn.Module) -> Reading:
 
 @dataclass(frozen=True)
 class Layout:
-    """Rows in the form in which a model gets them, and the way back."""
+    """Rows in the layout that a model reads, and the way back to the original columns."""
 
     inputs: dict[str, Any]
     shift: Tensor | None = None  # [B, 1] columns by which each row was moved to the left
 
     def back(self, values: Tensor, columns: Tensor | None = None) -> Tensor:
-        """Outputs ``[B, C, ...]`` at columns ``[K]`` (default: all) of the rows as they came."""
+        """Outputs ``[B, C, ...]`` at columns ``[K]`` (default: all) of the original rows."""
         if self.shift is None:
             return values if columns is None else values[:, columns]
         if columns is None:
@@ -78,7 +78,7 @@ class Layout:
 
 
 def laid_out(model: nn.Module, ids: Tensor, mask: Tensor) -> Layout:
-    """Inputs for one pass over rows ``[B, C]``, in the form that the model reads."""
+    """Inputs for one forward pass over rows ``[B, C]``, in the layout that the model reads."""
     return _padded(model, ids, mask) if reading(model).padded else _shifted(ids, mask)
 
 
@@ -89,7 +89,7 @@ def hidden_states(trunk: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def trunk_of(model: PreTrainedModel) -> PreTrainedModel:
-    """What a language model has below its head.
+    """The trunk of a language model: what lies below its head.
 
     Raises:
         Refused: if there is no such part.
@@ -115,7 +115,7 @@ def positions(mask: Tensor) -> Tensor:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """In training mode, layers that checkpoint their gradients drop the cache."""
+    """Context in evaluation mode: in training mode, gradient checkpointing drops the cache."""
     training = [part for part in model.modules() if part.training]
     model.eval()
     try:
@@ -126,7 +126,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def is_noisy(model: nn.Module) -> bool:
-    """Whether two passes in the present modes differ, from each other or from evaluation mode."""
+    """Whether two passes in the current modes differ, from each other or from evaluation mode."""
     with _undisturbed(model):
         row = _tokens(model)[:, :_ROW]
         with eval_mode(model):
@@ -141,7 +141,7 @@ def is_noisy(model: nn.Module) -> bool:
 
 @dataclass
 class Cached:
-    """R rows, and the decoding state that the model has made of their C tokens so far."""
+    """Decoding with the model's state (such as a KV cache): R rows of C tokens so far."""
 
     cache: DynamicCache
     mask: Tensor  # [R, C] bool, True = a real token
@@ -150,7 +150,7 @@ class Cached:
 
     @classmethod
     def start(cls, model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Self:
-        """Read prompts, ``[R, P]``, padded on the left."""
+        """Read the prompts, ``[R, P]``, padded on the left."""
         cache = growing_cache(model.config)
         logits = _next_logits(model, cache, ids, mask, positions(mask))
         return cls(cache, mask, mask.sum(-1, keepdim=True), logits)
@@ -173,7 +173,7 @@ class Cached:
 
 @dataclass
 class Whole:
-    """R rows of C tokens so far; every token is a pass over all of them."""
+    """Decoding without a state: R rows of C tokens so far, and a whole pass for every token."""
 
     ids: Tensor  # [R, C] int64
     mask: Tensor  # [R, C] bool, True = a real token
@@ -181,11 +181,11 @@ class Whole:
 
     @classmethod
     def start(cls, model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Self:
-        """Read prompts, ``[R, P]``, padded on the left."""
+        """Read the prompts, ``[R, P]``, padded on the left."""
         return cls(ids, mask, cls._last_logits(model, ids, mask))
 
     def read(self, model: PreTrainedModel, tokens: Tensor, counted: Tensor) -> None:
-        """Read one token of each row, ``[R]``; what is said of those not ``counted`` is unused."""
+        """Read one token of each row, ``[R]``; outputs of those not ``counted`` are unused."""
         self.ids = torch.cat([self.ids, tokens.unsqueeze(1)], dim=1)
         self.mask = torch.cat([self.mask, counted.unsqueeze(1)], dim=1)
         self.logits = self._last_logits(model, self.ids, self.mask)
@@ -202,7 +202,7 @@ class Whole:
 
 
 def start_decoding(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Cached | Whole:
-    """Read prompts, ``[R, P]``, padded on the left."""
+    """Read the prompts, ``[R, P]``, padded on the left."""
     used = mask.any(0)  # these prompts may be shorter than others of their batch
     kind = Cached if reading(model).cached else Whole
     return kind.start(model, ids[:, used], mask[:, used])
@@ -235,7 +235,7 @@ def _padded(model: nn.Module, ids: Tensor, mask: Tensor) -> Layout:
 
 
 def _shifted(ids: Tensor, mask: Tensor) -> Layout:
-    """Each row's tokens first; what a causal model finds behind them changes nothing."""
+    """Rows shifted to the left: what follows a token does not change a causal model's output."""
     shift = mask.int().argmax(1, keepdim=True)
     columns = torch.arange(ids.shape[1], device=ids.device) + shift
     return Layout({"input_ids": _at(ids, columns), "use_cache": False}, shift)
@@ -284,7 +284,7 @@ def _tried(model: nn.Module) -> Reading:
 
 
 def _decodes(model: PreTrainedModel, pair: Tensor, mask: Tensor, plain: Tensor) -> bool:
-    """Whether the first of two rows is read from a decoding state as by itself."""
+    """Whether the first of two rows is read from a decoding state as it is alone."""
     start = _OTHER - (_ROW - _PROMPT)
     state = Cached.start(model, pair[:, :start], mask[:, :start])
     found = [state.logits[0]]
@@ -308,7 +308,7 @@ def _works(attempt: Callable[[], bool]) -> bool:
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """No gradients, and the random numbers that a pass may draw belong to nobody."""
+    """Context without gradients, whose random draws leave the generators unchanged."""
     device = next(model.parameters()).device
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
@@ -331,7 +331,7 @@ def _tokens(model: nn.Module) -> Tensor:
 
 
 def _plain(model: nn.Module, ids: Tensor) -> Tensor:
-    """What a model says of rows without padding, or with tokens behind them."""
+    """A model's outputs for rows without padding, or with tokens after them."""
     try:
         return _values(model(input_ids=ids, use_cache=False))
     except torch.OutOfMemoryError:
@@ -350,7 +350,7 @@ def _values(output: Any) -> Tensor:
 
 
 def _agree(model: nn.Module, plain: Tensor, other: Tensor) -> bool:
-    """Whether outputs ``[..., W]`` are equal but for rounding, against how they vary."""
+    """Whether outputs ``[..., W]`` are equal up to rounding, relative to their spread."""
     close = _CLOSE if torch.get_float32_matmul_precision() == "highest" else _CLOSE_TF32
     if any(p.is_floating_point() and p.element_size() < 4 for p in model.parameters()):
         close = _CLOSE_HALF

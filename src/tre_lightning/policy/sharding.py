@@ -8,6 +8,7 @@ the whole policy.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -54,7 +55,7 @@ def check_sharding(trainer: Trainer, *, adapters: bool, cpu_offload: bool = Fals
         if cpu_offload:
             raise ValueError(
                 "model.policy.cpu_offload=true needs a strategy that shards, not "
-                f"{type(strategy).__name__}; put --config configs/memory/cpu_offload.yaml behind "
+                f"{type(strategy).__name__}; put --config configs/memory/cpu_offload.yaml after "
                 "all others, or leave it out"
             )
         return
@@ -82,7 +83,7 @@ def check_sharding(trainer: Trainer, *, adapters: bool, cpu_offload: bool = Fals
 
 
 def check_whole(trainer: Trainer) -> None:
-    """Refuse sharding strategies for what is not written for them.
+    """Refuse sharding strategies for training that does not support them.
 
     Raises:
         ValueError: naming the field and the fix.
@@ -110,7 +111,8 @@ def shard(
         precision: that of the trainer. With bf16-mixed, weights are gathered in bfloat16, half the
             memory and traffic; the shards, and so the optimiser's, stay float32, and so does the
             sum of the gradients over the ranks.
-        methods: names of methods that need the model's weights as ``forward`` does.
+        methods: names of methods that need the model's weights as ``forward`` does. Their arguments
+            are not cast.
         cpu_offload: the shards stay in host memory, and so do gradients and the optimiser's states.
     """
     mesh = init_device_mesh(device_type, (torch.distributed.get_world_size(),))
@@ -121,13 +123,15 @@ def shard(
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     place = CPUOffloadPolicy(pin_memory=device_type == "cuda") if cpu_offload else OffloadPolicy()
     layers = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
+    # What the model itself is given are token ids, and records whose numbers keep their types.
+    uncast = replace(policy, cast_forward_inputs=False)
     for part in (*layers, model):
         # The last group too, which by default stays gathered until a backward pass: what looks at
         # the parameters between two passes (optimiser, checkpoint) must find the shards.
         fully_shard(
             part,
             mesh=mesh,
-            mp_policy=policy,
+            mp_policy=uncast if part is model else policy,
             offload_policy=place,
             reshard_after_forward=True,
         )
@@ -136,13 +140,13 @@ def shard(
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether :func:`shard` has been at it."""
+    """Whether the model was sharded by :func:`shard`."""
     return isinstance(model, FSDPModule)
 
 
 @contextmanager
 def no_inference_mode() -> Iterator[None]:
-    """No gradients, but no inference mode, in which Lightning validates.
+    """Context without gradients that leaves the inference mode in which Lightning validates.
 
     The tensors that are made for gathered weights are used again, and by the update.
     """
@@ -152,7 +156,7 @@ def no_inference_mode() -> Iterator[None]:
 
 @contextmanager
 def gathered_layers(model: nn.Module) -> Iterator[None]:
-    """Every layer's weights whole on this rank, so that it may run as often as it likes.
+    """Context in which all layers are whole on this rank, so that it may run alone.
 
     Without gradients. All ranks must enter together; a model that is not sharded stays as it is.
     """
@@ -169,12 +173,12 @@ def gathered_layers(model: nn.Module) -> Iterator[None]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor with the parts of all ranks; all must ask, where it is sharded."""
+    """The tensor with the parts of all ranks. Collective if it is sharded: call on all ranks."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """All weights on the CPU of the first rank, none on the others; all ranks must ask.
+    """All weights on the CPU of rank 0, none elsewhere. Collective: call on all ranks.
 
     A weight of two names (tied embeddings) has the first one.
     """

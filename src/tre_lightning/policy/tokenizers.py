@@ -1,4 +1,4 @@
-"""Tokenizers: reading one, making one of words, and whether one fits a model."""
+"""Tokenizers: load one, build one from words, check that one fits a model."""
 
 from collections.abc import Iterable, Sequence
 from tempfile import TemporaryDirectory
@@ -63,7 +63,7 @@ def check_special_tokens(
     name: str,
     needed: Sequence[str] = ("eos_token", "pad_token"),
 ) -> None:
-    """Refuse a tokenizer that lacks a special token, or has one that the model lacks.
+    """Refuse a tokenizer without a special token that is needed, or with one the model lacks.
 
     Args:
         tokenizer: as it is used, with a pad token where it has an end token.
@@ -84,7 +84,7 @@ def check_special_tokens(
 def check_known(
     ids: Iterable[int], tokenizer: PreTrainedTokenizerBase, size: int | None, what: str
 ) -> None:
-    """Refuse ids outside of a model's table of tokens; ``what`` holds them.
+    """Refuse ids outside a model's embedding table; ``what`` names where they come from.
 
     Raises:
         Refused: naming the token and the fix.
@@ -116,7 +116,7 @@ def check_same_words(
 
 
 def unknown_word(tokenizer: PreTrainedTokenizerBase, text: str) -> str | None:
-    """What a text holds first that the tokenizer does not know; None = nothing.
+    """The first word of a text that the tokenizer does not know; None = none.
 
     The unknown token itself is known: a text or a chat template may write it out, and the tokenizer
     may put it around a text where it stands for begin and end too (as GPT-2's does).
@@ -150,6 +150,6 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
 
 
 def vocabulary_size(config: PreTrainedConfig) -> int | None:
-    """Rows of a model's table of tokens; None = its configuration does not say."""
+    """Rows of a model's embedding table; None = its configuration does not say."""
     size = getattr(config.get_text_config(), "vocab_size", None)
     return size if isinstance(size, int) else None

@@ -1,4 +1,4 @@
-"""Rollout engines: what samples responses, behind one small interface."""
+"""Rollout engines: samplers of responses with one small interface."""
 
 from tre_lightning.sampling.base import RolloutEngine, Sampling
 from tre_lightning.sampling.continuous_batching import ContinuousBatching, check_continuous_batching
@@ -18,7 +18,7 @@ __all__ = [
 
 
 def make_engine(args: RolloutArgs) -> RolloutEngine:
-    """The engine that the options name; nothing is started yet."""
+    """The engine that the options name, not started yet."""
     if args.engine == "vllm":
         return VLLM(args.vllm)
     return ContinuousBatching() if args.engine == "continuous_batching" else InProcess()

@@ -1,4 +1,4 @@
-"""What a rollout engine is asked for, and what all of them share."""
+"""The interface of rollout engines, and helpers that they have in common."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from tre_lightning.batches import PromptBatch, Rollout
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are sampled.
+    """Settings of one call: how responses are sampled.
 
     Args:
         num_responses: responses a prompt (n).
@@ -37,7 +37,7 @@ class Sampling:
 
 
 class RolloutEngine(Protocol):
-    """Something that samples responses; it may keep what it has set up between calls."""
+    """A sampler of responses; it may keep its set-up between calls."""
 
     def sample(self, model: PreTrainedModel, prompts: PromptBatch, how: Sampling) -> Rollout:
         """Responses to B prompts by the model as it is now, ``[B * n, T]``.

@@ -1,4 +1,4 @@
-"""transformers' continuous batching, on the model that is trained.
+"""The engine ``continuous_batching``: that of transformers, on the model that is trained.
 
 A row that ends makes room for the next one, and keys and values lie in pages, so nothing is padded.
 Responses depend on how rows are laid out: random numbers are drawn for a batch, from a seed of its
@@ -46,7 +46,7 @@ def check_continuous_batching(sharded: bool) -> None:
 
 
 class ContinuousBatching:
-    """``sample_batch_size`` bounds the rows that are sampled at a time, and with them the pages."""
+    """Engine of transformers' continuous batching; ``sample_batch_size`` bounds rows and pages."""
 
     def sample(self, model: PreTrainedModel, prompts: PromptBatch, how: Sampling) -> Rollout:
         """Sample; see :class:`~tre_lightning.sampling.base.RolloutEngine`.
@@ -123,7 +123,7 @@ def _run(
 
 @contextmanager
 def _fast_collection() -> Iterator[None]:
-    """A manager that stops collects garbage, twice: not among all that was there before."""
+    """Context that speeds up the garbage collections of a manager that stops."""
     gc.freeze()
     try:
         yield

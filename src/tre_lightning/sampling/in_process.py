@@ -1,4 +1,4 @@
-"""prompts -> rollout: batched sampling, a token at a time.
+"""The engine ``in_process``: batched sampling from the trained model, token by token.
 
 Every sampled token consumes one uniform number that belongs to its row, so responses do not depend
 on how rows are laid out over batches and devices.
@@ -17,7 +17,7 @@ from tre_lightning.common.seeding import uniforms
 from tre_lightning.policy.reading import Cached, Whole, eval_mode, start_decoding
 from tre_lightning.sampling.base import Sampling
 
-# Finished rows leave the batch when at most this share of it is running. Leaving copies the cache.
+# Finished rows leave the batch when at most this fraction of it is running: it copies the cache.
 MOST_RUNNING = 7 / 8
 _BLOCK = 64  # tokens among which a token is looked for once their block is known
 
@@ -154,7 +154,7 @@ def _respond(
     temperature: float,
     top_p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One response to each row: response, its mask, finished and log-probabilities."""
+    """Sample one response per row: response, its mask, finished and log-probabilities."""
     count, max_new_tokens = uniforms.shape
     device = uniforms.device
     response = torch.full((count, max_new_tokens), pad_token_id, device=device)
@@ -183,7 +183,7 @@ def _respond(
 
 
 class InProcess:
-    """Each token consumes a uniform number of its row: layout and devices change no response."""
+    """Engine whose rows own their random numbers: batch layout and devices change no response."""
 
     def sample(self, model: PreTrainedModel, prompts: PromptBatch, how: Sampling) -> Rollout:
         """Sample; see :class:`~tre_lightning.sampling.base.RolloutEngine`."""

@@ -10,10 +10,10 @@ EngineName: TypeAlias = Literal["in_process", "continuous_batching", "vllm"]
 
 @dataclass(frozen=True)
 class VLLMArgs:
-    """The engine ``vllm``; docs/rollout.md says what it was tried on.
+    """Options of the engine ``vllm``; docs/rollout.md says what it was tried on.
 
     Args:
-        gpu_memory_utilization: share of the GPU's memory that vLLM holds while it samples, in
+        gpu_memory_utilization: fraction of the GPU's memory that vLLM holds while it samples, in
             (0, 1]; the training's weights and optimizer state lie beside it.
         max_model_len: longest prompt and response together, tokens; none = the model's context.
     """
@@ -33,7 +33,7 @@ class VLLMArgs:
 
 @dataclass(frozen=True)
 class RolloutArgs:
-    """How responses are sampled.
+    """Options of sampling in training.
 
     Args:
         num_responses: responses a prompt.
@@ -42,12 +42,12 @@ class RolloutArgs:
         sample_batch_size: responses sampled at a time on one device, in training and evaluation;
             bounds the memory of the key-value cache and, rounding aside, changes no response; none
             = all at once.
-        engine: what samples: ``in_process`` = this package's own sampler, ``continuous_batching`` =
+        engine: the sampler: ``in_process`` = this package's own sampler, ``continuous_batching`` =
             that of transformers, ``vllm`` = vLLM on the training's GPU.
         vllm: options of that engine.
         max_importance_weight: each token's policy loss is multiplied by min(p / q, this), >= 1,
             with p the probability by the policy that is trained, before the update, and q the one
-            by the engine that sampled; none = no such correction.
+            by the engine that sampled; none = no correction.
     """
 
     num_responses: int = 8
@@ -73,7 +73,7 @@ class RolloutArgs:
 
 @dataclass(frozen=True)
 class EvaluationArgs:
-    """How responses to held-out prompts are sampled.
+    """Options of sampling for held-out prompts.
 
     Args:
         num_responses: responses a prompt; pass@1 and pass@k with k = num_responses are reported.

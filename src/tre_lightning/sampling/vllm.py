@@ -1,4 +1,4 @@
-"""vLLM in this process, on the GPU that trains.
+"""The engine ``vllm``: vLLM in this process, on the GPU that trains.
 
 NOT RUN: there was no GPU here. It is written against vLLM 0.33 (its documented classes LLM,
 SamplingParams and TokensPrompt) and tested against a stand-in with those signatures.
@@ -41,7 +41,7 @@ def check_vllm() -> None:
 
 
 class VLLM:
-    """Responses depend on their rows and on rounding, which depends on what is batched together."""
+    """Engine of vLLM; a response depends on its row's seed and, by rounding, on its batch."""
 
     def __init__(self, args: VLLMArgs) -> None:
         """The engine starts with the first call."""
@@ -75,7 +75,7 @@ class VLLM:
             ],
             use_tqdm=False,
         )
-        llm.sleep(level=2)  # gives up weights and cache: both are made anew
+        llm.sleep(level=2)  # frees weights and cache: both are made anew
         answers = [answer for output in outputs for answer in output.outputs]
         tokens = [list(answer.token_ids) for answer in answers]
         logprobs = [
@@ -129,7 +129,7 @@ def _start(model: PreTrainedModel, args: VLLMArgs, how: Sampling) -> Any:
 
 
 def _weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Whole weights by their names in a plain model; adapters are merged."""
+    """Whole weights by the names of a plain model, adapters merged."""
     named = merged_state_dict(model).items() if has_adapters(model) else model.named_parameters()
     for name, weight in named:
         yield name, whole(weight.detach())  # a sharded one by all ranks at once

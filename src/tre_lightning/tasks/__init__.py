@@ -1,14 +1,19 @@
 """Tasks: prompts, scorers and demonstrations."""
 
-from tre_lightning.tasks.alignment.pairs import PreferencePairs
-from tre_lightning.tasks.alignment.prompts import PreferenceDataModule
-from tre_lightning.tasks.base import Prompt, PromptDataModule
-from tre_lightning.tasks.countdown.prompts import CountdownDataModule
-from tre_lightning.tasks.countdown.puzzles import PuzzleSpec
-from tre_lightning.tasks.demonstrations import Demonstrations
-from tre_lightning.tasks.mathematics.arithmetic import ArithmeticSpec
-from tre_lightning.tasks.mathematics.prompts import MathDataModule
-from tre_lightning.tasks.walks.prompts import WalkDataModule, WalkSpec
+from typing import TYPE_CHECKING
+
+from tre_lightning.common.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from tre_lightning.tasks.alignment.pairs import PreferencePairs
+    from tre_lightning.tasks.alignment.prompts import PreferenceDataModule
+    from tre_lightning.tasks.base import Prompt, PromptDataModule
+    from tre_lightning.tasks.countdown.prompts import CountdownDataModule
+    from tre_lightning.tasks.countdown.puzzles import PuzzleSpec
+    from tre_lightning.tasks.demonstrations import Demonstrations
+    from tre_lightning.tasks.mathematics.arithmetic import ArithmeticSpec
+    from tre_lightning.tasks.mathematics.prompts import MathDataModule
+    from tre_lightning.tasks.walks.prompts import WalkDataModule, WalkSpec
 
 __all__ = [
     "ArithmeticSpec",
@@ -23,3 +28,19 @@ __all__ = [
     "WalkDataModule",
     "WalkSpec",
 ]
+
+__getattr__ = lazy_names(
+    {
+        "ArithmeticSpec": "tre_lightning.tasks.mathematics.arithmetic",
+        "CountdownDataModule": "tre_lightning.tasks.countdown.prompts",
+        "Demonstrations": "tre_lightning.tasks.demonstrations",
+        "MathDataModule": "tre_lightning.tasks.mathematics.prompts",
+        "PreferenceDataModule": "tre_lightning.tasks.alignment.prompts",
+        "PreferencePairs": "tre_lightning.tasks.alignment.pairs",
+        "Prompt": "tre_lightning.tasks.base",
+        "PromptDataModule": "tre_lightning.tasks.base",
+        "PuzzleSpec": "tre_lightning.tasks.countdown.puzzles",
+        "WalkDataModule": "tre_lightning.tasks.walks.prompts",
+        "WalkSpec": "tre_lightning.tasks.walks.prompts",
+    }
+)

@@ -1,4 +1,4 @@
-"""Prompts and scores of a task, as a LightningDataModule.
+"""Base of tasks: prompts and scores as a LightningDataModule.
 
 A task is a subclass with three things: the stream of training prompts, the held-out prompts, and
 the scorer.
@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and what the scorer needs to judge a response to it.
+    """A prompt, and the data that its scorer needs.
 
     ``where`` is the file and row that it comes from, for error messages; empty if from none.
     """
@@ -82,7 +82,7 @@ class PromptDataModule(LightningDataModule, ABC):
             eval_batch_size: held-out prompts a batch, over all devices.
             max_prompt_length: longest prompt, tokens.
             seed: of the prompts and their order.
-            long_prompts: what becomes of a longer prompt. ``drop`` leaves it out and logs how many
+            long_prompts: what happens to a longer prompt. ``drop`` leaves it out and logs how many
                 there were; only for prompts of files, as generated ones have no end.
         """
         super().__init__()
@@ -128,7 +128,7 @@ class PromptDataModule(LightningDataModule, ABC):
     def answers(
         self, responses: Sequence[str], prompts: PromptBatch
     ) -> Sequence[Hashable | None] | None:
-        """What each response answers, so that majority@k can count who agrees.
+        """The answer in each response, for majority@k.
 
         Args:
             responses: n responses a prompt, ``[len(prompts) * n]``.
@@ -141,9 +141,9 @@ class PromptDataModule(LightningDataModule, ABC):
         return None
 
     def scorer_timeouts(self) -> int | None:
-        """Answers that the scorer gave up since this was last asked, on this rank.
+        """Number of answers whose scoring timed out since the last call, on this rank.
 
-        None = a scorer that gives up none, hence no such metric.
+        None = a scorer without time limit, hence no such metric.
         """
         return None
 
@@ -223,7 +223,7 @@ class PromptDataModule(LightningDataModule, ABC):
                 )
 
     def fitting(self, name: str, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """Those of no more than ``max_prompt_length`` tokens; says how many are left out.
+        """Prompts of at most ``max_prompt_length`` tokens; logs how many are left out.
 
         Args:
             name: the option that the prompts come from.
@@ -250,7 +250,7 @@ class PromptDataModule(LightningDataModule, ABC):
         return kept
 
     def train_dataloader(self) -> "IterationLoader":
-        """One batch an iteration; it knows where to go on after a resume."""
+        """One batch per iteration; a resumed run continues at the right one."""
         return self._train_loader
 
     def state_dict(self) -> dict[str, int]:
@@ -258,11 +258,11 @@ class PromptDataModule(LightningDataModule, ABC):
         return self._train_loader.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on from the saved iteration."""
+        """Continue from the saved iteration."""
         self._train_loader.load_state_dict(state_dict)
 
     def go_back_to(self, iteration: int) -> None:
-        """Give the batches from an earlier iteration of this run on again."""
+        """Rewind to an earlier iteration of this run."""
         self._train_loader.go_back_to(iteration)
 
     def val_dataloader(self) -> list["BatchList"]:
@@ -280,7 +280,7 @@ class PromptDataModule(LightningDataModule, ABC):
     # ----- batches
 
     def messages(self, prompt: Prompt) -> Messages:
-        """What a chat template is filled with."""
+        """The chat messages of a prompt."""
         return [{"role": "user", "content": prompt.text}]
 
     def render(self, prompt: Prompt) -> str:
@@ -319,7 +319,7 @@ class PromptDataModule(LightningDataModule, ABC):
         return [(p, [*a, end]) for p, a in zip(asked, answered, strict=True)]
 
     def _given(self, prompts: Sequence[Prompt]) -> list[str]:
-        """The text of prompts without what a chat template adds."""
+        """The text of prompts, without the text that a chat template adds."""
         if self._known.chat_template is None:
             return [prompt.text for prompt in prompts]
         return [" ".join(m["content"] for m in self.messages(prompt)) for prompt in prompts]
@@ -370,7 +370,7 @@ class PromptDataModule(LightningDataModule, ABC):
         )
 
     def _encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Ids of prompts that are neither empty nor too long."""
+        """Token ids of the prompts; refuses empty and too long ones."""
         rows = self.prompt_ids(prompts)
         for prompt, ids in zip(prompts, rows, strict=True):
             if len(ids) > self.max_prompt_length:
@@ -391,14 +391,14 @@ class PromptDataModule(LightningDataModule, ABC):
 
 
 def _named(prompt: Prompt) -> str:
-    """The prompt in an error message: where it stands, and its end, which tells it from others."""
+    """The prompt in an error message: its file and row, and its last words."""
     text = prompt.text
     end = repr(text) if len(text) <= _SHOWN else f"that ends in {text[-_SHOWN:]!r}"
     return f"{prompt.where}: the prompt {end}" if prompt.where else f"the prompt {end}"
 
 
 class IterationLoader:
-    """Batches of one epoch, from the iteration it has reached on.
+    """Batches of one epoch, from the current iteration on.
 
     It keeps its place in the stream of prompts too, so that a run that goes on with another batch
     size leaves none out and takes none twice.
@@ -410,7 +410,7 @@ class IterationLoader:
         iterations_per_epoch: int,
         batch_size: int,
     ) -> None:
-        """``batch`` makes the batch of an iteration from a number of its first prompt on."""
+        """``batch`` makes the batch of an iteration, given the number of its first prompt."""
         self._batch = batch
         self._length = iterations_per_epoch
         self._batch_size = batch_size
@@ -433,18 +433,18 @@ class IterationLoader:
         return {"iteration": self._iteration, "prompt": self._prompt}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from the saved iteration."""
+        """Continue from the saved iteration."""
         self._iteration = state["iteration"]
         self._prompt = state.get("prompt", self._iteration * self._batch_size)
 
     def go_back_to(self, iteration: int) -> None:
-        """Give the batches from an earlier iteration of this run on again."""
+        """Rewind to an earlier iteration of this run."""
         self._prompt -= (self._iteration - iteration) * self._batch_size
         self._iteration = iteration
 
 
 class BatchList:
-    """A fixed list of batches, each made when it is asked for."""
+    """A fixed list of batches, each made on access."""
 
     def __init__(
         self,

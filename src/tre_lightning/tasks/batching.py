@@ -1,4 +1,4 @@
-"""Which rows a batch has, and which of them a rank has."""
+"""Split rows into batches, and a batch over ranks."""
 
 from itertools import pairwise
 

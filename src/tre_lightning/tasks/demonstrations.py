@@ -1,4 +1,4 @@
-"""Worked responses of a task, for a supervised warm start."""
+"""Demonstrations: worked responses of a task, for a supervised warm start (SFT)."""
 
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -26,7 +26,7 @@ class DemonstrationBatch(NamedTuple):
 
 @runtime_checkable
 class Demonstrates(Protocol):
-    """A task that can show how it is done."""
+    """Protocol of a task that has demonstrations."""
 
     def demonstration(self, index: int, misleading: bool) -> Demonstration:
         """Prompt and response number ``index``; misleading ones do not solve the prompt."""
@@ -48,8 +48,8 @@ class Demonstrations(LightningDataModule):
             task: the task whose demonstrations these are.
             steps: batches.
             batch_size: demonstrations a batch.
-            misleading_fraction: share of the demonstrations that do not solve their prompt, in [0,
-                1].
+            misleading_fraction: fraction of the demonstrations that do not solve their prompt, in
+                [0, 1].
         """
         super().__init__()
         if not isinstance(task, Demonstrates):

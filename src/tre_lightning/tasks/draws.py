@@ -1,4 +1,4 @@
-"""What all generated tasks draw by: the splits, and choices that no version of Python changes."""
+"""Splits and random draws of generated tasks, the same in every version of Python."""
 
 import random
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ Option = TypeVar("Option")
 
 
 def split_of_hash(number: int) -> str:
-    """The split (train 80 %, val 10 %, test 10 %) of what has this hash."""
+    """The split (train 80 %, val 10 %, test 10 %) of an item by its hash."""
     bucket = number % 10
     return "train" if bucket < 8 else SPLITS[bucket - 7]
 

@@ -1,4 +1,4 @@
-"""Rows of a local file or of a dataset of the hub."""
+"""Reads rows of local files and of datasets on the hub."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 
 class Source(NamedTuple):
-    """Where rows come from.
+    """A source of rows: a local file or a dataset on the hub.
 
     ``file`` is the path of a ``.jsonl`` file (an object a line; blank lines are skipped) or of a
     ``.parquet`` file, else the name of a dataset of the hub; ``split`` and ``name`` are the split
@@ -47,7 +47,7 @@ def read_rows(
     *,
     decimals: bool = False,
 ) -> Iterator[tuple[str, Row]]:
-    """Rows of a file or dataset, each with where it stands (``FILE:LINE``), for error messages.
+    """Rows of a file or dataset, each with its place (``FILE:LINE``), for error messages.
 
     Args:
         field: the option that names the source, for error messages.
@@ -122,7 +122,7 @@ def number_text(value: object) -> str | None:
 
 
 def warn_of_unscorable(field: str, source: str | None, found: Sequence[str], total: int) -> None:
-    """Say once how many rows no response can be right for, and the first of them.
+    """Warn once of the rows that no response can solve: how many, and the first of them.
 
     Args:
         field: the option that names the source.
@@ -211,7 +211,7 @@ def _plain(rows: _TypedRows) -> Iterator[tuple[str, Row]]:
 
 
 def _with_few_digits(rows: _TypedRows) -> Iterator[tuple[str, Row]]:
-    """Rows with numbers of half or single precision as the digits that they are printed with."""
+    """Rows whose numbers of half or single precision have the digits that they print with."""
     for where, row, dtypes in rows:
         digits = {
             column: Decimal(str(_SHORT[dtype](row[column])))

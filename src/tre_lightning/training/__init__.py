@@ -1,1 +1,1 @@
-"""PPO and what it trains by: targets, losses, diagnostics; supervised training too."""
+"""Training: PPO with its targets, losses and diagnostics; SFT and reward models."""

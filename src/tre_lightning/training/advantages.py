@@ -1,4 +1,4 @@
-"""token rewards -> advantages, by one of four estimators.
+"""Advantages from token rewards: GAE, GRPO, RLOO and REINFORCE++.
 
 All take token rewards and the response mask, each ``[B, T]`` (B responses of up to T tokens), and
 give one advantage a token, ``[B, T]`` float32, 0 outside the mask. Rows of one prompt stand side by
@@ -10,7 +10,7 @@ scored has no counted token; it leaves its group's baseline and has advantage 0.
 What stands outside the mask (NaN included) does not count. A rollout's mask is one run of True from
 the first token on; should there be a gap (a False between two True), gae and reinforce_pp end an
 episode at it: the value after the last token before it is 0, and no token before it sees a reward
-behind it. grpo and rloo sum over all True tokens, wherever they stand.
+after it. grpo and rloo sum over all True tokens, wherever they stand.
 
 Where this differs from the papers of grpo and rloo: a KL penalty is part of the token rewards,
 hence of R, unless ``ppo.kl_in`` puts it into the loss, as GRPO has it; the loss is PPO's, token by
@@ -55,7 +55,7 @@ def check_estimator(estimator: Estimator, critic: str, num_responses: int) -> No
 
 
 def whitens(estimator: Estimator) -> bool:
-    """Whether the estimator's paper normalises over the batch; a group's spread is not that."""
+    """Whether the estimator's paper whitens advantages over the batch; GRPO's does by group."""
     return estimator not in _OF_A_GROUP
 
 

@@ -1,13 +1,15 @@
-"""What a run logs, as collections of torchmetrics; docs/metrics.md defines every tag."""
+"""Metrics of a run as collections of torchmetrics; docs/metrics.md defines every tag."""
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
+from lightning.fabric.loggers.logger import Logger
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from tre_lightning.batches import Experience, TrainingBatch
+from tre_lightning.common.distributed import agreed
 from tre_lightning.common.metrics import (
     MajorityAtK,
     MaskedExplainedVariance,
@@ -22,7 +24,9 @@ from tre_lightning.common.metrics import (
     pass_at_k_by_prompt,
 )
 from tre_lightning.entropy import EntropyStats
+from tre_lightning.methods.hooks import LossTerm, Method
 from tre_lightning.training.losses import approx_kl, clipped, policy_ratio
+from tre_lightning.training.objective import Losses
 
 
 class _Collection(nn.Module):
@@ -40,7 +44,7 @@ class _Collection(nn.Module):
         return metric
 
     def flush(self) -> dict[str, float]:
-        """Values over all ranks, then empty; a metric that is never updated is left out."""
+        """Values over all ranks, then reset; metrics without updates are left out. Collective."""
         used = [tag for tag in self.tags if self[tag].update_called]
         values = {tag: float(self[tag].compute()) for tag in used}
         for tag in used:
@@ -93,7 +97,7 @@ class RolloutMetrics(_Collection):
             self["rollout/engine_ratio_max"].update(ratio[experience.response_mask])
 
     def update_timeouts(self, count: int | None) -> None:
-        """Count the answers that the scorer gave up; None = this task's scorer gives up none."""
+        """Count the answers whose scoring timed out; None = a scorer without time limit."""
         if count is not None:
             self["rollout/scorer_timeouts"].update(count)
 
@@ -139,6 +143,18 @@ class UpdateMetrics(_Collection):
         self["value/mean"].update(batch.values, mask)
         self["value/return_mean"].update(batch.returns, mask)
 
+    def update(
+        self,
+        losses: Losses,
+        batch: TrainingBatch,
+        clip_eps_low: float | None,
+        clip_eps_high: float | None,
+    ) -> None:
+        """Count the losses of one micro-batch of this rank, and how far the policy has moved."""
+        for name, part in losses.parts.items():
+            self.add_loss(name, part)
+        self.update_policy(losses.logprobs, batch, clip_eps_low, clip_eps_high)
+
     def update_policy(
         self,
         logprobs: Tensor,
@@ -181,7 +197,7 @@ class UpdateMetrics(_Collection):
         self.skipped += 1
 
     def flush(self) -> dict[str, float]:
-        """Values over all ranks, then empty."""
+        """Values over all ranks, then reset. Collective."""
         values = super().flush()
         for name, loss in self.losses.items():
             assert isinstance(loss, Total)
@@ -193,6 +209,34 @@ class UpdateMetrics(_Collection):
         values["policy/skipped_updates"] = float(self.skipped)
         self.steps = self.skipped = 0
         return values
+
+
+def method_values(methods: Sequence[Method], scales: Mapping[str, float]) -> dict[str, float]:
+    """Coefficients and other numbers of the methods, to be logged beside the losses of the update.
+
+    Args:
+        methods: after the updates of an iteration.
+        scales: mean of :meth:`LossTerm.scale` over the rollout, by the term's name.
+    """
+    values: dict[str, float] = {}
+    for method in methods:
+        name = f"loss/{method.name}"
+        if isinstance(method, LossTerm):
+            coef = float(method.current_coef)
+            values[f"{name}_coef"] = coef
+            values[f"{name}_effective_coef"] = coef * scales[method.name]
+            if coef == 0.0:  # no update has it; a run that goes on logs what the whole run did
+                values[name] = 0.0
+        values |= {f"{name}_{key}": float(value) for key, value in method.logged().items()}
+    return values
+
+
+def write(values: dict[str, float], loggers: Sequence[Logger], step: int) -> None:
+    """Log an iteration before its checkpoint; Lightning would after it, and a kill lose it."""
+    with agreed():  # the first rank alone writes
+        for logger in loggers:
+            logger.log_metrics(values, step=step)
+            logger.save()
 
 
 class EvaluationMetrics(_Collection):
@@ -255,7 +299,7 @@ class EvaluationMetrics(_Collection):
             self[f"{tag}_se"].update(values)
 
     def flush(self) -> dict[str, float]:
-        """Values over all ranks, then empty; without the standard errors of a single prompt."""
+        """Values over all ranks, then reset; no standard errors of a single prompt. Collective."""
         values = super().flush()
         return {
             tag: value
@@ -274,7 +318,7 @@ class Evaluations(nn.Module):
         self.sets = nn.ModuleDict()
 
     def of(self, split: str, device: torch.device) -> EvaluationMetrics:
-        """The metrics of a set, made when they are first asked for."""
+        """The metrics of a set, made at first use."""
         if split not in self.sets:
             self.sets[split] = EvaluationMetrics(self.num_responses).to(device)
         metrics = self.sets[split]
@@ -282,7 +326,7 @@ class Evaluations(nn.Module):
         return metrics
 
     def flush(self) -> dict[str, float]:
-        """Values of every set over all ranks, as ``set/tag``, then empty."""
+        """Values of every set over all ranks, as ``set/tag``, then reset. Collective."""
         values: dict[str, float] = {}
         for split, metrics in self.sets.items():
             assert isinstance(metrics, EvaluationMetrics)

@@ -1,4 +1,4 @@
-"""The KL penalty, which holds the policy pi near the reference, the initial policy.
+"""The KL penalty, which keeps the policy pi near the reference (the initial policy).
 
 Three estimates of KL(pi || ref) from a sampled token, with l = log pi - log ref of that token
 (Schulman 2020, "Approximating KL divergence", joschu.net/blog/kl-approx.html):
@@ -62,7 +62,7 @@ _WITHOUT_USE = {
 
 
 def check_kl(estimator: KLEstimator, place: KLPlace) -> None:
-    """Raise ValueError for an estimate that means nothing in its place."""
+    """Raise ValueError for an estimator that has no use in its place."""
     why = _WITHOUT_USE.get((estimator, place))
     if why is not None:
         raise ValueError(f"model.ppo.kl_estimator={estimator} with model.ppo.kl_in={place} {why}")
@@ -105,7 +105,7 @@ def kl_loss(
 
 
 def next_kl_coef(coef: float, kl: float, *, target: float, responses: int, horizon: int) -> float:
-    """The coefficient of the next iteration, of a controller that holds the KL at a target.
+    """The KL coefficient of the next iteration, adapted to hold the KL at a target.
 
     coef * (1 + clip(kl / target - 1, -0.2, 0.2) * responses / horizon), the proportional controller
     of Ziegler et al. 2019, arXiv 1909.08593, section 2.2, in the form of their code.

@@ -14,8 +14,15 @@ from tre_lightning.common.metrics import check_shape, like
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
-    """Sum over the True entries; what stands elsewhere (NaN included) does not count."""
+    """Sum over the True entries; other entries (NaN included) do not count."""
     return torch.where(mask, values, 0.0).sum()
+
+
+def spread(values: Tensor, mask: Tensor) -> Tensor:
+    """Values ``[n, ...]`` of the True entries at their places, ``[B, T, ...]``; 0 elsewhere."""
+    filled = values.new_zeros(mask.shape + values.shape[1:])
+    filled[mask] = values
+    return filled
 
 
 def policy_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
@@ -98,7 +105,7 @@ def clipped(
 ) -> Tensor:
     """Tokens whose clipped surrogate is the active one, so that they give no policy gradient.
 
-    True where (A > 0 and r > 1 + high) or (A < 0 and r < 1 - low); their share is the clip
+    True where (A > 0 and r > 1 + high) or (A < 0 and r < 1 - low); their mean is the clip
     fraction: ``MaskedMean().update(clipped(...), response_mask)``.
 
     Source: the minimum in PPO's objective, Schulman et al. 2017, eq. 7.

@@ -1,4 +1,4 @@
-"""The engine that samples and the policy that is trained may differ: correct for it.
+"""Correction for the mismatch of the engine that samples and the policy that is trained.
 
 Both hold the same weights, but batch, round and order their sums differently, or work at another
 precision. The policy gradient is then off-policy from its first step. Each token's policy loss is
@@ -21,7 +21,7 @@ from tre_lightning.training.losses import policy_ratio
 def importance_weights(
     old_logprobs: Tensor, behaviour_logprobs: Tensor, max_weight: float
 ) -> Tensor:
-    """min(p / q, ``max_weight``) of each token, ``[B, T]``.
+    """Truncated importance weights min(p / q, ``max_weight``) of each token, ``[B, T]``.
 
     Args:
         old_logprobs: log p, of the policy that is trained, before the update, ``[B, T]``.
@@ -32,7 +32,7 @@ def importance_weights(
 
 
 def corrected(batch: TrainingBatch, max_weight: float | None) -> TrainingBatch:
-    """The batch with these weights in the policy loss; as it is where ``max_weight`` is None."""
+    """The batch with these weights in the policy loss; unchanged if ``max_weight`` is None."""
     if max_weight is None or batch.behaviour_logprobs is None:
         return batch
     weight = importance_weights(batch.old_logprobs, batch.behaviour_logprobs, max_weight)

@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite, on whichever rank: how all ranks see and name them."""
+"""Detection of losses and gradients that are not finite, on all ranks alike."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ class NonFiniteError(RunError):
 
 
 def nan_gradient_if_nonfinite(loss: Tensor) -> Tensor:
-    """The loss ``[]``; where it is not finite, so is its gradient.
+    """The loss ``[]``, with a gradient of NaN if the loss is not finite.
 
     Ranks exchange gradients, so their norms then tell every rank of a loss on one of them.
     """
@@ -32,7 +32,7 @@ def all_finite(norms: Sequence[Tensor]) -> bool:
 
 
 def end_of_run(losses: Mapping[str, Tensor], norms: Sequence[Tensor], in_a_row: int) -> RunError:
-    """The error that ends the run; to be called on all ranks.
+    """The error that ends the run. Collective: call on all ranks.
 
     Args:
         losses: this rank's parts ``[]`` of the losses of the update, by their names in the logs.

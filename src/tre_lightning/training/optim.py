@@ -12,7 +12,7 @@ from torch import nn
 def decaying_adamw(
     model: nn.Module, trainer: Trainer, lr: float, final_lr_fraction: float
 ) -> OptimizerLRSchedulerConfig:
-    """AdamW whose rate falls linearly from ``lr`` to ``final_lr_fraction`` of it at the end."""
+    """AdamW whose rate decays linearly from ``lr`` to ``final_lr_fraction`` of it at the end."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     last = max(trainer.estimated_stepping_batches - 1, 1) if has_end(trainer) else math.inf
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -22,7 +22,7 @@ def decaying_adamw(
 
 
 def check_decay(trainer: Trainer, final_lr_fraction: float) -> None:
-    """Raise ValueError where the rate is to fall until an end that is not known."""
+    """Raise ValueError for a decay in a run without a known end."""
     if final_lr_fraction != 1.0 and not has_end(trainer):
         raise ValueError(
             f"model.final_lr_fraction={final_lr_fraction} needs a run with an end; give "
@@ -31,7 +31,7 @@ def check_decay(trainer: Trainer, final_lr_fraction: float) -> None:
 
 
 def total_batches(trainer: Trainer) -> float:
-    """Training batches of the whole run, in ``fit``; infinite where neither of the two is given."""
+    """Training batches of the whole run, known in ``fit``; infinite without a limit."""
     batches = trainer.num_training_batches
     by_epochs = trainer.max_epochs * batches if _limited(trainer.max_epochs) else math.inf  # type: ignore[operator]
     if not _limited(trainer.max_steps):
@@ -48,7 +48,7 @@ def has_end(trainer: Trainer) -> bool:
 
 
 def seconds_left(trainer: Trainer) -> float:
-    """Until the clock ends the run; infinite where it does not."""
+    """Seconds until the time limit of the run; infinite without one."""
     timers = [c for c in trainer.callbacks if isinstance(c, Timer)]  # type: ignore[attr-defined]
     left = [t for timer in timers if (t := timer.time_remaining()) is not None]
     return max(min(left, default=math.inf), 0.0)

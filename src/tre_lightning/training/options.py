@@ -1,18 +1,18 @@
-"""Options of the update, the optimiser and the diagnostics; each field states its unit."""
+"""Options of PPO, the optimiser and the diagnostics; each field states its unit."""
 
 import math
 from dataclasses import dataclass
 from typing import get_args
 
 from tre_lightning.common.validation import at_least, one_of, positive, unit_fraction
-from tre_lightning.entropy import check_region
+from tre_lightning.entropy import Region, check_region
 from tre_lightning.training.advantages import Estimator
-from tre_lightning.training.kl import KLEstimator, KLPlace, check_kl
+from tre_lightning.training.kl import KLEstimator, KLPlace, check_kl, next_kl_coef
 
 
 @dataclass(frozen=True)
 class PPOArgs:
-    """The update.
+    """Options of the PPO update.
 
     Args:
         estimator: of the advantages: ``gae`` (PPO's, with a critic), or one that needs
@@ -22,26 +22,28 @@ class PPOArgs:
         num_minibatches: optimiser steps a pass.
         micro_batch_size: responses a forward and backward pass on one device; changes memory and
             speed, not the result.
-        clip_eps_low: the probability ratio is clipped at 1 - clip_eps_low; none = not from below.
-        clip_eps_high: the probability ratio is clipped at 1 + clip_eps_high; none = not from above.
-        dual_clip: bound of the loss at negative advantages, in advantages, > 1; none = unbounded.
-        value_clip_eps: values are clipped to this distance of the old ones; none = unclipped.
+        clip_eps_low: the probability ratio is clipped at 1 - clip_eps_low; none = no lower bound.
+        clip_eps_high: the probability ratio is clipped at 1 + clip_eps_high; none = no upper bound.
+        dual_clip: where the advantage A is negative, the loss is at most this times -A, > 1; none =
+            unbounded.
+        value_clip_eps: values are clipped to this distance from the old ones; none = unclipped.
         value_coef: weight of the value loss, if there is a critic; matters for a shared trunk.
-        gamma: discount a token; grpo and rloo do not discount.
+        gamma: discount per token; grpo and rloo do not discount.
         gae_lambda: lambda of generalised advantage estimation.
         whiten_advantages: zero mean and unit variance over the global batch; none = as the
             estimator's paper does: gae and reinforce_pp do, grpo and rloo do not.
-        kl_coef: weight of the KL of the policy to the initial one, the reference; 0 = none.
-        kl_estimator: of that KL, by token: ``k1`` (log ratio), ``k2`` (half its square) or ``k3``;
-            docs/concepts.md says which of them is right where.
-        kl_in: where it stands: taken off the ``reward``, added to the ``loss`` (needs k2, or k3 as
-            in GRPO), or to the loss times the probability ratio, ``loss_weighted`` (k1 or k3).
-        kl_target: the KL to hold, nats a token as ``rollout/ref_kl``: kl_coef is where the weight
-            starts, and rises while the KL is above and falls while it is below; none = constant.
-        kl_horizon: responses after which a KL that is 20 % or more off its target has moved the
-            weight by 20 %.
-        fused: log-probabilities and entropies by the fused ops, which never hold all the logits;
-            false = by the readable reference (entropy.py), to check against.
+        kl_coef: weight of the KL penalty against the reference (the initial policy); 0 = none.
+        kl_estimator: estimator of that KL per token: ``k1`` (log ratio), ``k2`` (half its square)
+            or ``k3``; docs/concepts.md says which one fits which ``kl_in``.
+        kl_in: where the penalty goes: subtracted from the ``reward``, added to the ``loss`` (needs
+            k2, or k3 as in GRPO), or added to the loss times the probability ratio,
+            ``loss_weighted`` (k1 or k3).
+        kl_target: KL to hold, nats a token as ``rollout/ref_kl``: the weight starts at kl_coef,
+            rises while the KL is above the target and falls while it is below; none = constant.
+        kl_horizon: responses in which a KL that is 20 % or more off its target changes the weight
+            by 20 %.
+        fused: compute log-probabilities and entropies by the fused ops, which never hold all the
+            logits; false = by the readable reference (entropy.py), to check against.
         logits_memory: MiB of logits that the fused ops hold at a time.
         max_skipped_updates: optimiser steps in a row, over iterations too, that are skipped because
             a loss or a gradient is not finite; that many end the run.
@@ -87,6 +89,14 @@ class PPOArgs:
             raise ValueError(f"model.ppo.value_coef={self.value_coef} must be 0 (off) or positive")
         self._check_kl()
 
+    def next_kl_coef(self, kl_coef: float, kl: float, responses: int) -> float:
+        """The KL coefficient of the next iteration, after a rollout of that KL a token."""
+        if self.kl_target is None:
+            return kl_coef
+        return next_kl_coef(
+            kl_coef, kl, target=self.kl_target, responses=responses, horizon=self.kl_horizon
+        )
+
     def _check_kl(self) -> None:
         if not 0.0 <= self.kl_coef < math.inf:
             raise ValueError(f"model.ppo.kl_coef={self.kl_coef} must be 0 (off) or positive")
@@ -107,20 +117,21 @@ class PPOArgs:
 
 @dataclass(frozen=True)
 class OptimArgs:
-    """One AdamW with a group for the policy and one for the critic.
+    """Options of the optimiser: AdamW with a group for the policy and one for the critic.
 
     Args:
         lr: peak learning rate of the policy.
         critic_lr: peak learning rate of the critic and the value head.
         warmup_iterations: PPO iterations of linear warm-up from 0.
-        warmup_fraction: instead of that, their share of all the PPO iterations of the run, in [0,
-            1].
-        final_lr_fraction: share of the peak at the last iteration, linear in between; 1 = constant.
+        warmup_fraction: instead, linear warm-up over this fraction of the run's PPO iterations, in
+            [0, 1].
+        final_lr_fraction: learning rate at the last iteration as a fraction of the peak, with
+            linear decay in between; 1 = constant.
         betas: of AdamW.
         eps: of AdamW; a larger one damps parameters whose gradients are tiny, such as the output
             rows of tokens that are never sampled.
         weight_decay: of AdamW.
-        max_grad_norm: longest gradient of each group; longer ones are scaled down.
+        max_grad_norm: largest gradient norm of each group; larger gradients are scaled down to it.
     """
 
     lr: float = 1e-6
@@ -164,10 +175,10 @@ class OptimArgs:
             )
 
     def lr_fraction(self, iteration: int, total_iterations: float) -> float:
-        """Share of the peak learning rate at a PPO iteration.
+        """Fraction of the peak learning rate at a PPO iteration.
 
         Raises:
-            ValueError: for a share of a run without end.
+            ValueError: for a fraction of a run without end.
         """
         self.check_end(known=math.isfinite(total_iterations))
         warmup = self.warmup_iterations
@@ -182,7 +193,7 @@ class OptimArgs:
 
 @dataclass(frozen=True)
 class DiagnosticsArgs:
-    """The trust region that the entropy diagnostics describe, whatever the method trains.
+    """Options of the entropy diagnostics: their trust region, independent of the method's.
 
     Args:
         top_k: region of this many most probable tokens.
@@ -194,3 +205,8 @@ class DiagnosticsArgs:
 
     def __post_init__(self) -> None:
         check_region(self.top_k, self.top_p, "model.diagnostics")
+
+    @property
+    def region(self) -> Region:
+        """The same as a region."""
+        return Region(self.top_k, self.top_p)

@@ -1,4 +1,4 @@
-"""A reward model trained on pairs of responses, as a LightningModule."""
+"""Training of a reward model on preference pairs, as a LightningModule."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -57,7 +57,7 @@ def preference_loss(
 
 
 class PairMetrics(nn.Module):
-    """Means over pairs and ranks, however they are cut into batches."""
+    """Means over pairs and ranks, independent of the batch layout."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class PairMetrics(nn.Module):
             cast(MaskedMean, mean).update(value)
 
     def flush(self) -> dict[str, Tensor]:
-        """``loss``, ``accuracy``, ``score_gap`` and ``mean_score``, then empty."""
+        """``loss``, ``accuracy``, ``score_gap`` and ``mean_score``, then reset. Collective."""
         values = {name: cast(MaskedMean, mean).compute() for name, mean in self.means.items()}
         for mean in self.means.values():
             cast(MaskedMean, mean).reset()
@@ -105,7 +105,7 @@ class RewardModelModule(LightningModule):
                 critic is not used.
             lr: learning rate of AdamW at the start.
             centering_coef: weight of the loss that keeps the scores centred at 0; 0 = off.
-            final_lr_fraction: share of ``lr`` at the last step, linear in between.
+            final_lr_fraction: fraction of ``lr`` at the last step, linear in between.
         """
         super().__init__()
         positive("model.lr", lr)
@@ -136,7 +136,7 @@ class RewardModelModule(LightningModule):
             )
 
     def configure_model(self) -> None:
-        """Load or build the model and hand its tokenizer to the data.
+        """Load or build the model, and tokenize the data with its tokenizer.
 
         A new architecture without a tokenizer gets the words of the data. Weights are float32,
         whatever the checkpoint's type: small steps would be lost in bfloat16. For speed there is
@@ -211,7 +211,7 @@ class RewardModelModule(LightningModule):
         return losses
 
     def on_train_end(self) -> None:
-        """Write the model; the directory appears only when it is whole."""
+        """Write the model; its directory appears only once it is complete."""
         if not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         target = Path(self.output_dir)

@@ -1,4 +1,4 @@
-"""Supervised training on demonstrations, as a LightningModule."""
+"""Supervised fine-tuning (SFT) on demonstrations, as a LightningModule."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -49,7 +49,7 @@ class SFTModule(LightningModule):
             output_dir: where the trained model is written.
             policy: which model is trained; its critic is not used.
             lr: learning rate of AdamW at the start.
-            final_lr_fraction: share of ``lr`` at the last step, linear in between.
+            final_lr_fraction: fraction of ``lr`` at the last step, linear in between.
         """
         super().__init__()
         positive("model.lr", lr)
@@ -105,7 +105,7 @@ class SFTModule(LightningModule):
         return loss
 
     def on_train_end(self) -> None:
-        """Write the model; the directory appears only when it is whole."""
+        """Write the model; its directory appears only once it is complete."""
         if not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         target = Path(self.output_dir)

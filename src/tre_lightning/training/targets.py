@@ -1,7 +1,7 @@
-"""rollout -> scores -> advantages -> minibatches.
+"""Training targets: rollout -> scores -> advantages -> minibatches.
 
 After scoring, the rows of all ranks are gathered: every rank computes the same advantages over the
-global batch (so whitening is global), draws the same minibatches, and trains on its share of each.
+global batch (so whitening is global), draws the same minibatches, and trains on its rows of each.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,7 +24,7 @@ def build_experience(
     values: Tensor | None,
     observed: Mapping[str, Tensor] | None = None,
 ) -> Experience:
-    """Join a rollout with its scores ``[B]`` and what the models say of it, each ``[B, T]``."""
+    """Join a rollout with its scores ``[B]`` and the models' outputs, each ``[B, T]``."""
     scored = ~scores.isnan()
     mask = rollout.response_mask & scored.unsqueeze(1)
     return Experience(

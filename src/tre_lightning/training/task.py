@@ -1,4 +1,4 @@
-"""What PPO asks of a task besides prompts."""
+"""The protocol of tasks: what PPO needs besides prompts."""
 
 import math
 import reprlib
@@ -13,7 +13,7 @@ from tre_lightning.common.errors import ScoreError
 
 
 class Task(Protocol):
-    """The scores of a data module; ``PromptDataModule`` says what its methods give by default."""
+    """Protocol of a data module with scores; ``PromptDataModule`` has the defaults."""
 
     binary_scores: bool
     """Whether a score is 1 for right and 0 for wrong, so that pass@k means something."""
@@ -24,10 +24,10 @@ class Task(Protocol):
     def answers(
         self, responses: Sequence[str], prompts: PromptBatch
     ) -> Sequence[Hashable | None] | None:
-        """What each response answers, None = nothing; None = no discrete answers, no majority@k."""
+        """The answer in each response (None = none), for majority@k; None = no discrete answers."""
 
     def scorer_timeouts(self) -> int | None:
-        """Answers given up since this was last asked, on this rank; None = no such count."""
+        """Answers that timed out since the last call, on this rank; None = no time limit."""
 
 
 def scores_of(task: Task, responses: Sequence[str], prompts: PromptBatch) -> Tensor:
@@ -54,7 +54,7 @@ def scores_of(task: Task, responses: Sequence[str], prompts: PromptBatch) -> Ten
 
 
 def _as_tensor(scores: object) -> Tensor:
-    """Scores as a tensor of real numbers, whatever holds them."""
+    """Scores from any container as a tensor of real numbers."""
     if isinstance(scores, Tensor):
         if scores.is_complex():
             raise ScoreError(f"the scorer gave complex scores ({scores.dtype}); give real ones")

@@ -15,6 +15,7 @@ import yaml
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 import runs
+from reward_servers import rewarding
 from runs import write_jsonl
 from tre_lightning.batches import PromptBatch
 from tre_lightning.cli.main import PPOCLI, RewardCLI, main
@@ -22,7 +23,6 @@ from tre_lightning.policy.tokenizers import word_tokenizer
 from tre_lightning.tasks.alignment.pairs import synthetic_vocabulary
 from tre_lightning.tasks.alignment.prompts import PreferenceDataModule, RewardArgs, read_prompt
 from tre_lightning.tasks.alignment.scorer import RewardModelScorer
-from tre_lightning.tasks.alignment.server import RewardServer
 
 PAIRS = "tre_lightning.tasks.PreferencePairs"
 ARCHITECTURE = {
@@ -301,7 +301,7 @@ def test_both_ways_give_the_same_scores(words: PreTrainedTokenizerBase, reward_d
     prompts = [task.train_prompt(row).text for row in (0, 0, 1, 1)]
     expected = torch.tensor(alone.score(prompts, responses))
     torch.testing.assert_close(scores, expected, equal_nan=True)
-    with serving(RewardServer(alone, "127.0.0.1", 0)) as url:
+    with rewarding(alone) as url:
         remote = PreferenceDataModule(RewardArgs(url=url), batch_size=2)
         remote.check(words)
         torch.testing.assert_close(remote.score(responses, batch), scores, equal_nan=True)

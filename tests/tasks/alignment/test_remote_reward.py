@@ -1,5 +1,6 @@
 """Scores over HTTP: the real server, and servers that misbehave."""
 
+import asyncio
 import json
 import math
 import os
@@ -16,15 +17,18 @@ from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
+from reward_servers import rewarding
 from tre_lightning.policy.chat import ChatPrompt
+from tre_lightning.tasks.alignment import server as reward_server
 from tre_lightning.tasks.alignment.remote import RemoteScorer, RewardServerError
 from tre_lightning.tasks.alignment.scorer import RewardModelScorer
-from tre_lightning.tasks.alignment.server import RewardServer, main
+from tre_lightning.tasks.alignment.server import main
 
 PROMPTS: list[ChatPrompt] = [
     "w1 w2",
@@ -180,19 +184,19 @@ def test_the_server_gives_the_scores_of_the_model_in_this_process(reward_dir: Pa
     local = RewardModelScorer(str(reward_dir))
     expected = local.score(PROMPTS, RESPONSES)
     assert len(set(expected)) == 5
-    with RewardServer(local, "127.0.0.1", 0) as server, serving(server):
+    with rewarding(local) as url:
         for batch_size in (64, 2):
-            scores = RemoteScorer(server.url, batch_size=batch_size).score(PROMPTS, RESPONSES)
+            scores = RemoteScorer(url, batch_size=batch_size).score(PROMPTS, RESPONSES)
             # Other batches are other matrix products.
             assert scores == pytest.approx(expected, rel=1e-5)
-        assert RemoteScorer(server.url).score(PROMPTS, RESPONSES) == expected
-        assert RemoteScorer(server.url).score([], []) == []
+        assert RemoteScorer(url).score(PROMPTS, RESPONSES) == expected
+        assert RemoteScorer(url).score([], []) == []
 
 
 def test_null_is_a_response_that_could_not_be_scored(reward_dir: Path) -> None:
     local = RewardModelScorer(str(reward_dir), max_length=8)
-    with RewardServer(local, "127.0.0.1", 0) as server, serving(server):
-        short, long = RemoteScorer(server.url).score(["w1", "w1"], ["w2", "w2 " * 9])
+    with rewarding(local) as url:
+        short, long = RemoteScorer(url).score(["w1", "w1"], ["w2", "w2 " * 9])
     assert math.isfinite(short) and math.isnan(long)
 
 
@@ -282,6 +286,12 @@ def test_another_status_fails_at_once(status: int) -> None:
     assert len(server.requests) == 1
 
 
+def test_a_request_that_is_too_large_names_the_option() -> None:
+    with scripted(answer(413, b"Too Large")) as server:
+        message = failure(impatient(server.url))
+    assert "status 413: Too Large; lower data.reward.batch_size" in message
+
+
 def test_redirects_are_not_followed() -> None:
     with scripted(lengths) as other, scripted(answer(302, Location=other.url)) as server:
         assert "redirect" in failure(impatient(server.url))
@@ -347,7 +357,7 @@ def test_https_is_spoken() -> None:
     [
         *("ftp://host/", "file:///etc/hosts", "host:8765", "", "http://", "http://host:99999"),
         *("http://host:port", "http://host/a b", "http://host/\r\nX: y", "http://h\N{SNOWMAN}st"),
-        "http://[::1",
+        *("http://[::1", "http://host/" + "a" * 70_000),
     ],
 )
 def test_only_addresses_of_http_are_taken(url: str) -> None:
@@ -399,33 +409,41 @@ class Sums:
 
 
 @pytest.fixture(scope="module")
-def sums() -> Iterator[RewardServer]:
-    with RewardServer(Sums(), "127.0.0.1", 0, largest_request=10_000) as server, serving(server):
-        yield server
+def scorer() -> Sums:
+    return Sums()
+
+
+@pytest.fixture(scope="module")
+def sums(scorer: Sums) -> Iterator[str]:
+    """Address of a server of a scorer by length."""
+    with rewarding(scorer, largest_request=10_000) as url:
+        yield url
 
 
 def ask(
-    server: RewardServer, body: bytes = b"", method: str = "POST", path: str = "/", **headers: str
+    url: str, body: bytes = b"", method: str = "POST", path: str = "/", **headers: str
 ) -> tuple[int, Any]:
-    connection = HTTPConnection("127.0.0.1", server.server_address[1], timeout=10)
+    connection = HTTPConnection(urlsplit(url).netloc, timeout=10)
     with closing(connection):
         connection.putrequest(method, path)
         for name, value in {"Content_Length": str(len(body)), **headers}.items():
             connection.putheader(name.replace("_", "-"), value)
         connection.endheaders(body)
         response = connection.getresponse()
-        return response.status, json.loads(response.read())
+        reply = response.read()
+        is_json = response.headers["Content-Type"] == "application/json"
+        return response.status, json.loads(reply) if is_json else reply.decode()
 
 
-def test_health(sums: RewardServer) -> None:
+def test_health(sums: str) -> None:
     assert ask(sums, method="GET", path="/health") == (200, {"status": "ok"})
 
 
-def test_requests_at_once_are_scored_one_by_one(sums: RewardServer) -> None:
+def test_requests_at_once_are_scored_one_by_one(sums: str, scorer: Sums) -> None:
     with ThreadPoolExecutor(6) as pool:
-        replies = pool.map(lambda n: RemoteScorer(sums.url).score(["p"], ["r" * n]), range(6))
+        replies = pool.map(lambda n: RemoteScorer(sums).score(["p"], ["r" * n]), range(6))
         assert list(replies) == [[float(n)] for n in range(6)]
-    assert isinstance(sums.scorer, Sums) and sums.scorer.most == 1
+    assert scorer.most == 1
 
 
 @pytest.mark.parametrize(
@@ -444,27 +462,30 @@ def test_requests_at_once_are_scored_one_by_one(sums: RewardServer) -> None:
         (b'{"prompts": [[{"role": "user"}]], "responses": ["r"]}', "neither text nor messages"),
     ],
 )
-def test_a_bad_request_is_told_so(sums: RewardServer, body: bytes, said: str) -> None:
+def test_a_bad_request_is_told_so(sums: str, body: bytes, said: str) -> None:
     status, reply = ask(sums, body)
     assert status == 400 and said in reply["error"]
 
 
-def test_sizes_are_bounded(sums: RewardServer) -> None:
-    assert ask(sums, Content_Length="10001")[0] == 413
+def test_sizes_are_bounded(sums: str) -> None:
+    assert ask(sums, Content_Length="10001") == (413, "Content Too Large")
+    chunk = b"%x\r\n" % 9_999 + b" " * 9_999 + b"\r\n"
+    status, _ = ask(sums, 2 * chunk + b"0\r\n\r\n", Transfer_Encoding="chunked")
+    assert status == 413
     for length in ("", "-1", "x", "9" * 5000, "\N{SUPERSCRIPT TWO}"):
-        assert ask(sums, Content_Length=length)[0] == 411, length[:20]
+        assert ask(sums, Content_Length=length)[0] == 400, length[:20]
 
 
-def test_unknown_paths(sums: RewardServer) -> None:
+def test_unknown_paths(sums: str) -> None:
     for method, path in (("POST", "/score"), ("GET", "/"), ("GET", "/../etc/hosts")):
         status, reply = ask(sums, method=method, path=path)
         assert status == 404 and "GET /health or POST /" in reply["error"]
 
 
-def test_a_failure_of_the_model_is_told_and_survived(sums: RewardServer) -> None:
-    message = failure_of(lambda: impatient(sums.url, retries=0).score(["p"], ["fail"]))
+def test_a_failure_of_the_model_is_told_and_survived(sums: str) -> None:
+    message = failure_of(lambda: impatient(sums, retries=0).score(["p"], ["fail"]))
     assert "status 500" in message and "RuntimeError: out; of memory" in message
-    assert RemoteScorer(sums.url).score(["p"], ["rr"]) == [2.0]
+    assert RemoteScorer(sums).score(["p"], ["rr"]) == [2.0]
 
 
 def failure_of(call: Callable[[], object]) -> str:
@@ -473,7 +494,7 @@ def failure_of(call: Callable[[], object]) -> str:
     return str(caught.value)
 
 
-def test_scores_that_are_not_finite_are_null(sums: RewardServer) -> None:
+def test_scores_that_are_not_finite_are_null(sums: str) -> None:
     body = b'{"prompts": ["p", "p"], "responses": ["rr", "inf"]}'
     assert ask(sums, body) == (200, {"scores": [2.0, None]})
 
@@ -514,7 +535,32 @@ def test_mistakes_of_the_command_are_one_line(
             (["--model", str(reward_dir), "--port", port], "cannot be listened on"),
             (["--model", str(reward_dir), "--port", "99999"], "cannot be listened on"),
         ):
-            with pytest.raises(SystemExit) as caught:
-                main(flags)
-            message = capsys.readouterr().err
-            assert caught.value.code == 2 and said in message and message.count("\n") == 1
+            assert said in mistake(flags, capsys)
+
+
+def mistake(flags: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line with which the command refuses the flags."""
+    with pytest.raises(SystemExit) as caught:
+        main(flags)
+    message = capsys.readouterr().err
+    assert caught.value.code == 2 and message.count("\n") == 1
+    return message
+
+
+@pytest.mark.parametrize("missing", ["starlette", "uvicorn"])
+def test_a_missing_package_is_one_line(
+    missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = reward_server.find_spec
+    monkeypatch.setattr(
+        reward_server, "find_spec", lambda name: None if name == missing else found(name)
+    )
+    assert "pip install 'tre-lightning[serve]'" in mistake(["--model", "no"], capsys)
+
+
+def test_scores_are_asked_for_where_an_event_loop_runs() -> None:
+    async def in_a_notebook() -> list[float]:
+        return RemoteScorer(url).score(["p"], ["rr"])
+
+    with rewarding(Sums()) as url:
+        assert asyncio.run(in_a_notebook()) == [2.0]

@@ -1,1 +1,1 @@
-"""Alignment: prompts, pairs of responses, and scores of a reward model."""
+"""Alignment: prompts, preference pairs, and scores of a reward model."""

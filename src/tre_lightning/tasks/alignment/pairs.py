@@ -1,4 +1,4 @@
-r"""Pairs of a better and a worse response, to train a reward model on.
+r"""Preference pairs: a chosen and a rejected response, to train a reward model on.
 
 A row of a file or of a dataset of the hub has one of these forms; other columns are ignored:
 
@@ -50,7 +50,7 @@ _RUDE = ("whatever", "nonsense", "boring", "stupid")
 
 @dataclass(frozen=True)
 class Pair:
-    """Two responses to a prompt, the better one first."""
+    """A preference pair: two responses to a prompt, the better one first."""
 
     prompt: ChatPrompt
     chosen: str
@@ -59,7 +59,7 @@ class Pair:
 
 
 class PairBatch(NamedTuple):
-    """This rank's pairs of a batch: rows 0 to B - 1 are the chosen texts, then the rejected."""
+    """B pairs of this rank: the first B rows are the chosen texts, the next B the rejected."""
 
     input_ids: Tensor  # [2B, T] int64, padded on the right
     attention_mask: Tensor  # [2B, T] int64, 1 = a real token
@@ -87,7 +87,7 @@ def synthetic_pair(index: int, seed: int) -> Pair:
     """Pair number ``index`` of an endless stream, its prompt that of :func:`synthetic_prompt`.
 
     The better response names the prompt's topic and ends with a courtesy word; the worse one, in
-    equal shares, names another topic, or ends rudely, or both.
+    equal numbers, names another topic, or ends rudely, or both.
     """
     prompt = synthetic_prompt(index, seed)
     topic = next(word for word in prompt.split() if word in _TOPICS)
@@ -146,7 +146,7 @@ def load_pairs(source: str, split: str = "train", name: str | None = None) -> li
 
 
 def read_pair(row: Mapping[str, Any], where: str) -> Pair | None:
-    """The pair in a row of one of the forms above; None = there is no difference to learn.
+    """The pair in a row of one of the forms above; None = both responses are equal.
 
     Raises:
         ValueError: if the row has none of these forms; the message starts with ``where``.
@@ -197,7 +197,7 @@ def _read_margin(value: object) -> float:
 
 
 class PreferencePairs(LightningDataModule):
-    """Pairs for :class:`~tre_lightning.training.reward_model.RewardModelModule`.
+    """Preference pairs, to train a reward model on.
 
     No prompt of the validation pairs occurs in the training pairs.
     """
@@ -273,7 +273,7 @@ class PreferencePairs(LightningDataModule):
         pad_token_id: int,
         vocabulary_size: int | None = None,
     ) -> None:
-        """Turn the pairs into token ids, leave out those that are too long, and hold some out.
+        """Tokenize the pairs, leave out those that are too long, and hold some out.
 
         The module calls it.
 
@@ -338,7 +338,7 @@ class PreferencePairs(LightningDataModule):
 
 
 class PairLoader:
-    """This rank's share of every batch; each rank has at least one pair of each."""
+    """This rank's pairs of every batch, at least one each."""
 
     def __init__(
         self,
@@ -374,7 +374,7 @@ class PairLoader:
 def split_by_prompt(
     pairs: Sequence[Pair], val_size: int, seed: int
 ) -> tuple[list[Pair], list[Pair]]:
-    """Training and validation pairs without a common prompt; which, decides the seed.
+    """Training and validation pairs without a common prompt, chosen by the seed.
 
     The validation pairs are those of random prompts, just so many that they are ``val_size`` pairs
     or more (all pairs, where there are not so many).

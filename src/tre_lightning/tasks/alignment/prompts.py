@@ -1,4 +1,4 @@
-r"""Helpful responses: prompts that a reward model judges.
+r"""Alignment prompts, whose responses a reward model scores.
 
 A row of a file or of a dataset of the hub has one of these forms; other columns are ignored:
 
@@ -36,20 +36,19 @@ from tre_lightning.tasks.sources import Source, read_rows, warn_of_unscorable
 
 _ANOTHER = 2**40  # from a synthetic prompt of another set to the next that takes its place
 _DRAWS_A_PROMPT = 20  # synthetic prompts looked at for each one that is held out
-_SETS = ("train", "train", "val", "test")  # of the synthetic prompts, in equal shares
+_SETS = ("train", "train", "val", "test")  # of the synthetic prompts, equally many in each
 _POOLS = ("train_file", "eval_file")
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class RewardArgs:
-    """What scores the responses: a model in this process or a server, exactly one.
+    """Options of the scorer: a reward model in this process or a server, exactly one.
 
     Args:
         model: directory or hub name of a sequence classifier with one label; it is frozen, runs on
             the trainer's device, and no checkpoint holds it.
-        url: address of a reward server; :mod:`tre_lightning.tasks.alignment.remote` has the
-            protocol.
+        url: address of a reward server; tre_lightning.tasks.alignment.remote has the protocol.
         batch_size: responses in a forward pass or request.
         max_length: longest text (prompt and response) of ``model``, tokens; a longer one cannot be
             scored. None = the model's context.
@@ -162,7 +161,7 @@ class PreferenceDataModule(PromptDataModule):
 
     @property
     def synthetic(self) -> bool:
-        """Whether the prompts are the synthetic ones."""
+        """Whether the prompts are synthetic."""
         return self.files["train_file"][0] is None
 
     @cached_property
@@ -198,7 +197,7 @@ class PreferenceDataModule(PromptDataModule):
         return {stage: prompts}
 
     def file_prompts(self) -> dict[str, list[Prompt]]:
-        """The training prompts of a file; those held out are looked at anyway."""
+        """The training prompts of a file; held-out ones are checked in any case."""
         return {} if self.synthetic else {"train_file": self._from_files["train"]}
 
     def messages(self, prompt: Prompt) -> Messages:
@@ -243,7 +242,7 @@ class PreferenceDataModule(PromptDataModule):
     # ----- synthetic prompts
 
     def _synthetic(self, index: int) -> int:
-        """Place of training prompt number ``index`` among all the synthetic prompts.
+        """Position of training prompt number ``index`` among all the synthetic prompts.
 
         The set of a prompt depends on its words alone, not on the sizes of the sets: a warm start
         is of use for all sizes.
@@ -316,7 +315,7 @@ class PreferenceDataModule(PromptDataModule):
         return prompts
 
     def _in_order(self, name: str, prompts: Mapping[str, Prompt]) -> list[Prompt]:
-        """The prompts in an order that depends on the seed, without long ones to be dropped."""
+        """The prompts shuffled by the seed, without those dropped as too long."""
         keys = sorted(prompts)  # whatever their order in the file
         order = permutation(len(keys), name, self.seed).tolist()
         shuffled = [prompts[keys[place]] for place in order]
@@ -325,7 +324,7 @@ class PreferenceDataModule(PromptDataModule):
     def _cut(
         self, stage: str, name: str, prompts: list[Prompt]
     ) -> tuple[list[Prompt], list[Prompt]]:
-        """The first prompts, as many as asked for, and the others."""
+        """Split the prompts into the first ``size`` and the others."""
         wanted = self.sizes[stage]
         size = max(len(prompts), 1) if wanted is None else wanted
         if len(prompts) < size:

@@ -1,4 +1,4 @@
-"""Scores of a reward model behind HTTP, by the standard library alone.
+"""Scores of a reward model behind HTTP.
 
 The protocol, for any server (``python -m tre_lightning.tasks.alignment.server`` is one)::
 
@@ -10,16 +10,15 @@ response, in order; null = could not be scored. Everything else is an error and 
 environment's proxies are not used.
 """
 
-import http.client
-import io
 import json
 import math
-import socket
-import ssl
-import time
 from collections.abc import Sequence
 from typing import NoReturn
 from urllib.parse import urlsplit
+
+import anyio
+import httpx2
+from anyio.from_thread import start_blocking_portal
 
 from tre_lightning.common.errors import RunError
 from tre_lightning.common.validation import at_least, positive
@@ -28,6 +27,7 @@ from tre_lightning.tasks.alignment.scorer import check_equal_numbers
 
 _LARGEST_REPLY = 65536  # bytes, and these for every score besides:
 _BYTES_A_SCORE = 64
+_HEADERS = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
 _SHOWN = 200  # characters of an error reply that the message repeats
 
 
@@ -85,20 +85,29 @@ class RemoteScorer:
             RewardServerError: if the server gives no valid scores.
         """
         check_equal_numbers(prompts, responses)
+        with start_blocking_portal() as portal:  # a notebook has a running event loop of its own
+            return portal.call(self._score, prompts, responses)
+
+    async def _score(self, prompts: Sequence[ChatPrompt], responses: Sequence[str]) -> list[float]:
         scores: list[float] = []
-        for start in range(0, len(responses), self.batch_size):
-            rows = slice(start, start + self.batch_size)
-            scores += self._request(prompts[rows], responses[rows])
+        # No time-outs of single reads: a deadline bounds the attempt.
+        async with httpx2.AsyncClient(timeout=None, trust_env=False) as client:
+            for start in range(0, len(responses), self.batch_size):
+                rows = slice(start, start + self.batch_size)
+                scores += await self._request(client, prompts[rows], responses[rows])
         return scores
 
-    def _request(self, prompts: Sequence[ChatPrompt], responses: Sequence[str]) -> list[float]:
+    async def _request(
+        self, client: httpx2.AsyncClient, prompts: Sequence[ChatPrompt], responses: Sequence[str]
+    ) -> list[float]:
         plain = [p if isinstance(p, str) else [dict(message) for message in p] for p in prompts]
         body = json.dumps({"prompts": plain, "responses": list(responses)}).encode()
         for attempt in range(self.retries + 1):
             if attempt:
-                time.sleep(self.backoff_s)
+                await anyio.sleep(self.backoff_s)
             try:
-                return self._scores(self._post(body, len(responses)), len(responses))
+                reply = await self._post(client, body, len(responses))
+                return self._scores(reply, len(responses))
             except _Retry as error:
                 last = str(error)
         self._fail(
@@ -107,32 +116,32 @@ class RemoteScorer:
             "data.reward.timeout_s",
         )
 
-    def _post(self, body: bytes, count: int) -> bytes:
+    async def _post(self, client: httpx2.AsyncClient, body: bytes, count: int) -> bytes:
         """The reply to one attempt; raises _Retry where another may help."""
         largest = _LARGEST_REPLY + _BYTES_A_SCORE * count
-        connection = _Connection(self.url, time.monotonic() + self.timeout_s)
-        path = urlsplit(self.url)
-        target = (path.path or "/") + (f"?{path.query}" if path.query else "")
+        post = client.stream("POST", self.url, content=body, headers=_HEADERS)
+        reply = b""
         try:
-            connection.request("POST", target, body, {"Content-Type": "application/json"})
-            with connection.getresponse() as response:
-                reply = response.read(largest + 1)
-                if response.length and len(reply) <= largest:  # no error to a read with a size
-                    raise http.client.IncompleteRead(reply, response.length)
+            with anyio.fail_after(self.timeout_s):
+                async with post as response:
+                    async for chunk in response.aiter_raw():
+                        reply += chunk
+                        if len(reply) > largest:
+                            break
         except TimeoutError:
             raise _Retry(f"no whole reply within {self.timeout_s:g} s") from None
-        except (OSError, http.client.HTTPException) as error:
-            raise _Retry(f"{type(error).__name__}: {_short(str(error))}") from error
-        finally:
-            connection.close()
-        status = response.status
+        except httpx2.TransportError as error:
+            cause = _innermost(error)
+            raise _Retry(f"{type(cause).__name__}: {_short(str(cause))}") from error
+        status = response.status_code
         said = _short(reply.decode(errors="replace"))
         if status in (408, 429) or status >= 500:
             raise _Retry(f"status {status}: {said}")
         if 300 <= status < 400:
             self._fail(f"status {status}, a redirect", "give the address it leads to")
         if status != 200:
-            self._fail(f"status {status}: {said}", "check the address and what the server expects")
+            fix = "lower data.reward.batch_size, or" if status == 413 else "check the address and"
+            self._fail(f"status {status}: {said}", f"{fix} see what the server expects")
         if len(reply) > largest:
             self._fail(
                 f"a reply of more than {largest} bytes for {count} scores",
@@ -162,87 +171,19 @@ class RemoteScorer:
         raise RewardServerError(f"reward server {self.url}: {what}; {fix}")
 
 
-class _Connection(http.client.HTTPConnection):
-    """A connection that ends at a deadline, however slowly bytes trickle in."""
-
-    def __init__(self, url: str, deadline: float) -> None:
-        parts = urlsplit(url)
-        self._tls = parts.scheme == "https"
-        port = parts.port or (443 if self._tls else 80)
-        super().__init__(str(parts.hostname), port)
-        self._deadline = deadline
-        # http.client calls this to make a response of the socket.
-        self.response_class = self._response  # type: ignore[assignment]
-
-    def connect(self) -> None:
-        """Connect to the first address that answers in time."""
-        last: OSError = TimeoutError()
-        for family, kind, protocol, _, address in socket.getaddrinfo(
-            self.host, self.port, type=socket.SOCK_STREAM
-        ):
-            sock = socket.socket(family, kind, protocol)
-            try:
-                sock.settimeout(_left(self._deadline))
-                sock.connect(address)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                if self._tls:
-                    context = ssl.create_default_context()
-                    sock = context.wrap_socket(sock, server_hostname=self.host)
-                sock.settimeout(_left(self._deadline))
-            except OSError as error:
-                sock.close()
-                last = error
-            else:
-                self.sock = sock
-                return
-        raise last
-
-    def send(self, data: object) -> None:
-        """Send in the time that is left."""
-        if self.sock is not None:
-            self.sock.settimeout(_left(self._deadline))
-        super().send(data)  # type: ignore[arg-type]
-
-    def _response(self, sock: socket.socket, *args: object, **options: object) -> object:
-        response = http.client.HTTPResponse(sock, *args, **options)  # type: ignore[arg-type]
-        raw = response.fp.detach()
-        response.fp = io.BufferedReader(_Reader(raw, sock, self._deadline))
-        return response
-
-
-class _Reader(io.RawIOBase):
-    """Bytes of a socket, each wait bounded by the time that is left."""
-
-    def __init__(self, raw: io.RawIOBase, sock: socket.socket, deadline: float) -> None:
-        self._raw = raw
-        self._sock = sock
-        self._deadline = deadline
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int | None:  # type: ignore[override]
-        self._sock.settimeout(_left(self._deadline))
-        return self._raw.readinto(buffer)
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
-
-
-def _left(deadline: float) -> float:
-    """Seconds until the deadline; raises TimeoutError when it has passed."""
-    left = deadline - time.monotonic()
-    if left <= 0.0:
-        raise TimeoutError
-    return left
+def _innermost(error: BaseException) -> BaseException:
+    """What a chain of errors began with; of several addresses, at the first one."""
+    parts = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
+    inner = error.__cause__ or error.__context__ or next(iter(parts), None)
+    return _innermost(inner) if inner else error
 
 
 def _check_url(url: str) -> None:
     try:
+        httpx2.URL(url)  # has rules of its own
         parts = urlsplit(url)
         good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
+    except (ValueError, httpx2.InvalidURL):
         good = False
     if not good or any(character <= " " or character > "~" for character in url):
         raise ValueError(

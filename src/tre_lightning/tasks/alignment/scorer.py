@@ -2,7 +2,7 @@
 
 How a prompt and a response become one text is decided here, for training and scoring alike: the
 reward model's own chat template where it has one, else a transcript in the format of Anthropic's
-HH data (Bai et al. 2022, arXiv 2204.05862) with the end token behind it.
+HH data (Bai et al. 2022, arXiv 2204.05862) with the end token after it.
 """
 
 import math
@@ -35,14 +35,14 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class PreferenceScorer(Protocol):
-    """What scores responses to prompts: a model in this process, or a server."""
+    """Protocol of a reward model that scores responses, in this process or on a server."""
 
     def score(self, prompts: Sequence[ChatPrompt], responses: Sequence[str]) -> list[float]:
         """A score of each response to the prompt at its place; NaN = could not be scored."""
 
 
 class RewardModelScorer:
-    """A frozen reward model; no module, so that no checkpoint of a trainer holds it."""
+    """A frozen reward model; not an nn.Module, so that checkpoints do not contain it."""
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class RewardModelScorer:
         return cast(PreTrainedModel, model.eval().requires_grad_(False).to(self._device))
 
     def to(self, device: torch.device | str) -> Self:
-        """Score on this device from now on; the caller says so on use, it costs nothing there."""
+        """Score on this device from now on; costs nothing if the model is already there."""
         self._device = torch.device(device)
         if "model" in vars(self) and self.model.device != self._device:
             self.model.to(self._device)  # type: ignore[arg-type]
@@ -191,13 +191,13 @@ def scalar_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: Ten
 
 
 def set_pad_token(config: PreTrainedConfig, pad_token_id: int) -> None:
-    """Tell a classifier which token is padding, its text part where it has others too."""
+    """Set the padding token of a classifier, on its text part if it is multimodal."""
     config.pad_token_id = pad_token_id
     config.get_text_config().pad_token_id = pad_token_id
 
 
 def context_length(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Longest text of a model, tokens; None = no limit is known."""
+    """Context length of a model, tokens; None = not known."""
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     # A tokenizer without a limit of its own has one of about 1e30.
     known = [int(n) for n in (context, tokenizer.model_max_length) if n is not None and n < 1e9]

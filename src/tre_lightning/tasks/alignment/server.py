@@ -1,20 +1,23 @@
 """Serve a reward model over HTTP: ``python -m tre_lightning.tasks.alignment.server --model DIR``.
 
 POST / scores by the protocol of :mod:`tre_lightning.tasks.alignment.remote`; GET /health answers
-``{"status": "ok"}``. A bad request is answered by 400, 404, 411 or 413 and a failure of the model
-by 500, each with ``{"error": "..."}``. There is no authentication: keep it on a trusted network.
+``{"status": "ok"}``. A bad request is answered by 400, 404 or 413 and a failure of the model by
+500, with what is wrong. There is no authentication: keep it on a trusted network. It needs the
+extra ``serve``.
 """
 
 import argparse
 import json
 import math
 import signal
+import socket
 import sys
-import threading
 from collections.abc import Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, get_args
+from contextlib import suppress
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, get_args
 
+import anyio
 import torch
 
 from tre_lightning.common.errors import one_line, one_line_errors
@@ -27,88 +30,79 @@ from tre_lightning.tasks.alignment.scorer import (
     check_equal_numbers,
 )
 
+if TYPE_CHECKING:  # the serve extra
+    import uvicorn
+    from starlette.applications import Starlette
+
 LARGEST_REQUEST = 64 * 2**20  # bytes
 
 
-class RewardServer(ThreadingHTTPServer):
-    """Answers requests side by side, but scores them one after the other."""
+def reward_app(scorer: PreferenceScorer, largest_request: int = LARGEST_REQUEST) -> "Starlette":
+    """The ASGI application; it answers side by side, but scores one request after the other.
 
-    def __init__(
-        self, scorer: PreferenceScorer, host: str, port: int, largest_request: int = LARGEST_REQUEST
-    ) -> None:
-        """Bind the address; ``serve_forever`` answers.
+    Args:
+        scorer: what scores.
+        largest_request: bytes.
+    """
+    from starlette.applications import Starlette
+    from starlette.requests import ClientDisconnect, Request
+    from starlette.responses import Response
+    from starlette.routing import Route
 
-        Args:
-            scorer: what scores.
-            host: address to listen on.
-            port: port to listen on; 0 = a free one.
-            largest_request: bytes.
+    one_at_a_time = anyio.CapacityLimiter(1)
 
-        Raises:
-            ValueError: if the address cannot be bound.
-        """
-        self.scorer = scorer
-        self.largest_request = largest_request
-        self.scoring = threading.Lock()
+    def answer(status: int, content: dict[str, Any]) -> Response:
+        # A JSONResponse would fail on half a surrogate pair, which an error may repeat.
+        return Response(json.dumps(content, allow_nan=False), status, media_type="application/json")
+
+    async def health(request: Request) -> Response:
+        return answer(200, {"status": "ok"})
+
+    async def score(request: Request) -> Response:
         try:
-            super().__init__((host, port), _Handler)
-        except (OSError, OverflowError) as error:
-            raise ValueError(
-                f"--host {host} --port {port} cannot be listened on ({error}); give another port, "
-                "or 0 for a free one"
-            ) from error
-
-    @property
-    def url(self) -> str:
-        """Where it listens."""
-        return f"http://{self.server_address[0]!s}:{self.server_address[1]}"
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: RewardServer
-    timeout = 60  # seconds that a client may be silent
-
-    def do_GET(self) -> None:
-        if self.path == "/health":
-            self._answer(200, {"status": "ok"})
-        else:
-            self._answer(404, {"error": f"no {self.path[:80]} here; GET /health or POST /"})
-
-    def do_POST(self) -> None:
-        if self.path != "/":
-            self._answer(404, {"error": f"no {self.path[:80]} here; GET /health or POST /"})
-            return
-        length = self.headers.get("Content-Length", "")
-        if not (length.isascii() and length.isdigit() and len(length) < 20):
-            self._answer(411, {"error": "the request has no Content-Length; send one"})
-            return
-        if int(length) > self.server.largest_request:
-            largest = self.server.largest_request
-            self._answer(413, {"error": f"{length} bytes are more than {largest}; send fewer rows"})
-            return
+            prompts, responses = _read_request(await request.body())
+        except (ValueError, ClientDisconnect) as error:
+            return answer(400, {"error": one_line(str(error))})
         try:
-            prompts, responses = _read_request(self.rfile.read(int(length)))
-        except ValueError as error:
-            self._answer(400, {"error": one_line(str(error))})
-            return
-        try:
-            with self.server.scoring:
-                scores = self.server.scorer.score(prompts, responses)
+            scores = await anyio.to_thread.run_sync(
+                scorer.score, prompts, responses, limiter=one_at_a_time
+            )
         except Exception as error:  # whatever it is, the next request may go well
-            self._answer(500, {"error": f"{type(error).__name__}: {one_line(str(error))}"})
-            return
-        self._answer(200, {"scores": [s if math.isfinite(s) else None for s in scores]})
+            return answer(500, {"error": f"{type(error).__name__}: {one_line(str(error))}"})
+        return answer(200, {"scores": [s if math.isfinite(s) else None for s in scores]})
 
-    def _answer(self, status: int, content: dict[str, Any]) -> None:
-        body = json.dumps(content, allow_nan=False).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+    async def elsewhere(request: Request, error: Exception) -> Response:
+        path = request.url.path[:80]
+        return answer(404, {"error": f"no {path} here; GET /health or POST /"})
 
-    def log_request(self, code: object = "-", size: object = "-") -> None:
-        """Say nothing of single requests."""
+    return Starlette(
+        routes=[Route("/", score, methods=["POST"]), Route("/health", health)],
+        exception_handlers={404: elsewhere, 405: elsewhere},
+        max_body_size=largest_request,
+    )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that holds requests until a server takes it over; port 0 = a free one.
+
+    Raises:
+        ValueError: if the address cannot be bound.
+    """
+    try:
+        return socket.create_server((host, port))
+    except (OSError, OverflowError) as error:
+        raise ValueError(
+            f"--host {host} --port {port} cannot be listened on ({error}); give another port, "
+            "or 0 for a free one"
+        ) from error
+
+
+def uvicorn_server(app: "Starlette") -> "uvicorn.Server":
+    """A server of the application that says nothing of single requests."""
+    import uvicorn
+
+    config = uvicorn.Config(app, http="h11", ws="none", lifespan="off", log_level="error")
+    return uvicorn.Server(config)
 
 
 def _read_request(body: bytes) -> tuple[list[Any], list[str]]:
@@ -152,24 +146,23 @@ def serve(
         device: where to score; None = a GPU where there is one.
 
     Raises:
-        ValueError: if the model cannot be loaded or the address cannot be bound.
+        ValueError: if the model cannot be loaded, the address cannot be bound or a package is
+            missing.
     """
+    if not (find_spec("starlette") and find_spec("uvicorn")):
+        raise ValueError(
+            "the server needs starlette and uvicorn; pip install 'tre-lightning[serve]'"
+        )
     scorer = RewardModelScorer(model, batch_size, max_length, dtype, prefix="--")
     scorer.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    with RewardServer(scorer, host, port) as server:
+    with listen(host, port) as listening:
         scorer.score(["Hello"], ["Hello"])  # loads the weights
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, _stop)
-        try:
-            print(f"serving {model} on {server.url}", flush=True)
-            server.serve_forever()
-        except KeyboardInterrupt:
-            # Let the batch in work end; a thread inside torch would crash the interpreter's exit.
-            server.scoring.acquire()
-
-
-def _stop(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
+        server = uvicorn_server(reward_app(scorer))
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with suppress(KeyboardInterrupt):  # uvicorn ends the batch in work, then raises it again
+            address, at = listening.getsockname()
+            print(f"serving {model} on http://{address}:{at}", flush=True)
+            server.run(sockets=[listening])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

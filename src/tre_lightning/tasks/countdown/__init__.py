@@ -1,1 +1,1 @@
-"""Countdown: puzzles and the score of a response."""
+"""Countdown: prompts, puzzles and the scorer."""

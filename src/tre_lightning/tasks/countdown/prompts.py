@@ -1,4 +1,4 @@
-"""Countdown: combine all the given numbers, each once, into the target.
+"""Countdown prompts: combine all the given numbers, each once, into the target.
 
 A row of a file or of a dataset of the hub, such as ``Jiayi-Pan/Countdown-Tasks-3to4``, has ``nums``
 (2 to 6 ints) and ``target`` (int); other columns are ignored.
@@ -94,8 +94,8 @@ class CountdownDataModule(PromptDataModule):
             val_size: validation puzzles.
             test_size: test puzzles.
             strict: as the authors of TRE score, nothing but white space may stand between
-                ``</think>`` and the answer, and nothing behind the answer; else the last answer
-                behind the thought counts, whatever stands around it.
+                ``</think>`` and the answer, and nothing after the answer; else the last answer
+                after the thought counts, whatever is written around it.
             train_name: configuration of ``train_file`` where it is a dataset of the hub that has
                 several.
             eval_name: configuration of ``eval_file``.
@@ -165,7 +165,7 @@ class CountdownDataModule(PromptDataModule):
         )
 
     def answers(self, responses: Sequence[str], prompts: PromptBatch) -> list[str | None]:
-        """The expression or the steps that the scorer reads, with one space between tokens."""
+        """The expression or steps of each response, with one space between tokens."""
         if self.format == "steps":
             found: list[str | None] = list(responses)
         else:
@@ -198,7 +198,7 @@ class CountdownDataModule(PromptDataModule):
         return [*symbols, *(tags if self.format != "steps" else []), *map(str, range(largest + 1))]
 
     def _generated(self, split: str, index: int) -> Puzzle:
-        """Generated puzzle number ``index``, none that is held out."""
+        """Generated puzzle number ``index`` among those that are not held out."""
         for seed in range(self.seed, self.seed + 100):
             puzzle = generate_puzzle(self.puzzles, split, index, seed)
             if canonical(puzzle) not in self._held_out:
@@ -234,12 +234,12 @@ class CountdownDataModule(PromptDataModule):
 
     @cached_property
     def _from_files(self) -> dict[str, list[Prompt]]:
-        """The prompts of :attr:`_puzzles`; too long ones may leave these lists."""
+        """The prompts of :attr:`_puzzles`; too long ones may be dropped."""
         return {name: [*map(self._prompt, puzzles)] for name, puzzles in self._puzzles.items()}
 
     @cached_property
     def _puzzles(self) -> dict[str, list[Puzzle]]:
-        """Puzzles of ``eval_file``, and of ``train_file`` as train, val and test; maybe empty."""
+        """Puzzles of ``eval_file``, and of ``train_file`` as train, val and test; may be empty."""
         evaluated, known = self._load("eval_file"), self._load("train_file")
         train, test, val = known, [], []
         if self.train_size is not None:
@@ -263,12 +263,12 @@ class CountdownDataModule(PromptDataModule):
 
     @cached_property
     def _held_out(self) -> set[tuple[tuple[int, ...], int]]:
-        """What no generated puzzle may be."""
+        """The puzzles that must not be generated."""
         files = self._puzzles
         return {canonical(p) for name in ("eval_file", "test", "val") for p in files[name]}
 
     def _load(self, name: str) -> list[Puzzle]:
-        """The puzzles of a file, as many as are asked for."""
+        """The first puzzles of a file."""
         source, split, configuration = self.files[name]
         if source is None:
             return []

@@ -1,4 +1,4 @@
-"""Countdown puzzles: generated, read from the row of a file, and worked solutions to train on.
+"""Countdown puzzles: generate them, read them from files, and solve them step by step.
 
 A puzzle asks to combine all the given numbers, each once, into the target. A worked solution is a
 chain of steps ``3 * 4 = 12 , 12 + 5 = 17`` in which every result is a positive integer; both it
@@ -31,7 +31,7 @@ class Puzzle:
 
 @dataclass(frozen=True)
 class PuzzleSpec:
-    """What generated puzzles look like; every range is (min, max), both included.
+    """Options of generated puzzles; every range is (min, max), both included.
 
     Attributes:
         count: how many numbers a puzzle has, within 2 to 6.
@@ -112,12 +112,12 @@ def generate_puzzle(spec: PuzzleSpec, split: str, index: int, seed: int) -> Puzz
 
 
 def canonical(puzzle: Puzzle) -> tuple[tuple[int, ...], int]:
-    """Sorted numbers and target: what makes two puzzles the same."""
+    """Sorted numbers and target, equal for equal puzzles."""
     return tuple(sorted(puzzle.numbers)), puzzle.target
 
 
 def puzzle_split(puzzle: Puzzle) -> str:
-    """The split a puzzle belongs to (train 80 %, val 10 %, test 10 %), whatever spec or seed.
+    """The split a puzzle belongs to (train 80 %, val 10 %, test 10 %), for any spec and seed.
 
     Decided by a hash of the sorted numbers and the target, so the order of numbers is irrelevant.
     """

@@ -43,7 +43,7 @@ def score_countdown(
     Formats:
 
     * ``"think_answer"``: a thought that ends with ``</think>``, then ``<answer>EXPR</answer>``. Of
-      several answers the last one behind the last ``</think>`` counts; tags that the thought
+      several answers the last one after the last ``</think>`` counts; tags that the thought
       mentions do not, nor does a thought that is begun and not ended. The opening ``<think>`` may
       be missing, because a chat prompt often ends in it.
     * ``"answer"``: the same, and there need be no thought.
@@ -61,7 +61,7 @@ def score_countdown(
         target: the value to reach.
         format: what the response must look like.
         max_chars: a longer response scores 0.0.
-        strict: only white space may stand between thought and answer, and behind the answer (the
+        strict: only white space may stand between thought and answer, and after the answer (the
             authors of TRE).
 
     Raises:
@@ -109,7 +109,7 @@ def _show(value: object) -> str:
 
 
 def final_expression(response: str, *, think: bool, strict: bool = False) -> str | None:
-    """What stands inside the final ``<answer> </answer>``, as it is written, in linear time.
+    """The text inside the final ``<answer> </answer>``, in linear time.
 
     Args:
         response: the generated text; any string is safe.

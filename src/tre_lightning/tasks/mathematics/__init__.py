@@ -1,1 +1,1 @@
-"""Mathematics: problems, the MATH scorer and its workers."""
+"""Mathematics: prompts, the MATH scorer and its worker processes."""

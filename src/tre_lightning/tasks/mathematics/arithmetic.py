@@ -24,7 +24,7 @@ _RESULT = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 @dataclass(frozen=True)
 class ArithmeticSpec:
-    """What the problems look like; every range is (min, max), both included.
+    """Options of generated problems; every range is (min, max), both included.
 
     Attributes:
         count: how many numbers a problem has, within 3 to 5.
@@ -82,7 +82,7 @@ class Problem(NamedTuple):
 
 
 class Work(NamedTuple):
-    """Steps and what they end at."""
+    """Worked steps and their result."""
 
     steps: tuple[str, ...]
     value: int
@@ -116,7 +116,7 @@ def generate(spec: ArithmeticSpec, split: str, index: int, seed: int) -> Problem
 
 
 def split_of(problem: Problem) -> str:
-    """The split of a problem (train 80 %, val 10 %, test 10 %), whatever spec or seed.
+    """The split of a problem (train 80 %, val 10 %, test 10 %), for any spec and seed.
 
     Decided by a hash of the sorted numbers and operators: ``8 * 7 + 5`` and ``5 + 7 * 8`` are in
     one split.
@@ -126,14 +126,14 @@ def split_of(problem: Problem) -> str:
 
 
 def worked(problem: Problem, spec: ArithmeticSpec) -> Work | None:
-    """The right steps, None if a result is below 0 or above ``max_value``."""
+    """The correct steps; None if a result is below 0 or above ``max_value``."""
     places = range(len(problem.operators))
     products = [place for place in places if problem.operators[place] == "*"]
     return _work(problem, [*products, *(p for p in places if p not in products)], spec)
 
 
 def mistaken(problem: Problem, spec: ArithmeticSpec, rng: random.Random) -> Work:
-    """Sound steps in a wrong order, that end at another number than the right ones.
+    """Steps in a wrong order, each correct, that end at a wrong number.
 
     Raises:
         ValueError: if the problem has no such steps; those of :func:`generate` have.
@@ -151,7 +151,7 @@ def _mistakes(problem: Problem, spec: ArithmeticSpec) -> list[Work]:
 
 
 def _work(problem: Problem, order: Sequence[int], spec: ArithmeticSpec) -> Work | None:
-    """Steps that apply the operators in this order."""
+    """The steps that apply the operators in this order."""
     parts = [[number] for number in problem.numbers]  # neighbours share a cell once they are joined
     steps = []
     for place in order:

@@ -1,4 +1,4 @@
-r"""MATH: problems with one right answer, which a response gives in its last ``\boxed{...}``.
+r"""MATH prompts: problems with one correct answer, given in the last ``\boxed{...}``.
 
 A row of a file or of a dataset of the hub has ``problem`` (text; ``question`` where there is none)
 and one of these, the first one where it has both; other columns are ignored:
@@ -52,7 +52,7 @@ INSTRUCTION = "Let's think step by step and output the final answer within \\box
 
 _DRAWS_A_PROBLEM = 20  # for each held-out arithmetic problem before there count as too few
 _DEFAULT_ARITHMETIC = ArithmeticSpec()
-# How programs write a small or large number; an e of LaTeX has no sign and two digits behind it.
+# How programs write a small or large number; an e of LaTeX has no sign and two digits after it.
 _SCIENTIFIC = re.compile(r"[-+]?[0-9]+(\.[0-9]+)?[eE][-+][0-9]{2,3}")
 _log = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class MathDataModule(PromptDataModule):
             test_size: generated test problems.
             instruction: text after each problem; may be empty.
             workers: processes of the scorer on each device's process; started when first needed.
-            timeout: seconds that the scorer may take for an answer, which else scores 0.
+            timeout: seconds that the scorer may take for an answer; one that times out scores 0.
             train_name: configuration of ``train_file`` where it is a dataset of the hub that has
                 several, such as ``main`` of GSM8K.
             eval_name: configuration of ``eval_file``.
@@ -158,7 +158,7 @@ class MathDataModule(PromptDataModule):
         super().check(tokenizer)
 
     def file_prompts(self) -> dict[str, list[Prompt]]:
-        """The problems by ``train_file``, ``eval_file`` and ``test_file``, as far as given."""
+        """The problems of ``train_file``, ``eval_file`` and ``test_file``, where given."""
         return {} if self.synthetic else self._from_files
 
     def train_prompt(self, index: int) -> Prompt:
@@ -215,7 +215,7 @@ class MathDataModule(PromptDataModule):
         return [None if box is None or not box.strip() else normal_form(box) for box in boxes]
 
     def scorer_timeouts(self) -> int:
-        """Answers that the scorer gave up since this was last asked, on this rank."""
+        """Number of answers whose scoring timed out since the last call, on this rank."""
         return self._scorer.timeouts()
 
     def teardown(self, stage: str | None = None) -> None:
@@ -311,7 +311,7 @@ class MathDataModule(PromptDataModule):
 
 
 def read_problem(row: Row, where: str) -> tuple[str, list[str]]:
-    """The problem of a row and its different answers: one, if it can be scored.
+    """The problem of a row and its distinct answers; exactly one if it can be scored.
 
     Raises:
         ValueError: if the row has not the columns above; the message starts with ``where``.
@@ -342,7 +342,7 @@ def _gold(answer: str) -> str:
 
 
 def readable(gold: str) -> bool:
-    """Whether the scorer reads the gold; else it equals nothing but the same text."""
+    """Whether the scorer can read the gold; if not, only the same text equals it."""
     return len(gold) <= MAX_CHARS and read(gold.strip(), thousands=True) is not None
 
 
@@ -377,10 +377,10 @@ def _text(row: Row, name: str, where: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Without lone surrogates: JSON may hold them, and no tokenizer takes them."""
+    """The text without lone surrogates, which JSON may hold and no tokenizer takes."""
     return text.encode(errors="replace").decode()
 
 
 def _key(problem: str) -> str:
-    """What makes two problems the same: all but the white space."""
+    """The problem without white space, equal for equal problems."""
     return "".join(problem.split())

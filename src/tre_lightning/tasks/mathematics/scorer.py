@@ -97,7 +97,7 @@ class MathScorer:
         return self._pool.pids
 
     def start(self) -> None:
-        """Start the workers now, rather than at the first answer that needs one.
+        """Start the workers now instead of at the first answer that needs one.
 
         Raises:
             RuntimeError: if they do not come up, with the reason.
@@ -109,7 +109,7 @@ class MathScorer:
         self._pool.close()
 
     def timeouts(self) -> int:
-        """Answers that were given up since this was last asked."""
+        """Number of answers that timed out since the last call."""
         count, self._timeouts = self._timeouts, 0
         return count
 
@@ -183,7 +183,7 @@ def score_math_batch(responses: Sequence[str], golds: Sequence[str]) -> tuple[li
         golds: the right answers, without ``\boxed``; an empty one scores 0.0.
 
     Returns:
-        The scores, each 0.0 or 1.0, and how many answers were given up for lack of time.
+        The scores, each 0.0 or 1.0, and how many answers timed out.
 
     Raises:
         ValueError: for something other than as many strings each.

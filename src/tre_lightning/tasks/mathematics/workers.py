@@ -1,4 +1,4 @@
-"""Worker processes for functions that may hang, eat memory or crash on hostile input.
+"""Worker processes for functions that may hang, exhaust memory or crash on hostile input.
 
 Neither threads (Python cannot stop one, and signal time-outs work in the main thread only) nor a
 ``ProcessPoolExecutor`` (a stuck worker keeps its place, so later jobs wait) can do this. Here every
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 _ROOT = str(Path(__file__).resolve().parents[2])
-# -P: the directory of this file holds a math.py, which must not hide the standard library's.
+# -P: no module of the working directory may hide one of the standard library.
 _COMMAND = (
     "import sys; sys.path.insert(0, sys.argv[1]); "
     "from tre_lightning.tasks.mathematics.workers import _serve; _serve(sys.argv[2])"
@@ -131,9 +131,9 @@ class WorkerPool:
         self._run([], want=self._size)
 
     def map(self, jobs: Sequence[Sequence[Any]]) -> list[Any]:
-        """Results of the jobs in their order; None where one was given up.
+        """Results of the jobs in their order; None where one failed.
 
-        A job is given up when it misses the deadline, raises, or two workers die on it.
+        A job fails when it times out, raises, or two workers die on it.
 
         Raises:
             ValueError: for a job of more than 32 KiB as JSON.
@@ -271,7 +271,7 @@ class _Worker:
         self._close()
 
     def disown(self) -> None:
-        """Let go of a process that belongs to the parent of this one."""
+        """Forget a process that belongs to the parent of this one."""
         self.process.returncode = 0  # Popen would look for its child here
         self._close()
 
@@ -282,7 +282,7 @@ class _Worker:
 
 
 def _wait(workers: list[_Worker]) -> list[tuple[_Worker, Any]]:
-    """Replies that have come, of these workers; waits for one or for the next deadline."""
+    """Replies of these workers; waits for one or for the next deadline."""
     if not workers:
         return []
     with selectors.DefaultSelector() as selector:
@@ -319,7 +319,7 @@ def _kill_all(workers: list[_Worker], pid: int) -> None:
 
 
 def _serve(spec: str) -> None:
-    """What a worker runs: read a job, write its result, until the pipe ends."""
+    """Loop of a worker: read a job, write its result, until the pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     options = json.loads(spec)
     _end_with_parent(options["parent"])
@@ -342,7 +342,7 @@ def _serve(spec: str) -> None:
         signal.setitimer(signal.ITIMER_REAL, alarm)
         try:
             result = json.dumps(function(*json.loads(line)))
-        except Exception:  # MemoryError and RecursionError included: the job is given up
+        except Exception:  # MemoryError and RecursionError included: the job fails
             result = "null"
         signal.setitimer(signal.ITIMER_REAL, 0)
         replies.write(result.encode() + b"\n")
@@ -355,7 +355,7 @@ def _load(function: str) -> Callable[..., Any]:
 
 
 def _end_with_parent(parent: int) -> None:
-    """Be killed when the parent ends, even if busy; where that is unknown, the pipe's end does."""
+    """Have the kernel kill this process with its parent; elsewhere, the end of the pipe ends it."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG

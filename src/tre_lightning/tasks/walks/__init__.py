@@ -1,1 +1,1 @@
-"""Number walks: prompts of a chosen length and their score."""
+"""Number walks: prompts of a chosen length and their scorer."""

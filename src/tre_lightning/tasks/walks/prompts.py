@@ -25,7 +25,7 @@ _DRAWS_A_PROMPT = 20  # draws for each held-out prompt before the ranges count a
 
 @dataclass(frozen=True)
 class WalkSpec:
-    """What the walks look like.
+    """Options of generated walks.
 
     Attributes:
         steps: steps of a walk, 1 to 999; a response has six tokens a step, and the end token.
@@ -55,14 +55,14 @@ class WalkSpec:
 
 
 class Walk(NamedTuple):
-    """What a prompt asks for."""
+    """A walk to write out: where it starts, and the step sizes it may use."""
 
     start: int
     sizes: tuple[int, ...]  # rising
 
 
 def generate_walk(spec: WalkSpec, split: str, index: int, seed: int) -> Walk:
-    """Walk number ``index`` of a split, a pure function; never one of another split.
+    """Walk number ``index`` of a split: a pure function; splits are disjoint.
 
     Raises:
         ValueError: for a spec that admits almost no walk of this split.
@@ -78,12 +78,12 @@ def generate_walk(spec: WalkSpec, split: str, index: int, seed: int) -> Walk:
 
 
 def walk_split(walk: Walk) -> str:
-    """The split of a walk (train 80 %, val 10 %, test 10 %), whatever spec or seed."""
+    """The split of a walk (train 80 %, val 10 %, test 10 %), for any spec and seed."""
     return split_of_hash(derived_seed("walk_split", walk.start, *walk.sizes))
 
 
 def random_steps(spec: WalkSpec, walk: Walk, rng: random.Random, stray: int | None = None) -> str:
-    """A worked response; every step that stays within the numbers is as likely.
+    """A random worked response; all steps that stay within the numbers are equally likely.
 
     Args:
         spec: how many steps, and which numbers.

@@ -6,7 +6,7 @@ WORDS_A_STEP = 6
 
 
 def score_walk(response: str, start: int, sizes: Collection[int], steps: int) -> float:
-    """1.0 for a right walk, else 0.0, in linear time whatever the response holds.
+    """1.0 for a correct walk, else 0.0, in linear time for any response.
 
     A right walk has exactly ``steps`` steps of six words: the count of the steps left, the number
     reached, ``+`` or ``-``, one of ``sizes``, ``=``, and their sound result. The first begins at

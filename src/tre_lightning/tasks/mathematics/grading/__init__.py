@@ -1,4 +1,4 @@
-r"""Whether two MATH answers in LaTeX are equal; the scorer is `..scorer`.
+r"""Equality of MATH answers in LaTeX; the scorer is `..scorer`.
 
 No module needs one that comes later:
 

@@ -1,4 +1,4 @@
-r"""The answer in a response: what its ``\boxed`` or ``\fbox`` commands hold. Linear time."""
+r"""The answers in a response: contents of ``\boxed`` and ``\fbox``, in linear time."""
 
 import re
 from collections import deque

@@ -1,4 +1,4 @@
-"""Two expressions by value, at several points. For a worker: it may take forever.
+"""Comparison of two expressions by value, at several points. For a worker: may take forever.
 
 Imports its libraries late: the trainer imports this module, too, and needs none of them.
 """

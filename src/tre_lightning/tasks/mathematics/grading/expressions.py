@@ -1,4 +1,4 @@
-"""An expression as a value: its number, its variables, and LaTeX that is safe for the grammar."""
+"""Expressions: their numbers, their variables, and LaTeX that is safe for the grammar."""
 
 from fractions import Fraction
 
@@ -44,7 +44,7 @@ def read_value(items: Items, unit: str = "") -> Value:
 
 
 def features_of(tokens: tuple[str, ...]) -> frozenset[str]:
-    """What an answer may not hold if the gold does not: it may be copied from the question."""
+    """Features that an answer may have only if the gold has them, such as a copied integral."""
     found = {FUNCTIONS[token[1:]] for token in tokens if token[1:] in FUNCTIONS}
     found.discard("exponential")  # e^x
     marks = {

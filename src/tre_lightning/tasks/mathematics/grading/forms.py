@@ -1,4 +1,4 @@
-"""What an answer may be. Equal forms are equal answers; `matching` says what else is equal."""
+"""Forms of answers. Equal forms are equal answers; `matching` says what else is equal."""
 
 from dataclasses import dataclass
 from fractions import Fraction

@@ -1,4 +1,4 @@
-"""What is refused for its size, so that a hostile answer costs little."""
+"""Limits of size, so that a hostile answer costs little."""
 
 MAX_CHARS = 1000  # of an answer; the longest gold of MATH has 159
 MAX_DEPTH = 12  # of brackets in brackets

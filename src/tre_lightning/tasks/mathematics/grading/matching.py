@@ -1,4 +1,4 @@
-"""Two forms part by part: the same lists, tuples, units, equations, and the same values in them."""
+"""Comparison of two forms part by part: lists, tuples, units, equations, and their values."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias
@@ -26,11 +26,11 @@ _Same: TypeAlias = Callable[[Value, Value, _Mode], bool]
 
 
 class _Undecided(Exception):
-    """Two expressions are to be compared, which the parent does not do."""
+    """Raised where two expressions must be compared, which is left to a worker."""
 
 
 def _match(gold: Form, answer: Form, same: _Same) -> bool:
-    """Whether the forms are equal, given when two expressions are."""
+    """Whether two forms are equal, given a function that compares expressions."""
     if gold == answer:
         return True
     if isinstance(gold, Named) or isinstance(answer, Named):
@@ -76,7 +76,7 @@ def _unnamed(form: Form) -> Form:
 
 
 def _single(form: Form) -> Form:
-    """The item of a list of one."""
+    """The only item of a list of one, else the form itself."""
     return form.items[0] if isinstance(form, Many) and len(form.items) == 1 else form
 
 
@@ -138,7 +138,7 @@ def _match_ratio(ratio: Ratio, value: Value) -> bool:
 
 
 def _same_at_sight(gold: Value, answer: Value, mode: _Mode) -> bool | None:
-    """Whether two expressions are equal, None if that takes the grammar."""
+    """Whether two expressions are equal; None if that takes the grammar."""
     if gold.key == answer.key and "%" not in (gold.unit, answer.unit):
         return True
     if gold.number is not None and answer.number is not None:
@@ -192,12 +192,12 @@ def _equal(gold: str, answer: str, same: _Same) -> bool:
 
 
 def equal_in_worker(gold: str, answer: str) -> bool:
-    """What the workers run. May take forever."""
+    """Whether two answers are equal, run in a worker: may take forever."""
     return _equal(gold, answer, _same_by_grammar)
 
 
 def decide(gold: str, answer: str) -> bool | None:
-    """Whether two answers are equal, None if a worker is to say.
+    """Whether two answers are equal; None if a worker must decide.
 
     Neither may have white space around it.
     """

@@ -1,4 +1,4 @@
-"""From a tree to a form, or to nothing where the text is not of a known kind."""
+"""Reads the form of an answer from its tree, or nothing if the text is of no known kind."""
 
 import functools
 import re
@@ -40,7 +40,7 @@ _MINUS_INFINITY: Items = ("-", "\\infty")
 
 @functools.lru_cache(maxsize=4096)
 def read(text: str, thousands: bool) -> Form | None:
-    """The text as a form, None if it is none; see `to_tree` for `thousands`."""
+    """The form of a text; None if it has none; see `to_tree` for `thousands`."""
     try:
         return _list(to_tree(text, thousands))
     except Unreadable:

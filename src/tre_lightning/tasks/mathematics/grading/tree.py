@@ -1,4 +1,4 @@
-"""From text to a tree: tokens in one spelling each, grouped by their delimiters."""
+"""Parses text to a tree: tokens in one spelling each, grouped by their delimiters."""
 
 import re
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from tre_lightning.tasks.mathematics.grading.vocabulary import (
 
 
 class Unreadable(Exception):
-    """Not a form that is known; nothing but the same string equals it."""
+    """The text has no known form; only the same string equals it."""
 
 
 class Group(NamedTuple):
