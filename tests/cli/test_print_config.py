@@ -1,5 +1,7 @@
 """What --print_config prints is a configuration: given back, it prints the same."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,3 +53,10 @@ def test_a_run_of_it_is_the_same_run(
         option.config = None
     assert options[0] == options[1]
     assert [type(c) for c in first.trainer.callbacks] == [type(c) for c in second.trainer.callbacks]
+
+
+def test_a_shipped_task_is_known_by_its_bare_name() -> None:
+    # In an interpreter of its own: here other tests have imported the task.
+    words = [sys.executable, "-m", "tre_lightning", "fit", "--data=WalkDataModule", PRINT]
+    printed = subprocess.check_output(words, text=True, timeout=120)
+    assert yaml.safe_load(printed)["data"]["class_path"] == "tre_lightning.tasks.WalkDataModule"
