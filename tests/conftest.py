@@ -4,13 +4,17 @@ import copy
 import os
 import signal
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+import batches
+import runs
 from tre_lightning.batches import PromptBatch
 from tre_lightning.policy.actor_critic import ActorCritic, PolicyArgs, load_language_model
 from tre_lightning.policy.tokenizers import word_tokenizer
@@ -21,6 +25,10 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of the tests' child processes
 
 # Tests send Ctrl-C to processes, which inherit what a shell's background makes of it: nothing.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Hypothesis would fail an example for the milliseconds that it takes on a busy machine.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 VOCAB_SIZE = 50
 # A wide initialisation: with the usual one all logits of so small a model are nearly equal.
@@ -89,6 +97,48 @@ def model_dir(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempP
     return directory
 
 
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny run when it has ended; tests only read it."""
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    runs.run(run_dir)
+    return run_dir
+
+
+@pytest.fixture
+def refusal(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """The line of error with which a call ends; ``alone``: nothing else is said."""
+
+    def of(
+        call: Callable[..., object], *args: Any, code: int = 2, alone: bool = False, **options: Any
+    ) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            call(*args, **options)
+        assert stopped.value.code == code
+        said = [x for x in capsys.readouterr().err.splitlines() if "Seed set to" not in x]
+        errors = [line for line in said if line.startswith("error: ")]
+        assert len(said if alone else errors) == len(errors) == 1, said
+        return errors[0]
+
+    return of
+
+
+@pytest.fixture
+def shown(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What a call prints that ends the process well, as --help does."""
+
+    def of(call: Callable[..., object], *args: Any) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            call(*args)
+        out, err = capsys.readouterr()
+        assert stopped.value.code == 0 and "error" not in err
+        return out
+
+    return of
+
+
 @pytest.fixture
 def make_prompts() -> Callable[[Sequence[int]], PromptBatch]:
     """A batch of random prompts of the given lengths, padded on the left with id 0."""
@@ -98,17 +148,7 @@ def make_prompts() -> Callable[[Sequence[int]], PromptBatch]:
         width = max(lengths)
         mask = torch.arange(width) >= width - torch.tensor(lengths).unsqueeze(1)
         ids = torch.randint(3, VOCAB_SIZE, mask.shape, generator=generator) * mask
-        rows = len(lengths)
-        return PromptBatch(
-            prompt_ids=ids,
-            prompt_mask=mask,
-            texts=("",) * rows,
-            extras=({},) * rows,
-            split="train",
-            index=0,
-            first_row=0,
-            total_rows=rows,
-        )
+        return replace(batches.prompt_batch(*[{}] * len(lengths)), prompt_ids=ids, prompt_mask=mask)
 
     return make
 

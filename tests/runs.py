@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -20,6 +21,7 @@ from typing import IO, Any
 
 import torch
 from lightning.pytorch.cli import LightningCLI
+from pytest import approx
 from tensorboard.backend.event_processing import event_accumulator, plugin_event_accumulator
 from tensorboard.summary.writer import event_file_writer
 from tensorboard.util import tensor_util
@@ -28,12 +30,16 @@ from torch import Tensor
 from tre_lightning.batches import PromptBatch
 from tre_lightning.cli import main as cli
 from tre_lightning.cli.main import main
+from tre_lightning.common.distributed import world
 from tre_lightning.methods import EntropyBonus, PolicyOutputs, Tokens
 from tre_lightning.tasks import CountdownDataModule
 
 # The warm start of all these runs is trained once a session.
 _cache = tempfile.TemporaryDirectory(prefix="tre_lightning_tests_")
 WARM_STARTS = Path(_cache.name) / "warm_starts"
+
+ROOT = Path(__file__).parents[1]  # of the repository
+CONFIGS = ROOT / "configs"
 
 ITERATIONS = 4  # PPO iterations of the tiny run
 STEPS_AN_ITERATION = 4  # optimiser steps: num_epochs x num_minibatches
@@ -85,6 +91,32 @@ class NeedsLogits(EntropyBonus):
         assert outputs.logits is not None
         log_p = outputs.logits.log_softmax(-1)
         return (log_p.exp() * log_p).sum(-1)
+
+
+class Poison(EntropyBonus):
+    """An entropy bonus that is not finite at some of its calls, of which each update makes one.
+
+    ``kind``: its ``loss`` is NaN; or only the ``gradient`` that it gives; or the loss is an
+    infinite ``constant``, without a gradient, on the last rank alone.
+    """
+
+    def __init__(self, kind: str = "loss", first: int = 0, last: int = 0) -> None:
+        super().__init__(0.01, name="poison")
+        self.kind, self.first, self.last, self.calls = kind, first, last, 0
+
+    def per_token(self, outputs: PolicyOutputs, tokens: Tokens) -> Tensor:
+        loss = super().per_token(outputs, tokens)
+        self.calls += 1
+        if not self.first <= self.calls <= self.last:
+            return loss
+        if self.kind == "loss":
+            return loss * math.nan
+        if self.kind == "constant":
+            rank, ranks = world()
+            return torch.full_like(loss, math.inf) if rank == ranks - 1 else loss
+        loss = loss * 1.0
+        loss.register_hook(lambda gradient: gradient * math.nan)
+        return loss
 
 
 TRE = {
@@ -173,6 +205,12 @@ def resume(
     return run(run_dir, f"--ckpt_path={ckpt_path}", changes=changes)
 
 
+def write_jsonl(file: Path, rows: Sequence[Any]) -> str:
+    """A file of these rows; returns its name."""
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
 def output_of(*args: Any, **options: Any) -> str:
     """What :func:`run` prints."""
     with redirect_stdout(StringIO()) as out:
@@ -247,6 +285,12 @@ class Fork:
 
 
 Process = subprocess.Popen[str] | Fork
+Said = Callable[..., str]  # the fixtures refusal and shown
+
+
+def python_path() -> str:
+    """PYTHONPATH of a fresh interpreter that imports what this one can, the tests' helpers too."""
+    return os.pathsep.join(sys.path)
 
 
 @contextmanager
@@ -258,10 +302,9 @@ def process(arguments: Sequence[str], *, fresh: bool = False, **extra: str) -> I
     """
     child: Process
     if fresh:
-        paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
         child = subprocess.Popen(
             [sys.executable, "-m", "tre_lightning", *arguments],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **extra},
+            env={**os.environ, "PYTHONPATH": python_path(), **extra},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -380,6 +423,33 @@ def assert_same_run(left: Path, right: Path) -> None:
             assert sorted(set(events)) == sorted(set(b[tag])), tag
         else:
             assert events == b[tag], tag
+
+
+def wait_until(condition: Callable[[], object], process: Any = None, seconds: float = 180) -> None:
+    """Come back when the condition holds; a test whose process ends first or hangs fails."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process is None or process.poll() is None, process.stdout.read()[-3000:]
+        assert time.monotonic() < end, "it goes on"
+        time.sleep(0.01)
+
+
+def exit_code(process: BaseProcess, seconds: float = 180.0) -> int | None:
+    """How a process ended; one that hangs is killed and has None."""
+    process.join(seconds)
+    code = process.exitcode
+    process.kill()
+    process.join()
+    return code
+
+
+def assert_close_curves(left: Path, right: Path, rel: float = 1e-5, abs: float = 1e-6) -> None:
+    """The same tags and steps, and values that differ by rounding alone."""
+    a, b = scalars(left), scalars(right)
+    assert a.keys() == b.keys()
+    for tag, events in a.items():
+        close = [(step, approx(value, rel=rel, abs=abs)) for step, value in events]
+        assert b[tag] == close, tag
 
 
 def is_running(pid: int) -> bool:

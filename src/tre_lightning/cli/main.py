@@ -35,6 +35,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from transformers.utils import logging as transformers_logging
 
+from tre_lightning import tasks
 from tre_lightning.callbacks.checkpoint import (
     IterationCheckpoint,
     find_checkpoint,
@@ -77,6 +78,8 @@ from tre_lightning.training.reward_model import PairMetrics, RewardModelModule
 from tre_lightning.training.sft import SFTModule
 
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+for _task in tasks.__all__:  # the parser knows by its bare name what has been imported
+    getattr(tasks, _task)
 
 
 def main(args: Sequence[str] | None = None) -> LightningCLI:
