@@ -75,7 +75,7 @@ def test_configuration_page_is_what_the_parser_says() -> None:
 
 
 def test_tables_of_the_pages_are_what_the_results_say() -> None:
-    script = runpy.run_path(str(ROOT / "docs" / "results.py"))
+    script = runpy.run_path(str(runs.ROOT / "docs" / "results.py"))
     pages = [page.read_text() for page in script["PAGES"]]
     for page in pages:
         assert script["filled"](page) == page, "run python docs/results.py"
