@@ -17,7 +17,7 @@ from tre_lightning.compare.results import read_results
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
 IMAGES = ROOT / "docs" / "images"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "evidence.md")
+PAGES = [ROOT / page for page in ("README.md", "docs/evidence.md", "docs/evidence_log.md")]
 MARKED = re.compile(
     r"(?<=<!-- )(\w+) (final|paired|sweep|seeds) ([\w ]*)-->\n.*?(?=<!-- end -->)", re.DOTALL
 )
