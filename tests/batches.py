@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tre_lightning.batches import PromptBatch, TrainingBatch
+from tre_lightning.batches import PromptBatch, Rollout, TrainingBatch
 from tre_lightning.methods import LossTerm, Method, PolicyOutputs, Tokens
 from tre_lightning.methods.hooks import weighed
 from tre_lightning.ops import Region
@@ -101,3 +101,14 @@ def mean_loss(term: LossTerm, logits: Tensor, batch: TrainingBatch) -> Tensor:
     weights = weighed(batch, [term], (0,)).weights[term.name][batch.response_mask]
     losses = term.per_token(outputs(term, logits), tokens(0))
     return term.coef_at(0) * (weights * losses).sum() / len(losses)
+
+
+def one_response(ids: Tensor, length: int) -> Rollout:
+    """The last ``length`` of these tokens ``[1, C]`` as the response to the others."""
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    asked, said = slice(None, -length), slice(-length, None)
+    counted = mask[:, said]
+    return Rollout(ids[:, asked], mask[:, asked], ids[:, said], counted, counted[:, 0])
+
+
+LOGPROBS_ALONE = HeadOptions(regions=(), temperature=1.0, memory=2**20)

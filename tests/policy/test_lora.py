@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import runs
+from batches import LOGPROBS_ALONE, one_response
 from tre_lightning.batches import PromptBatch
 from tre_lightning.methods import PolicyOutputs
 from tre_lightning.ops import Region
@@ -106,9 +107,8 @@ def test_experts_and_routers_stay_frozen(model_type: str, architecture: dict[str
     args = PolicyArgs(model="m", lora=LoraArgs(rank=2))
     model = ActorCritic.build(args, policy, None)
     model.try_out(args)
-    mask = torch.ones_like(IDS, dtype=torch.bool)
-    source, _ = model(IDS, mask, mask[:, 1:], lambda source: source)
-    source.hidden.sum().backward()
+    outputs, _ = model.outputs(one_response(IDS, 5), LOGPROBS_ALONE)
+    outputs.logprobs.sum().backward()
     trained = {name: p.grad for name, p in policy.named_parameters() if p.requires_grad}
     assert len(trained) == 2 * 2 * 4 and all(".self_attn." in name for name in trained)
     assert all(gradient is not None for gradient in trained.values())
@@ -274,8 +274,7 @@ def test_policy_and_critic_train_adapters_and_value_head(
         id(p) for p in model.parameters() if p.requires_grad
     }
     shake(model)
-    mask = torch.ones_like(IDS, dtype=torch.bool)
-    _, values = model(IDS, mask, mask[:, :3], lambda source: source)
+    _, values = model.outputs(one_response(IDS, 3), LOGPROBS_ALONE)
     values.square().sum().backward()
     reached = {id(p) for p in model.parameters() if p.grad is not None and p.grad.any()}
     assert reached == {id(p) for p in (ours if critic == "shared" else theirs)} | {
@@ -313,9 +312,8 @@ def test_a_bfloat16_base_has_float32_adapters(lora_args: Callable[..., PolicyArg
     for name, parameter in model.named_parameters():
         trained = ".lora_" in name or name.startswith("value_head.")
         assert parameter.dtype == (torch.float32 if trained else torch.bfloat16), name
-    mask = torch.ones_like(IDS, dtype=torch.bool)
-    source, values = model(IDS, mask, mask[:, :3], lambda source: source)
-    assert source.hidden.dtype == torch.bfloat16 and values.dtype == torch.float32
+    hidden, _, values = model._read(one_response(IDS, 3), LOGPROBS_ALONE)
+    assert hidden.dtype == torch.bfloat16 and values.dtype == torch.float32
 
 
 def test_a_saved_configuration_is_taken(model_dir: Path) -> None:
@@ -456,7 +454,6 @@ def test_adapters_of_other_weights_are_refused(
 def test_refused_in_one_line_before_any_work(
     done: tuple[Path, PreTrainedModel],
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
     refusal: runs.Said,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -467,7 +464,7 @@ def test_refused_in_one_line_before_any_work(
     assert "needs weights to freeze" in refusal(runs.run, run_dir, changes=scratch)
     layers = "--model.policy.lora.target_modules=[nope]"
     assert "does not fit the model" in refusal(
-        capsys, run_dir, layers, trained_anew, changes=POLICY
+        runs.run, run_dir, layers, trained_anew, changes=POLICY
     )
     ckpt = f"--ckpt_path={done[0]}/checkpoints/last.ckpt"
     rank = "--model.policy.lora.rank=3"

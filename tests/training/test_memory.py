@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import runs
+from batches import LOGPROBS_ALONE, one_response
 from tre_lightning.batches import PromptBatch
 from tre_lightning.cli.main import PPOCLI, main
 from tre_lightning.policy.actor_critic import (
@@ -44,13 +45,12 @@ def test_the_backward_pass_computes_activations_again(
     model = ActorCritic.load(args)
     nn.init.ones_(model.value_head.weight)
     trunks = [model.policy.base_model] + ([model.critic] if model.critic is not None else [])
-    counted = torch.ones(1, 3, dtype=torch.bool)
-    mask = torch.ones_like(IDS, dtype=torch.bool)
-    model(IDS, mask, counted, lambda source: source)  # tries out the head
+    batch = one_response(IDS, 3)
+    model.outputs(batch, LOGPROBS_ALONE)  # tries out the head
     calls = [forward_calls(layer.mlp) for trunk in trunks for layer in trunk.layers]
-    source, values = model(IDS, mask, counted, lambda source: source)
+    outputs, values = model.outputs(batch, LOGPROBS_ALONE)
     assert [len(made) for made in calls] == [1] * len(calls)
-    (source.hidden.square().sum() + values.square().sum()).backward()
+    (outputs.logprobs.sum() + values.square().sum()).backward()
     assert [len(made) for made in calls] == [2 if on else 1] * len(calls)
 
 
