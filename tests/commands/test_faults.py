@@ -501,9 +501,8 @@ def test_a_full_disk_of_the_first_rank_ends_all(whole: Path, tmp_path: Path) -> 
 
         def full(content: Any, target: Any, **options: Any) -> None:
             nonlocal saves
-            saves += (
-                isinstance(content, dict) and "state_dict" in content
-            )  # not the callbacks' states, which are tried before
+            # Not of the callbacks' states alone, which are tried before.
+            saves += isinstance(content, dict) and "state_dict" in content
             if saves == 2:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             original(content, target, **options)
