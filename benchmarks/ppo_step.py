@@ -233,6 +233,7 @@ def run_ours(
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.utilities import disable_possible_user_warnings
 
+    import tre_lightning.training.ppo as ppo_steps
     from tre_lightning.batches import PromptBatch
     from tre_lightning.common.malloc import keep_freed_memory
     from tre_lightning.policy.actor_critic import PolicyArgs
@@ -281,18 +282,18 @@ def run_ours(
         ),
         optim=OptimArgs(lr=LR, critic_lr=LR),
     )
-    parts: Any = module
-    parts._sample = clock.timed("sampling", module._sample)
+    timed: list[tuple[str, Any, str]] = [("sampling", module, "sample")]
     if detailed:
-        for name, function in {
-            "texts and scores": "_score",
-            "texts and scores ": "_texts",
-            "evaluation pass": "_evaluate_rollout",
-            "update": "_update",
-            "forward": "_loss",
-            "backward": "manual_backward",
-        }.items():
-            setattr(parts, function, clock.timed(name.strip(), getattr(parts, function)))
+        timed += [
+            ("texts and scores", module, "score"),
+            ("texts and scores", ppo_steps, "response_texts"),
+            ("evaluation pass", ppo_steps, "evaluate_rollout"),
+            ("update", module, "_update"),
+            ("forward", module, "_loss"),
+            ("backward", module, "manual_backward"),
+        ]
+    for name, owner, function in timed:
+        setattr(owner, function, clock.timed(name, getattr(owner, function)))
     data = Words(model, batch_size=setting.prompts, iterations_per_epoch=iterations)
     Trainer(
         accelerator="gpu" if device == "cuda" else "cpu",
