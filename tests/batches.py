@@ -103,9 +103,9 @@ def mean_loss(term: LossTerm, logits: Tensor, batch: TrainingBatch) -> Tensor:
     return term.coef_at(0) * (weights * losses).sum() / len(losses)
 
 
-def one_response(ids: Tensor, length: int) -> Rollout:
-    """The last ``length`` of these tokens ``[1, C]`` as the response to the others."""
-    mask = torch.ones_like(ids, dtype=torch.bool)
+def one_response(ids: Tensor, length: int, mask: Tensor | None = None) -> Rollout:
+    """The last ``length`` of these tokens ``[B, C]`` as the responses to the others."""
+    mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
     asked, said = slice(None, -length), slice(-length, None)
     counted = mask[:, said]
     return Rollout(ids[:, asked], mask[:, asked], ids[:, said], counted, counted[:, 0])

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from batches import one_response
 from tre_lightning.batches import PromptBatch, Rollout, sequence_inputs
 from tre_lightning.entropy import full_entropy
 from tre_lightning.ops import Region
@@ -66,12 +67,13 @@ def run(
     model: ActorCritic, ids: Tensor, mask: Tensor, length: int, takes_hidden: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy ``[B, length, 2]``, and values, of the last ``length`` tokens."""
-    counted = mask[:, -length:]
-    batch = Rollout(ids[:, :-length], mask[:, :-length], ids[:, -length:], counted, counted[:, 0])
+    batch = one_response(ids, length, mask)
     asked = HeadOptions((Region(),), 1.0, 2**20, show_logits=not takes_hidden)
     assert asked.takes_hidden == takes_hidden
     outputs, values = model.outputs(batch, asked)
-    return spread(numbers(outputs.logprobs, outputs.entropy(Region()).region), counted), values
+    return spread(
+        numbers(outputs.logprobs, outputs.entropy(Region()).region), batch.response_mask
+    ), values
 
 
 def numbers(logprobs: Tensor, entropies: Tensor) -> Tensor:
