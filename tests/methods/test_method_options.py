@@ -73,6 +73,10 @@ from tre_lightning.methods import (
         (SIREN, {"fraction": math.nan}, r"\[mine\]\.fraction=nan "),
         (SIREN, {"within": "batch"}, r"\[mine\]\.within=batch .*rollout, response"),
         (TrustRegionEntropy, {"top_k": 2, "min_size": 2}, r"\[mine\]\.min_size=2"),
+        (TrustRegionEntropy, {"min_p": 1.0}, r"\[mine\]\.min_p=1\.0 must lie between 0 and 1"),
+        (TrustRegionEntropy, {"min_p": LinearSchedule(0.1, 0.0, 3)}, r"\[mine\]\.min_p=0\.0 "),
+        (TrustRegionEntropy, {"min_p": 0.1, "top_p": 0.9}, r"\[mine\]: give exactly one"),
+        (TrustRegionEntropy, {"min_p": 0.1, "top_k": 2}, r"\[mine\]: give exactly one"),
         (
             TrustRegionEntropy,
             {"top_p": 0.9, "min_size": 2, "region_of": "behaviour"},

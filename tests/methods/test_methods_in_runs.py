@@ -119,6 +119,7 @@ FORKING: dict[str, Any] = {"off": {"fraction": 1.0}, **WEIGHTS}
 SIREN_TAGS = ("loss/{}_anchor", "loss/{}_entropy")
 CASES = {
     "tre": Case("TrustRegionEntropy", {"top_p": 0.9, "coef": SCHEDULE}, curves=tre),
+    "tre_min_p": Case("TrustRegionEntropy", {"min_p": 0.5, "coef": 0.05}),
     "tre_of_behaviour": Case(
         "TrustRegionEntropy", {"top_k": 3, "coef": 0.05, "region_of": "behaviour"}
     ),
