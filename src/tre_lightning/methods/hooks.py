@@ -63,6 +63,16 @@ class LinearSchedule:
         return self.start + (self.end - self.start) * done
 
 
+def value_at(value: float | LinearSchedule, iteration: int) -> float:
+    """A number that may follow a schedule, at a PPO iteration."""
+    return value.at(iteration) if isinstance(value, LinearSchedule) else value
+
+
+def ends_of(value: float | LinearSchedule) -> tuple[float, float]:
+    """Its first and last value."""
+    return (value.start, value.end) if isinstance(value, LinearSchedule) else (value, value)
+
+
 @dataclass(frozen=True)
 class Tokens:
     """What the rollout says of the same n tokens."""
@@ -189,8 +199,7 @@ class LossTerm(Method, ABC):
     def __init__(self, name: str, coef: float | LinearSchedule) -> None:
         """``coef`` 0 switches the term off; its log is ``loss/<name>``."""
         super().__init__(name)
-        ends = (coef.start, coef.end) if isinstance(coef, LinearSchedule) else (coef,)
-        if not all(value >= 0.0 for value in ends):
+        if not all(value >= 0.0 for value in ends_of(coef)):
             raise ValueError(
                 f"{self.where}.coef={coef} must be 0 (off) or positive; use a number >= 0"
             )
@@ -198,7 +207,7 @@ class LossTerm(Method, ABC):
 
     def coef_at(self, iteration: int) -> float:
         """The coefficient at a PPO iteration; a controller's own once ``adapt`` has run."""
-        return self.coef.at(iteration) if isinstance(self.coef, LinearSchedule) else self.coef
+        return value_at(self.coef, iteration)
 
     @abstractmethod
     def per_token(self, outputs: PolicyOutputs, tokens: Tokens) -> Tensor:

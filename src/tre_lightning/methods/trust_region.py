@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tre_lightning.common.validation import at_least, one_of
 from tre_lightning.entropy import Region, check_region, entropy_of_tokens, trust_region_mask
-from tre_lightning.methods.hooks import LinearSchedule, LossTerm, Tokens
+from tre_lightning.methods.hooks import LinearSchedule, LossTerm, Tokens, ends_of, value_at
 from tre_lightning.ops import PolicyOutputs
 
 Owner = Literal["current", "behaviour", "reference"]
@@ -56,9 +56,9 @@ class TrustRegionEntropy(LossTerm):
         one_of(f"{self.where}.region_of", region_of, get_args(Owner))
         at_least(f"{self.where}.max_size", max_size, 1)
         at_least(f"{self.where}.min_size", min_size, 1)
-        for end in ("start", "end"):
-            sizes = _tokens(_end(top_k, end)), _end(top_p, end), _end(min_p, end)
-            check_region(*sizes, owner=self.where)
+        sizes = (_ends(size) for size in (top_k, top_p, min_p))
+        for tokens, mass, least in zip(*sizes, strict=True):
+            check_region(_tokens(tokens), mass, least, owner=self.where)
         if min_size > 1 and (top_k is not None or region_of != "current"):
             raise ValueError(
                 f"{self.where}.min_size={min_size} is for a nucleus or min-p region of the current "
@@ -75,9 +75,9 @@ class TrustRegionEntropy(LossTerm):
     @property
     def region(self) -> Region:
         """The region of this iteration."""
-        sizes = (_at(size, self.iteration) for size in (self.top_k, self.top_p, self.min_p))
-        top_k, top_p, min_p = sizes
-        return Region(_tokens(top_k), top_p, min_p)
+        sizes = (self.top_k, self.top_p, self.min_p)
+        now = [None if size is None else value_at(size, self.iteration) for size in sizes]
+        return Region(_tokens(now[0]), now[1], now[2])
 
     @property
     def regions(self) -> tuple[Region, ...]:  # type: ignore[override]
@@ -128,13 +128,9 @@ class TrustRegionEntropy(LossTerm):
         return value
 
 
-def _at(value: float | LinearSchedule | None, iteration: int) -> float | None:
-    return value.at(iteration) if isinstance(value, LinearSchedule) else value
-
-
 def _tokens(value: float | None) -> int | None:
     return None if value is None else round(value)
 
 
-def _end(value: float | LinearSchedule | None, end: str) -> float | None:
-    return getattr(value, end) if isinstance(value, LinearSchedule) else value
+def _ends(value: float | LinearSchedule | None) -> tuple[float | None, float | None]:
+    return (None, None) if value is None else ends_of(value)
