@@ -110,7 +110,7 @@ REFUSED: dict[str, tuple[list[str], Mapping[str, Any], list[str]]] = {
     "diagnostics": ([], {"model.diagnostics": {"top_k": 2, "top_p": 0.9}}, [ONE]),
     "two regions of the diagnostics": (
         [],
-        {"model.diagnostics.min_p": 0.1},
+        {"model.diagnostics": {"min_p": 0.1}},
         ["model.diagnostics", ONE, "top_p=0.99", "min_p=0.1"],
     ),
     "min_p of the diagnostics": (
