@@ -10,6 +10,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import MinPLogitsWarper
 
 from tre_lightning.entropy import (
     check_region,
@@ -183,6 +184,14 @@ def test_min_p_at_the_ends_of_its_range(min_p: float) -> None:
     ids = [ids_of(row) for row in trust_region_mask(logits, min_p=min_p)]
     assert ids == ([[0], [0]] if min_p > 0.5 else [[0], [0, 1, 2, 3]])
     assert trust_region_entropy(logits, min_p=min_p).isfinite().all()
+
+
+@given(rows, st.floats(1e-4, 0.999))
+def test_min_p_is_that_of_min_p_sampling(row: list[float], min_p: float) -> None:
+    assume_no_rounding(row, min_p=min_p)
+    logits = torch.tensor([row])
+    left = MinPLogitsWarper(min_p)(torch.zeros(1, 1, dtype=torch.long), logits) > -INF
+    assert torch.equal(trust_region_mask(logits, min_p=min_p), left)
 
 
 @given(rows, regions)

@@ -1,10 +1,14 @@
 """Tests of tre_lightning.methods.weighted_reinforce."""
 
 import math
+import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 import batches
+import runs
 from tre_lightning.methods import WeightedReinforce
 from tre_lightning.methods.hooks import shaped
 
@@ -32,3 +36,27 @@ def test_by_hand(options: dict[str, float], right: float, wrong: float) -> None:
 def test_what_is_right_is_an_option() -> None:
     after = shaped(batches.without(MADE, 3), [WeightedReinforce(threshold=0.4)]).advantages
     assert after[:3, 0].tolist() == pytest.approx([0.1, -1.0, 0.1])
+
+
+def spec(kind: str, **options: float) -> dict[str, Any]:
+    return {"class_path": f"tre_lightning.methods.{kind}", "init_args": options}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model.ppo.kl_coef": 0.1, "trainer.callbacks": [spec("WeightedReinforce")]},
+            "model.ppo.kl_coef=0.1 is in the reward, which .* replaces; set model.ppo.kl_in",
+        ),
+        (
+            {"trainer.callbacks": [spec("EntropyAdvantage"), spec("WeightedReinforce")]},
+            r"replaces the advantages that EntropyAdvantage\[entropy_advantage\]",
+        ),
+    ],
+)
+def test_what_it_would_undo_is_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path, refusal: runs.Said
+) -> None:
+    assert re.search(message, refusal(runs.run, tmp_path / "run", changes=changes))
+    assert not (tmp_path / "run").exists()

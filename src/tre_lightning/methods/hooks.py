@@ -6,6 +6,7 @@ hooks in the order in which an iteration flows; each hook has a default that cha
 ====================  =====================================================  ====================
 hook                  when                                                   on
 ====================  =====================================================  ====================
+``check``             before any work                                        module and methods
 ``observe``           the policy that sampled is evaluated                   tokens of some rows
 ``adapt``             the rollout is scored, before the first update         the global rollout
 ``shape_advantages``  after that, in the order of the callbacks              the global rollout
@@ -167,13 +168,19 @@ class Method(Callback):
         """
         return None
 
+    def check(self, module: LightningModule, methods: Sequence["Method"]) -> None:
+        """Raise ValueError where it cannot work with the module's options and the run's methods.
+
+        Called before any work.
+        """
+
     def logged(self) -> Mapping[str, float]:
         """Numbers of its own, logged as ``loss/<name>_<key>`` every iteration."""
         return {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse methods whose names clash."""
-        find_methods(trainer.callbacks)  # type: ignore[attr-defined]
+        """Refuse methods whose names clash, and a run that this one cannot work in."""
+        self.check(pl_module, find_methods(trainer.callbacks))  # type: ignore[attr-defined]
 
 
 class LossTerm(Method, ABC):

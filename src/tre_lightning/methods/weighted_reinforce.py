@@ -1,8 +1,10 @@
 """PSR, NSR and W-REINFORCE: learn from right responses, from wrong ones, or from both unequally."""
 
 import math
+from collections.abc import Sequence
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from tre_lightning.batches import TrainingBatch
@@ -26,9 +28,10 @@ class WeightedReinforce(Method):
     ==============  ============  ============
 
     0.1 is the paper's lambda. A response is right if its score is above ``threshold``. There is no
-    baseline and no whitening: what the estimator made of the scores, and a KL penalty in the
-    reward, is replaced; methods that stand later in the list shape these advantages. It takes no
-    critic: ``model.policy.critic: none`` with any estimator for it saves one.
+    baseline and no whitening: what the estimator made of the scores is replaced, so a KL penalty in
+    the reward and methods before it that shape advantages are refused; those that stand later in
+    the list shape these advantages. It takes no critic: ``model.policy.critic: none`` with any
+    estimator for it saves one.
 
     Deviations: PSR and NSR leave out the responses of the other kind; the authors also leave them
     out of the number that the loss is divided by, here the divisor stays the number of all counted
@@ -62,6 +65,21 @@ class WeightedReinforce(Method):
         self.positive = positive
         self.negative = negative
         self.threshold = threshold
+
+    def check(self, module: LightningModule, methods: Sequence[Method]) -> None:
+        """Refuse what it would silently undo."""
+        ppo = module.ppo_args
+        if ppo.kl_coef != 0.0 and ppo.kl_in == "reward":  # type: ignore[union-attr]
+            raise ValueError(
+                f"model.ppo.kl_coef={ppo.kl_coef} is in the reward, which "  # type: ignore[union-attr]
+                f"{self.where} replaces; set model.ppo.kl_in to loss, or the coefficient to 0"
+            )
+        for earlier in methods[: methods.index(self)]:
+            if type(earlier).shape_advantages is not Method.shape_advantages:
+                raise ValueError(
+                    f"{self.where} replaces the advantages that {earlier.state_key}, which stands "
+                    "before it, shapes; put it first"
+                )
 
     def shape_advantages(self, batch: TrainingBatch) -> Tensor:
         """``positive`` or -``negative``, ``[B, T]``; uncounted tokens keep their advantage."""
