@@ -1,4 +1,4 @@
-"""Word problems for a small pretrained model: arithmetic in English, made by seed, scored exactly."""
+"""Word problems for a small pretrained model: arithmetic in English, made by seed."""
 
 import random
 from collections.abc import Sequence
