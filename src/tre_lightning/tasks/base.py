@@ -419,12 +419,14 @@ class PromptDataModule(LightningDataModule, ABC):
                     "has none; give a tokenizer with one, or put the text into data.template_file"
                 )
             return
+        if system == DEFAULT and not wording.examples:
+            return
         examples = f"data.few_shot_file={self.few_shot_file}"
         try:
             text = self.render(prompt)
         except ValueError as error:
-            option = given if system != DEFAULT else examples if wording.examples else None
-            raise ValueError(f"{option}: {error}" if option else str(error)) from error
+            option = examples if system == DEFAULT else given
+            raise ValueError(f"{option}: {error}") from error
         shown = [(given, system)] if system not in (None, DEFAULT) else []
         shown += [(examples, message["content"]) for message in wording.examples]
         for option, said in shown:
