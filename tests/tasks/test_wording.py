@@ -247,6 +247,19 @@ def test_other_wording_is_other_prompts(tmp_path: Path) -> None:
     assert len(prints) == 4
 
 
+def test_held_out_prompts_among_the_examples_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    held_out = words(val_size=5, test_size=6).heldout_prompts("val")["val"]
+    rows = [{"question": p.text, "response": "1"} for p in (held_out[1], held_out[3])]
+    rows.append({"question": "What is 1 + 1?", "response": "2"})
+    data = words(val_size=5, test_size=6, **wording(tmp_path, "Q: {{question}}", rows))
+    with caplog.at_level("WARNING"):
+        data.check(smol())
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert said.startswith("2 of 5 prompts of val are examples of data.few_shot_file=")
+
+
 # ----- demonstrations
 
 

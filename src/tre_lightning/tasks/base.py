@@ -254,7 +254,8 @@ class PromptDataModule(LightningDataModule, ABC):
             texts_of_all += repr(self.wording)
         self.fingerprint = hashlib.blake2b(texts_of_all.encode(), digest_size=8).hexdigest()
         for stage in ("val", "test"):
-            for held_out in self.heldout_prompts(stage).values():
+            for name, held_out in self.heldout_prompts(stage).items():
+                self._warn_of_examples(name, held_out)
                 prompts += held_out
         for listed in files.values():
             prompts += listed
@@ -406,6 +407,17 @@ class PromptDataModule(LightningDataModule, ABC):
         check_known(largest, self._known, self.vocabulary_size, "a demonstration: its token")
         end = int(self._known.eos_token_id)
         return [(p, [*a, end]) for p, a in zip(asked, answered, strict=True)]
+
+    def _warn_of_examples(self, name: str, prompts: Sequence[Prompt]) -> None:
+        """Warn of held-out prompts whose answer an example gives."""
+        asked = {m["content"] for m in self.wording.examples if m["role"] == "user"}
+        last = (self._conversation(prompt).messages[-1]["content"] for prompt in prompts if asked)
+        if given := sum(content in asked for content in last):
+            _log.warning(
+                "%d of %d prompts of %s are examples of data.few_shot_file=%s, which gives their "
+                "answers; take other examples",
+                *(given, len(prompts), name, self.few_shot_file),
+            )
 
     def _check_wording(self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> None:
         """Refuse what this task's prompts or this tokenizer's chat template cannot give."""
