@@ -522,7 +522,8 @@ class _TrainingCLI(_CLI):
         super().instantiate_classes()
         with one_line_errors():
             check_whole(self.trainer)
-            check_decay(self.trainer, self.options.model.final_lr_fraction)
+            given = self.options.model
+            check_decay(self.trainer, given.final_lr_fraction, given.get("warmup_fraction", 0.0))
             callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
             if not others_log(callbacks):
                 refuse_unknown(monitors(callbacks), self.logged)

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tre_lightning.common.validation import at_least
+
 Row = Mapping[str, Any]
 
 # What a name may end with that is meant as a file, though it is not of a kind that is read here.
@@ -82,6 +84,18 @@ def read_rows(
     configuration = {} if name is None else {"name": name}
     rows = _dataset_rows(field, source, source, split=split, **configuration)
     return _with_few_digits(rows) if decimals else _plain(rows)
+
+
+def row_order(count: int, shuffle_seed: int | None) -> list[int]:
+    """The order of the datasets library's ``Dataset.shuffle(seed=shuffle_seed)``.
+
+    None = as they stand in the source.
+    """
+    if shuffle_seed is None:
+        return list(range(count))
+    at_least("data.shuffle_seed", shuffle_seed, 0)
+    order: list[int] = np.random.default_rng(shuffle_seed).permutation(count).tolist()
+    return order
 
 
 def text_of(row: Row, column: str, where: str) -> str:

@@ -10,20 +10,40 @@ from torch import nn
 
 
 def decaying_adamw(
-    model: nn.Module, trainer: Trainer, lr: float, final_lr_fraction: float
+    model: nn.Module,
+    trainer: Trainer,
+    lr: float,
+    final_lr_fraction: float,
+    warmup_fraction: float = 0.0,
 ) -> OptimizerLRSchedulerConfig:
-    """AdamW whose rate decays linearly from ``lr`` to ``final_lr_fraction`` of it at the end."""
+    """AdamW whose rate decays linearly from ``lr`` to ``final_lr_fraction`` of it at the end.
+
+    It rises linearly to ``lr`` over the first ``warmup_fraction`` of the steps.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-    last = max(trainer.estimated_stepping_batches - 1, 1) if has_end(trainer) else math.inf
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: 1.0 - (1.0 - final_lr_fraction) * min(step / last, 1.0)
-    )
+    steps = trainer.estimated_stepping_batches if has_end(trainer) else math.inf
+    warmup = round(warmup_fraction * steps) if warmup_fraction > 0.0 else 0
+    left = max(steps - warmup - 1, 1)
+
+    def fraction(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 1.0 - (1.0 - final_lr_fraction) * min((step - warmup) / left, 1.0)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, fraction)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def check_decay(trainer: Trainer, final_lr_fraction: float) -> None:
-    """Raise ValueError for a decay in a run without a known end."""
-    if final_lr_fraction != 1.0 and not has_end(trainer):
+def check_decay(trainer: Trainer, final_lr_fraction: float, warmup_fraction: float = 0.0) -> None:
+    """Raise ValueError for a decay or a fraction of warm-up in a run without a known end."""
+    if has_end(trainer):
+        return
+    if warmup_fraction > 0.0:
+        raise ValueError(
+            f"model.warmup_fraction={warmup_fraction} needs a run with an end; give "
+            "trainer.max_epochs or trainer.max_steps, or 0 for no warm-up"
+        )
+    if final_lr_fraction != 1.0:
         raise ValueError(
             f"model.final_lr_fraction={final_lr_fraction} needs a run with an end; give "
             "trainer.max_epochs or trainer.max_steps, or 1 for a constant rate"

@@ -125,6 +125,8 @@ class OptimArgs:
         warmup_iterations: PPO iterations of linear warm-up from 0.
         warmup_fraction: instead, linear warm-up over this fraction of the run's PPO iterations, in
             [0, 1].
+        critic_warmup_iterations: of the critic and the value head; none = as the policy.
+        critic_warmup_fraction: the same as a fraction; none = as the policy.
         final_lr_fraction: learning rate at the last iteration as a fraction of the peak, with
             linear decay in between; 1 = constant.
         betas: of AdamW.
@@ -138,6 +140,8 @@ class OptimArgs:
     critic_lr: float = 1e-5
     warmup_iterations: int = 0
     warmup_fraction: float = 0.0
+    critic_warmup_iterations: int | None = None
+    critic_warmup_fraction: float | None = None
     final_lr_fraction: float = 1.0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -151,44 +155,72 @@ class OptimArgs:
             at_least(f"model.optim.{name}", getattr(self, name), 0)
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ValueError(f"model.optim.betas={self.betas} must each lie in [0, 1)")
-        at_least("model.optim.warmup_iterations", self.warmup_iterations, 0)
-        unit_fraction("model.optim.warmup_fraction", self.warmup_fraction)
-        if self.warmup_iterations > 0 and self.warmup_fraction > 0.0:
-            raise ValueError(
-                f"give model.optim.warmup_iterations={self.warmup_iterations} or "
-                f"model.optim.warmup_fraction={self.warmup_fraction}, not both; set the other to 0"
-            )
+        for owner in ("", "critic_"):
+            self._check_warmup(owner)
+
+    def _check_warmup(self, owner: str) -> None:
+        given = {}
+        for unit, check in (("iterations", _count), ("fraction", unit_fraction)):
+            name = f"{owner}warmup_{unit}"
+            value = getattr(self, name)
+            if value is not None:
+                check(f"model.optim.{name}", value)
+            if value:
+                given[name] = value
+        if len(given) > 1:
+            named = " or ".join(f"model.optim.{name}={value}" for name, value in given.items())
+            raise ValueError(f"give {named}, not both; set the other to 0")
 
     def check_end(self, *, known: bool) -> None:
         """Raise ValueError where a rate depends on the run's end, and that is not known."""
         if known:
             return
-        if self.warmup_fraction > 0.0:
-            raise ValueError(
-                f"model.optim.warmup_fraction={self.warmup_fraction} needs a run with an end; give "
-                "trainer.max_epochs, trainer.max_steps or model.optim.warmup_iterations"
-            )
+        for owner in ("", "critic_"):
+            if fraction := getattr(self, f"{owner}warmup_fraction"):
+                raise ValueError(
+                    f"model.optim.{owner}warmup_fraction={fraction} needs a run with an end; give "
+                    f"trainer.max_epochs, trainer.max_steps or model.optim.{owner}warmup_iterations"
+                )
         if self.final_lr_fraction != 1.0:
             raise ValueError(
                 f"model.optim.final_lr_fraction={self.final_lr_fraction} needs a run with an end; "
                 "give trainer.max_epochs or trainer.max_steps, or 1 for a constant rate"
             )
 
-    def lr_fraction(self, iteration: int, total_iterations: float) -> float:
-        """Fraction of the peak learning rate at a PPO iteration.
+    def rates(self, iteration: int, total_iterations: float) -> tuple[float, float]:
+        """Learning rates of policy and critic at a PPO iteration.
+
+        Raises:
+            ValueError: for a fraction of a run without end.
+        """
+        policy = self.lr_fraction(iteration, total_iterations)
+        critic = self.lr_fraction(iteration, total_iterations, critic=True)
+        return policy * self.lr, critic * self.critic_lr
+
+    def lr_fraction(
+        self, iteration: int, total_iterations: float, *, critic: bool = False
+    ) -> float:
+        """Fraction of the peak learning rate of the policy, or of the critic, at a PPO iteration.
 
         Raises:
             ValueError: for a fraction of a run without end.
         """
         self.check_end(known=math.isfinite(total_iterations))
-        warmup = self.warmup_iterations
-        if self.warmup_fraction > 0.0:
-            warmup = round(self.warmup_fraction * total_iterations)
+        warmup, fraction = self.warmup_iterations, self.warmup_fraction
+        own = (self.critic_warmup_iterations, self.critic_warmup_fraction)
+        if critic and own != (None, None):
+            warmup, fraction = own[0] or 0, own[1] or 0.0
+        if fraction > 0.0:
+            warmup = round(fraction * total_iterations)
         if iteration < warmup:
             return (iteration + 1) / warmup
         left = max(total_iterations - warmup - 1, 1)
         done = min((iteration - warmup) / left, 1.0)  # 0 in a run without end
         return 1.0 - (1.0 - self.final_lr_fraction) * done
+
+
+def _count(name: str, value: float) -> None:
+    at_least(name, value, 0)
 
 
 @dataclass(frozen=True)

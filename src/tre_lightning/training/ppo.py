@@ -191,7 +191,7 @@ class PPOModule(LightningModule):
         ppo, optim, started = self.ppo_args, self.optim_args, time.perf_counter()
         methods = find_methods(self.trainer.callbacks)  # type: ignore[attr-defined]
         start_iteration(methods, self.iteration)
-        lr_fraction = optim.lr_fraction(self.iteration, total_batches(self.trainer))
+        rates = optim.rates(self.iteration, total_batches(self.trainer))
 
         # 1. Sample responses.
         rollout = self.sample(prompts, self.rollout_args)
@@ -237,17 +237,17 @@ class PPOModule(LightningModule):
         for epoch in range(ppo.num_epochs):
             key = ("minibatches", self.seed, self.iteration, epoch)
             for number, minibatch in enumerate(minibatches(batch, ppo.num_minibatches, *key)):
-                self._update(weighed(minibatch, methods, (*key, number)), methods, lr_fraction)
+                self._update(weighed(minibatch, methods, (*key, number)), methods, rates)
 
         # 7. Log, and set the KL coefficient of the next iteration.
         values = {**self._rollout_metrics.flush(), **self._update_metrics.flush()}
         values |= method_values(methods, scales)
-        values["policy/lr"] = lr_fraction * optim.lr
+        values["policy/lr"] = rates[0]
         if self.kl_coef != 0.0:
             values["policy/kl_coef"] = self.kl_coef
             self.kl_coef = ppo.next_kl_coef(self.kl_coef, values["rollout/ref_kl"], len(batch))
         if batch.values is not None:
-            values["value/lr"] = lr_fraction * optim.critic_lr
+            values["value/lr"] = rates[1]
         values["rollout/seconds"] = sampled - started
         values["policy/update_seconds"] = time.perf_counter() - sampled
         self.log_dict(values, logger=False, batch_size=1)  # for callbacks and progress bar
@@ -277,9 +277,9 @@ class PPOModule(LightningModule):
             return scores_of(self.task, responses, prompts).to(self.device)
 
     def _update(
-        self, minibatch: TrainingBatch, methods: Sequence[Method], lr_fraction: float
+        self, minibatch: TrainingBatch, methods: Sequence[Method], rates: Sequence[float]
     ) -> None:
-        """One optimiser step on this rank's part of a global minibatch.
+        """One optimiser step on this rank's part of a global minibatch, at these learning rates.
 
         A minibatch whose loss or gradient is not finite is skipped, by all ranks.
         """
@@ -303,8 +303,8 @@ class PPOModule(LightningModule):
                 raise end_of_run(self._update_metrics.parts, norms, self.skipped_in_a_row)
             return self._update_metrics.skip_step()
         self.skipped_in_a_row = 0
-        for group, (_, lr) in zip(optimizer.param_groups, groups, strict=True):
-            group["lr"] = lr * lr_fraction
+        for group, lr in zip(optimizer.param_groups, rates[: len(groups)], strict=True):
+            group["lr"] = lr
         optimizer.step()
         self._update_metrics.end_step(*norms)
 

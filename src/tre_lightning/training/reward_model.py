@@ -18,7 +18,7 @@ from transformers import (
 
 from tre_lightning.common.errors import read
 from tre_lightning.common.metrics import MaskedMean
-from tre_lightning.common.validation import at_least, options, positive
+from tre_lightning.common.validation import at_least, options, positive, unit_fraction
 from tre_lightning.policy.actor_critic import (
     PolicyArgs,
     checkpoint_gradients,
@@ -96,6 +96,7 @@ class RewardModelModule(LightningModule):
         lr: float = 1e-5,
         centering_coef: float = 1e-2,
         final_lr_fraction: float = 0.1,
+        warmup_fraction: float = 0.0,
     ) -> None:
         """Keep the options; nothing is loaded yet.
 
@@ -106,10 +107,12 @@ class RewardModelModule(LightningModule):
             lr: learning rate of AdamW at the start.
             centering_coef: weight of the loss that keeps the scores centred at 0; 0 = off.
             final_lr_fraction: fraction of ``lr`` at the last step, linear in between.
+            warmup_fraction: fraction of the steps over which the rate rises to ``lr``, in [0, 1].
         """
         super().__init__()
         positive("model.lr", lr)
         at_least("model.final_lr_fraction", final_lr_fraction, 0)
+        unit_fraction("model.warmup_fraction", warmup_fraction)
         if not centering_coef >= 0.0:
             raise ValueError(f"model.centering_coef={centering_coef} must be 0 (off) or positive")
         self.output_dir = output_dir
@@ -117,6 +120,7 @@ class RewardModelModule(LightningModule):
         self.lr = lr
         self.centering_coef = centering_coef
         self.final_lr_fraction = final_lr_fraction
+        self.warmup_fraction = warmup_fraction
         self._train_metrics = PairMetrics()
         self._val_metrics = PairMetrics()
         plain = {
@@ -124,6 +128,7 @@ class RewardModelModule(LightningModule):
             "lr": lr,
             "centering_coef": centering_coef,
             "final_lr_fraction": final_lr_fraction,
+            "warmup_fraction": warmup_fraction,
         }
         self.save_hyperparameters({**plain, "policy": asdict(self.policy_args)}, logger=False)
 
@@ -182,8 +187,10 @@ class RewardModelModule(LightningModule):
             checkpoint_gradients(self.model)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW, decaying linearly."""
-        return decaying_adamw(self.model, self.trainer, self.lr, self.final_lr_fraction)
+        """AdamW, decaying linearly after the warm-up."""
+        return decaying_adamw(
+            self.model, self.trainer, self.lr, self.final_lr_fraction, self.warmup_fraction
+        )
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """This rank's part of the mean loss over the batch's pairs, nats."""

@@ -30,7 +30,7 @@ from tre_lightning.policy.encoding import pad
 from tre_lightning.policy.tokenizers import check_known
 from tre_lightning.tasks.alignment.scorer import encode
 from tre_lightning.tasks.batching import share, spans
-from tre_lightning.tasks.sources import read_rows
+from tre_lightning.tasks.sources import read_rows, row_order
 
 _ENCODED_AT_ONCE = 1024  # pairs
 _log = logging.getLogger(__name__)
@@ -121,25 +121,48 @@ def _pick(rng: random.Random, options: Sequence[str]) -> str:
 # ----- pairs from files and datasets
 
 
-def load_pairs(source: str, split: str = "train", name: str | None = None) -> list[Pair]:
+def load_pairs(
+    source: str,
+    split: str = "train",
+    name: str | None = None,
+    *,
+    shuffle_seed: int | None = None,
+    skip_rows: int = 0,
+) -> list[Pair]:
     """Pairs of a local ``.jsonl`` or ``.parquet`` file, or of a dataset of the hub.
 
     Rows without a difference to learn (equal responses, or transcripts that differ before the last
     response) are left out and their number is logged.
 
+    Args:
+        source: the file or dataset.
+        split: split of a dataset of the hub.
+        name: configuration of a dataset of the hub that has several.
+        shuffle_seed: of the order of the rows, as of :func:`row_order`.
+        skip_rows: the first rows in that order are left out, and every other pair of their prompts.
+
     Raises:
         ValueError: if the source cannot be read, a row has none of the known forms, or no row is
             left.
     """
+    rows = [*read_rows("data.source", source, split, name)]
+    order = row_order(len(rows), shuffle_seed)
+    hidden = {_key(chosen_prompt(rows[i][1], rows[i][0])) for i in order[:skip_rows]}
     pairs, dropped = [], 0
-    for where, row in read_rows("data.source", source, split, name):
-        pair = read_pair(row, where)
+    for i in order[skip_rows:]:
+        pair = read_pair(rows[i][1], rows[i][0])
         if pair is None:
             dropped += 1
-        else:
+        elif _key(pair.prompt) not in hidden:
             pairs.append(pair)
     if dropped:
         _log.warning("%s: left out %d pairs that differ in no last response", source, dropped)
+    if skip_rows:
+        others = len(rows) - skip_rows - dropped - len(pairs)
+        _log.warning(
+            "%s: left out the first %d rows, and %d others of the same prompts",
+            *(source, min(skip_rows, len(rows)), max(others, 0)),
+        )
     if not pairs:
         raise ValueError(f"data.source={source} holds no pair with two different responses")
     return pairs
@@ -160,6 +183,22 @@ def read_pair(row: Mapping[str, Any], where: str) -> Pair | None:
     if prompt != other_prompt or chosen == rejected:
         return None
     return Pair(prompt, chosen, rejected, margin)
+
+
+def chosen_prompt(row: Mapping[str, Any], where: str) -> list[dict[str, str]]:
+    """The prompt of the better response, whatever the other one is.
+
+    Raises:
+        ValueError: if the row has none of these forms; the message starts with ``where``.
+    """
+    try:
+        return _read_side(row, "chosen")[0]
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _key(prompt: ChatPrompt) -> str:
+    return json.dumps(as_messages(prompt))
 
 
 def _read_side(row: Mapping[str, Any], name: str) -> tuple[list[dict[str, str]], str]:
@@ -212,6 +251,8 @@ class PreferencePairs(LightningDataModule):
         val_size: int = 256,
         seed: int = 42,
         name: str | None = None,
+        shuffle_seed: int | None = None,
+        skip_rows: int = 0,
     ) -> None:
         """Keep the options.
 
@@ -226,19 +267,31 @@ class PreferencePairs(LightningDataModule):
                 all pairs of a prompt stay together.
             seed: of the synthetic pairs, their order and the choice of the validation pairs.
             name: configuration of a dataset of the hub that has several.
+            shuffle_seed: take the rows in the order of the datasets library's
+                ``shuffle(seed=shuffle_seed)``; none = as they stand. Matters to ``skip_rows``.
+            skip_rows: leave out so many rows, the first ones, and every other pair of their
+                prompts: those that a policy is trained and tested on.
         """
         super().__init__()
+        at_least("data.skip_rows", skip_rows, 0)
+        for option, given in (("shuffle_seed", shuffle_seed), ("skip_rows", skip_rows or None)):
+            if source is None and given is not None:
+                raise ValueError(
+                    f"data.{option}={given} needs data.source: the synthetic pairs have no rows"
+                )
         named = {
             "synthetic_size": synthetic_size,
             "batch_size": batch_size,
             "max_length": max_length,
             "val_size": val_size,
         }
-        for name, value in named.items():
-            at_least(f"data.{name}", value, 1)
+        for option, least in named.items():
+            at_least(f"data.{option}", least, 1)
         self.source = source
         self.split = split
         self.name = name
+        self.shuffle_seed = shuffle_seed
+        self.skip_rows = skip_rows
         self.synthetic_size = synthetic_size
         self.batch_size = batch_size
         self.max_length = max_length
@@ -264,7 +317,13 @@ class PreferencePairs(LightningDataModule):
         if self.source is None:
             self._all = [synthetic_pair(index, self.seed) for index in range(self.synthetic_size)]
         else:
-            self._all = load_pairs(self.source, self.split, self.name)
+            self._all = load_pairs(
+                self.source,
+                self.split,
+                self.name,
+                shuffle_seed=self.shuffle_seed,
+                skip_rows=self.skip_rows,
+            )
         self._split(self._all)  # refuses what cannot work before a model is loaded
 
     def encode(
@@ -379,7 +438,7 @@ def split_by_prompt(
     The validation pairs are those of random prompts, just so many that they are ``val_size`` pairs
     or more (all pairs, where there are not so many).
     """
-    keys = [json.dumps(as_messages(pair.prompt)) for pair in pairs]
+    keys = [_key(pair.prompt) for pair in pairs]
     sizes = Counter(keys)
     prompts = list(sizes)
     held_out: set[str] = set()

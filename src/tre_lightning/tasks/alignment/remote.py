@@ -1,19 +1,34 @@
-"""Scores of a reward model behind HTTP.
+"""Scores of a reward model behind HTTP, in one of three protocols.
 
-The protocol, for any server (``python -m tre_lightning.tasks.alignment.server`` is one)::
+``scores`` is ours; ``python -m tre_lightning.tasks.alignment.server`` speaks it::
 
     POST {"prompts": [P, ...], "responses": ["...", ...]}
     200  {"scores": [0.5, null, ...]}
 
-``P`` is a string or a list of ``{"role": ..., "content": ...}``. There is one finite number a
-response, in order; null = could not be scored. Everything else is an error and never a score. The
-environment's proxies are not used.
+``P`` is a string or a list of ``{"role": ..., "content": ...}``; null = could not be scored.
+
+``predict`` is that of the authors of TRE, whose server puts prompt and response into the reward
+model's chat template itself; a prompt is the text of its only message, the user's::
+
+    POST /predict {"prompts": ["...", ...], "responses": ["...", ...]}
+    200           {"rewards": [0.5, ...]}
+
+``openrlhf`` is that of OpenRLHF's remote reward (``--reward.remote_url``), whose servers read
+``query``: the prompt as the policy reads it, the response, and the end token, which here stands
+behind a response that was cut off, too. Labels are empty::
+
+    POST /get_reward {"query": ["...", ...], "prompts": ["...", ...], "labels": ["", ...]}
+    200              {"rewards": [0.5, ...], ...}
+
+In all of them there is one finite number a response, in order. Everything else is an error and
+never a score. The environment's proxies are not used.
 """
 
 import json
 import math
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn, get_args
 from urllib.parse import urlsplit
 
 import anyio
@@ -21,14 +36,76 @@ import httpx2
 from anyio.from_thread import start_blocking_portal
 
 from tre_lightning.common.errors import RunError
-from tre_lightning.common.validation import at_least, positive
-from tre_lightning.policy.chat import ChatPrompt
+from tre_lightning.common.validation import at_least, one_of, positive
+from tre_lightning.policy.chat import ChatPrompt, as_messages
 from tre_lightning.tasks.alignment.scorer import check_equal_numbers
 
 _LARGEST_REPLY = 65536  # bytes, and these for every score besides:
-_BYTES_A_SCORE = 64
+_BYTES_A_SCORE = 64  # of one list of numbers
 _HEADERS = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
 _SHOWN = 200  # characters of an error reply that the message repeats
+
+
+Protocol = Literal["scores", "predict", "openrlhf"]
+
+
+@dataclass(frozen=True)
+class _Spoken:
+    """A protocol: where to post, the request, and the list of numbers in the reply.
+
+    ``path`` is that of an address without one; ``lists`` are the lists of numbers that a reply may
+    hold beside other things.
+    """
+
+    path: str
+    request: Callable[[Sequence[ChatPrompt], Sequence[str]], dict[str, Any]]
+    reply: str
+    lists: int
+    null: bool  # whether null = could not be scored
+
+    @property
+    def expected(self) -> str:
+        """What a server should answer, for error messages."""
+        what = "a finite number or null" if self.null else "a finite number"
+        return f'let the server answer {{"{self.reply}": [...]}}, {what} a response'
+
+
+def only_message(prompt: ChatPrompt) -> str:
+    """The text of a prompt that is one message of the user.
+
+    Raises:
+        ValueError: for another prompt.
+    """
+    messages = as_messages(prompt)
+    if [message["role"] for message in messages] != ["user"]:
+        roles = " ".join(message["role"] for message in messages)
+        raise ValueError(
+            "data.reward.protocol=predict sends a prompt as the text of one message of the user, "
+            f"and this one has messages of the roles {roles[:80]}; use scores, or other prompts"
+        )
+    return messages[0]["content"]
+
+
+def _as_scores(prompts: Sequence[ChatPrompt], responses: Sequence[str]) -> dict[str, Any]:
+    plain = [p if isinstance(p, str) else [dict(message) for message in p] for p in prompts]
+    return {"prompts": plain, "responses": list(responses)}
+
+
+def _as_predict(prompts: Sequence[ChatPrompt], responses: Sequence[str]) -> dict[str, Any]:
+    return {"prompts": [*map(only_message, prompts)], "responses": list(responses)}
+
+
+def _as_openrlhf(prompts: Sequence[ChatPrompt], responses: Sequence[str]) -> dict[str, Any]:
+    texts = [str(prompt) for prompt in prompts]
+    query = [prompt + response for prompt, response in zip(texts, responses, strict=True)]
+    return {"query": query, "prompts": texts, "labels": [""] * len(texts)}
+
+
+_PROTOCOLS: dict[Protocol, _Spoken] = {
+    "scores": _Spoken("", _as_scores, "scores", 1, null=True),
+    "predict": _Spoken("/predict", _as_predict, "rewards", 1, null=False),
+    "openrlhf": _Spoken("/get_reward", _as_openrlhf, "rewards", 8, null=False),
+}
 
 
 class RewardServerError(RunError):
@@ -49,6 +126,7 @@ class RemoteScorer:
         retries: int = 3,
         batch_size: int = 64,
         backoff_s: float = 0.5,
+        protocol: Protocol = "scores",
     ) -> None:
         """Check the options; no connection is made yet.
 
@@ -56,22 +134,29 @@ class RemoteScorer:
         the server's name excepted.
 
         Args:
-            url: where to post, http or https; redirects are not followed.
+            url: where to post, http or https; redirects are not followed. Where it has no path, it
+                gets that of the protocol.
             timeout_s: longest time of an attempt from connecting to the last byte, seconds.
             retries: further attempts after a connection error or the status 408, 429 or 5xx.
             batch_size: responses a request.
             backoff_s: pause before a further attempt, seconds.
+            protocol: what the server speaks.
 
         Raises:
             ValueError: for an address or option that cannot work.
         """
+        one_of("data.reward.protocol", protocol, get_args(Protocol))
         _check_url(url)
         positive("data.reward.timeout_s", timeout_s)
         at_least("data.reward.retries", retries, 0)
         at_least("data.reward.batch_size", batch_size, 1)
         if not backoff_s >= 0.0:
             raise ValueError(f"data.reward.backoff_s={backoff_s} must be 0 or more")
-        self.url = url
+        self.protocol = protocol
+        self._spoken = _PROTOCOLS[protocol]
+        parts = urlsplit(url)
+        bare = parts.path in ("", "/") and not (parts.query or parts.fragment)
+        self.url = url.rstrip("/") + self._spoken.path if bare and self._spoken.path else url
         self.timeout_s = timeout_s
         self.retries = retries
         self.batch_size = batch_size
@@ -80,8 +165,11 @@ class RemoteScorer:
     def score(self, prompts: Sequence[ChatPrompt], responses: Sequence[str]) -> list[float]:
         """A score of each response to the prompt at its place; NaN = could not be scored.
 
+        ``openrlhf`` takes prompts as the policy reads them, and responses with the end token.
+
         Raises:
-            ValueError: for unequal numbers of prompts and responses.
+            ValueError: for unequal numbers of prompts and responses, or a prompt that the protocol
+                cannot send.
             RewardServerError: if the server gives no valid scores.
         """
         check_equal_numbers(prompts, responses)
@@ -100,8 +188,7 @@ class RemoteScorer:
     async def _request(
         self, client: httpx2.AsyncClient, prompts: Sequence[ChatPrompt], responses: Sequence[str]
     ) -> list[float]:
-        plain = [p if isinstance(p, str) else [dict(message) for message in p] for p in prompts]
-        body = json.dumps({"prompts": plain, "responses": list(responses)}).encode()
+        body = json.dumps(self._spoken.request(prompts, responses)).encode()
         for attempt in range(self.retries + 1):
             if attempt:
                 await anyio.sleep(self.backoff_s)
@@ -118,7 +205,7 @@ class RemoteScorer:
 
     async def _post(self, client: httpx2.AsyncClient, body: bytes, count: int) -> bytes:
         """The reply to one attempt; raises _Retry where another may help."""
-        largest = _LARGEST_REPLY + _BYTES_A_SCORE * count
+        largest = _LARGEST_REPLY + _BYTES_A_SCORE * self._spoken.lists * count
         post = client.stream("POST", self.url, content=body, headers=_HEADERS)
         reply = b""
         try:
@@ -145,25 +232,26 @@ class RemoteScorer:
         if len(reply) > largest:
             self._fail(
                 f"a reply of more than {largest} bytes for {count} scores",
-                'let the server answer {"scores": [...]} alone',
+                f'let the server answer {{"{self._spoken.reply}": [...]}} alone',
             )
         return reply
 
     def _scores(self, reply: bytes, count: int) -> list[float]:
-        fix = 'let the server answer {"scores": [...]}, a finite number or null a response'
+        fix, name = self._spoken.expected, self._spoken.reply
         try:
-            values = json.loads(reply)["scores"]
+            values = json.loads(reply)[name]
         except (ValueError, KeyError, TypeError, RecursionError):
-            self._fail(f"a reply without scores: {_short(reply.decode(errors='replace'))}", fix)
+            self._fail(f"a reply without {name}: {_short(reply.decode(errors='replace'))}", fix)
         if not isinstance(values, list):
-            self._fail(f"scores that are no list: {_short(str(values))}", fix)
+            self._fail(f"{name} that are no list: {_short(str(values))}", fix)
         if len(values) != count:
-            self._fail(f"{len(values)} scores for {count} responses", fix)
+            self._fail(f"{len(values)} {name} for {count} responses", fix)
         scores = []
         for value in values:
-            number = math.nan if value is None else _as_float(value)
+            number = math.nan if value is None and self._spoken.null else _as_float(value)
             if number is None:
-                self._fail(f"the score {_short(repr(value))}, no finite number", fix)
+                said = f"the {name.removesuffix('s')} {_short(repr(value))}, no finite number"
+                self._fail(said, fix)
             scores.append(number)
         return scores
 

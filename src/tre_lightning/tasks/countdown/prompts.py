@@ -68,7 +68,7 @@ class CountdownDataModule(PromptDataModule):
         train_split: str = "train",
         eval_split: str = "test",
         train_size: int | None = None,
-        val_size: int = 256,
+        val_size: int | None = 256,
         test_size: int = 1024,
         strict: bool = False,
         train_name: str | None = None,
@@ -91,26 +91,26 @@ class CountdownDataModule(PromptDataModule):
                 ``test_size`` after them are the test puzzles (paper: 5000), and the ``val_size``
                 after those the validation puzzles. None = train on all of ``train_file``; test and
                 validation puzzles are generated.
-            val_size: validation puzzles.
+            val_size: validation puzzles; none = the test puzzles.
             test_size: test puzzles.
-            strict: as the authors of TRE score, nothing but white space may stand between
-                ``</think>`` and the answer, and nothing after the answer; else the last answer
-                after the thought counts, whatever is written around it.
+            strict: as the authors of TRE score, the thought begins with ``<think>``, and nothing
+                but white space may stand between ``</think>`` and the answer, and after the answer;
+                else the last answer after the thought counts, whatever is written around it.
             train_name: configuration of ``train_file`` where it is a dataset of the hub that has
                 several.
             eval_name: configuration of ``eval_file``.
             kwargs: options of :class:`PromptDataModule`.
         """
         super().__init__(**kwargs)
-        for name, value in (("val_size", val_size), ("test_size", test_size)):
-            at_least(f"data.{name}", value, 1)
-        if train_size is not None:
-            at_least("data.train_size", train_size, 1)
-            if train_file is None:
-                raise ValueError(
-                    f"data.train_size={train_size} needs data.train_file: generated puzzles are "
-                    "without end"
-                )
+        sizes = {"val_size": val_size, "test_size": test_size, "train_size": train_size}
+        for name, size in sizes.items():
+            if size is not None:
+                at_least(f"data.{name}", size, 1)
+        if train_size is not None and train_file is None:
+            raise ValueError(
+                f"data.train_size={train_size} needs data.train_file: generated puzzles are "
+                "without end"
+            )
         self.puzzles = puzzles
         self.format: Format = format
         self.instruct = instruct
@@ -132,6 +132,10 @@ class CountdownDataModule(PromptDataModule):
     def heldout_prompts(self, stage: str) -> dict[str, list[Prompt]]:
         """The puzzles held out as ``val`` or ``test``, those of ``eval_file`` as ``..._file``."""
         files = self._from_files
+        if self.sizes["val"] is None and stage == "val":
+            return {
+                name.replace("test", "val"): p for name, p in self.heldout_prompts("test").items()
+            }
         generated = self._distinct(stage) if self.train_size is None else []
         sets = {stage: [self._prompt(puzzle) for puzzle in generated] or files[stage]}
         if files["eval_file"]:
@@ -206,7 +210,7 @@ class CountdownDataModule(PromptDataModule):
 
     def _distinct(self, split: str) -> list[Puzzle]:
         """The first ``val_size`` or ``test_size`` different puzzles of the split."""
-        wanted = self.sizes[split]
+        wanted = self.sizes[split] or 0
         found: dict[tuple[tuple[int, ...], int], Puzzle] = {}
         for index in range(_DRAWS_A_PUZZLE * wanted):
             puzzle = self._generated(split, index)
@@ -227,7 +231,8 @@ class CountdownDataModule(PromptDataModule):
                 f"into an expression that equals {puzzle.target}. {_INSTRUCTIONS[self.format]}"
             )
         extra = {"numbers": puzzle.numbers, "target": puzzle.target}
-        fields = {"numbers": numbers, "target": str(puzzle.target)}
+        listed = str([*puzzle.numbers])
+        fields = {"numbers": numbers, "list": listed, "target": str(puzzle.target)}
         return Prompt(text, extra, puzzle.where, fields)
 
     # ----- puzzles of files
@@ -243,7 +248,7 @@ class CountdownDataModule(PromptDataModule):
         evaluated, known = self._load("eval_file"), self._load("train_file")
         train, test, val = known, [], []
         if self.train_size is not None:
-            end = self.train_size + self.sizes["test"]
+            end = self.train_size + (self.sizes["test"] or 0)
             train, test, val = known[: self.train_size], known[self.train_size : end], known[end:]
         tested = {canonical(puzzle) for puzzle in test}
         val = [puzzle for puzzle in val if canonical(puzzle) not in tested]
@@ -274,7 +279,7 @@ class CountdownDataModule(PromptDataModule):
             return []
         wanted = None
         if name == "train_file" and self.train_size is not None:
-            wanted = self.train_size + self.sizes["test"] + self.sizes["val"]
+            wanted = self.train_size + sum(size or 0 for size in self.sizes.values())
         rows = islice(read_rows(f"data.{name}", source, split, configuration), wanted)
         puzzles = [read_puzzle(row, where) for where, row in rows]
         out_of_reach = [

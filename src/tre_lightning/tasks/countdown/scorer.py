@@ -61,8 +61,8 @@ def score_countdown(
         target: the value to reach.
         format: what the response must look like.
         max_chars: a longer response scores 0.0.
-        strict: only white space may stand between thought and answer, and after the answer (the
-            authors of TRE).
+        strict: the thought begins with ``<think>``, and only white space may stand between thought
+            and answer, and after the answer (the authors of TRE).
 
     Raises:
         ValueError: for a wrong argument other than the text of the response.
@@ -119,8 +119,8 @@ def final_expression(response: str, *, think: bool, strict: bool = False) -> str
     Returns:
         None where the tags are not those of :func:`score_countdown`. The text itself is not read.
     """
-    _, thought, rest = response.rpartition("</think>")
-    if think and not thought:
+    thought, ended, rest = response.rpartition("</think>")
+    if think and not (ended and (not strict or "<think>" in thought)):
         return None
     start = rest.rfind("<answer>", 0, max(rest.rfind("</answer>"), 0))
     if start < 0:
@@ -129,7 +129,7 @@ def final_expression(response: str, *, think: bool, strict: bool = False) -> str
     expression, _, behind = rest[start + len("<answer>") :].partition("</answer>")
     if think and "<think>" in before:  # a thought that does not end
         return None
-    if strict and (behind.strip(_SPACE) or (thought and before.strip(_SPACE))):
+    if strict and (behind.strip(_SPACE) or (ended and before.strip(_SPACE))):
         return None
     return expression
 

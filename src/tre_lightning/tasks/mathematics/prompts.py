@@ -21,7 +21,7 @@ from decimal import Decimal
 from fractions import Fraction
 from functools import cached_property
 from numbers import Number
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -40,9 +40,10 @@ from tre_lightning.tasks.mathematics.arithmetic import (
     worked,
 )
 from tre_lightning.tasks.mathematics.grading.forms import Named, Value
+from tre_lightning.tasks.mathematics.grading.hendrycks import hendrycks_box
 from tre_lightning.tasks.mathematics.grading.limits import MAX_CHARS
 from tre_lightning.tasks.mathematics.grading.reader import read
-from tre_lightning.tasks.mathematics.scorer import MathScorer, boxed_answers, last_boxed
+from tre_lightning.tasks.mathematics.scorer import Grader, MathScorer, boxed_answers, last_boxed
 from tre_lightning.tasks.numbers import last_number
 from tre_lightning.tasks.sources import (
     Row,
@@ -99,6 +100,7 @@ class MathDataModule(PromptDataModule):
         eval_name: str | None = None,
         test_name: str | None = None,
         answer_in: AnswerIn = "box",
+        grader: Grader = "exact",
         **kwargs: Any,
     ) -> None:
         r"""Keep the options; files are read by :meth:`check`.
@@ -123,10 +125,14 @@ class MathDataModule(PromptDataModule):
             test_name: configuration of ``test_file``.
             answer_in: what of a response is graded: its last closed ``\boxed{}``, what stands
                 behind its last ``####``, or its last number.
+            grader: what compares it with the gold: ``exact``, equal as mathematics and nothing
+                else; ``hendrycks``, the comparison of strings that verl and the authors of TRE use;
+                or ``math_verify``, that package as it comes.
             kwargs: options of :class:`PromptDataModule`.
         """
         super().__init__(**kwargs)
         one_of("data.answer_in", answer_in, [*INSTRUCTIONS])
+        one_of("data.grader", grader, get_args(Grader))
         for name, value in (("val_size", val_size), ("test_size", test_size), ("workers", workers)):
             at_least(f"data.{name}", value, 1)
         positive("data.timeout", timeout)
@@ -148,6 +154,7 @@ class MathDataModule(PromptDataModule):
         self.sizes = {"val": val_size, "test": test_size}
         self._solutions: dict[str, str] = {}  # of the training problems, by file and row
         self.answer_in: AnswerIn = answer_in
+        self.grader: Grader = grader
         self.instruction = INSTRUCTIONS[answer_in] if instruction is None else instruction
         self.workers = workers
         self.timeout = timeout
@@ -227,13 +234,18 @@ class MathDataModule(PromptDataModule):
         """1 for a response whose answer equals the gold, else 0, ``[B * n]`` float32."""
         n = len(responses) // len(prompts)
         golds = [str(extra["gold"]) for extra in prompts.extras for _ in range(n)]
-        found = [answer_of(response, self.answer_in) for response in responses]
+        found = [self._answer(response) for response in responses]
         return torch.tensor(self._scorer.score_answers(found, golds), dtype=torch.float32)
 
     def answers(self, responses: Sequence[str], prompts: PromptBatch) -> list[Hashable | None]:
         """The answer in each response as :func:`normal_form`, None without one."""
-        found = (answer_of(response, self.answer_in) for response in responses)
+        found = (self._answer(response) for response in responses)
         return [None if text is None or not text.strip() else normal_form(text) for text in found]
+
+    def _answer(self, response: str) -> str | None:
+        if self.grader == "hendrycks" and self.answer_in == "box":
+            return hendrycks_box(response)
+        return answer_of(response, self.answer_in)
 
     def scorer_timeouts(self) -> int:
         """Number of answers whose scoring timed out since the last call, on this rank."""
@@ -245,7 +257,7 @@ class MathDataModule(PromptDataModule):
 
     @cached_property
     def _scorer(self) -> MathScorer:
-        return MathScorer(workers=self.workers, timeout=self.timeout)
+        return MathScorer(grader=self.grader, workers=self.workers, timeout=self.timeout)
 
     # ----- generated problems
 

@@ -24,18 +24,28 @@ What counts as equal, where a teacher might say either:
 * Where the gold is a plain number (integer, decimal, fraction, mixed number, power of integers),
   the answer must be one: ``48 \cdot 52`` and ``\sqrt{16}`` may be copied from the question. Nor may
   a function (sine, logarithm, factorial, ...) appear where the gold has none.
+
+That is the grader ``exact``. Two others are what is called the MATH reward elsewhere, to compare
+with: ``hendrycks``, a comparison of strings (`tre_lightning.tasks.mathematics.grading.hendrycks`),
+and ``math_verify``, the whole of that package.
 """
 
 import importlib.util
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Literal, get_args
 
+from tre_lightning.common.validation import one_of
 from tre_lightning.tasks.mathematics.grading.boxes import boxed_answers, last_boxed
+from tre_lightning.tasks.mathematics.grading.hendrycks import hendrycks_equal
 from tre_lightning.tasks.mathematics.grading.limits import MAX_CHARS
 from tre_lightning.tasks.mathematics.grading.matching import decide, equal_in_worker
+from tre_lightning.tasks.mathematics.grading.verifying import verified_in_worker
 from tre_lightning.tasks.mathematics.workers import WorkerPool
 
-__all__ = ["MathScorer", "boxed_answers", "last_boxed", "score_math", "score_math_batch"]
+__all__ = ["Grader", "MathScorer", "boxed_answers", "last_boxed", "score_math", "score_math_batch"]
+
+Grader = Literal["exact", "hendrycks", "math_verify"]
 
 _WARM_UP = (r"\frac{x^2-1}{2}+\sqrt{3}", r"\sqrt{3}+(x-1)\cdot\frac{x+1}{2}")
 
@@ -49,6 +59,7 @@ class MathScorer:
     for use by two threads at once; after a fork, and after unpickling, it starts anew.
 
     Args:
+        grader: what compares an answer with the gold.
         workers: number of processes; started when first needed.
         timeout: seconds for one answer.
         memory_gib: address space of a worker, in GiB.
@@ -63,18 +74,22 @@ class MathScorer:
     def __init__(
         self,
         *,
+        grader: Grader = "exact",
         workers: int = 2,
         timeout: float = 3.0,
         memory_gib: float = 2.0,
         max_jobs: int = 2000,
         cache_size: int = 20_000,
     ) -> None:
+        one_of("grader", grader, get_args(Grader))
         if not isinstance(cache_size, int) or cache_size < 0:
             raise ValueError(f"cache_size={cache_size!r}; pass an int of at least 0")
         if importlib.util.find_spec("latex2sympy2_extended") is None:
             raise ImportError("the MATH scorer needs math-verify; pip install 'math-verify>=0.9'")
+        compare = verified_in_worker if grader == "math_verify" else equal_in_worker
+        self.grader = grader
         self._pool = WorkerPool(
-            f"{equal_in_worker.__module__}:{equal_in_worker.__name__}",
+            f"{compare.__module__}:{compare.__name__}",
             workers=workers,
             timeout=timeout,
             memory_gib=memory_gib,
@@ -141,7 +156,7 @@ class MathScorer:
             pair = gold.strip(), answer.strip()
             score = self._cache.get(pair)
             if score is None:
-                equal = decide(*pair)
+                equal = self._decide(*pair)
                 if equal is None:
                     undecided.setdefault(pair, []).append(i)
                     continue
@@ -159,6 +174,14 @@ class MathScorer:
             for i in places:
                 scores[i] = float(result)
         return scores
+
+    def _decide(self, gold: str, answer: str) -> bool | None:
+        """Whether the two are equal; None if a worker must decide."""
+        if self.grader == "exact":
+            return decide(gold, answer)
+        if not gold or max(len(gold), len(answer)) > MAX_CHARS:
+            return bool(gold) and gold == answer
+        return hendrycks_equal(gold, answer) if self.grader == "hendrycks" else None
 
     def _remember(self, pair: tuple[str, str], score: float) -> None:
         if len(pair[1]) <= MAX_CHARS:
