@@ -1,13 +1,17 @@
 """The paper's experiments: their settings, and a run of each in small."""
 
+import contextlib
+import functools
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -18,20 +22,34 @@ from transformers import (
 )
 
 import runs
+from tre_lightning.cli.config_files import read_config, with_layers
 from tre_lightning.cli.main import PPOCLI, main
+from tre_lightning.methods.hooks import find_methods
 from tre_lightning.policy.sharding import check_sharding, shards
+from tre_lightning.training.optim import decaying_adamw, total_batches
 from tre_lightning.training.options import OptimArgs
 
 EXPERIMENTS = runs.CONFIGS / "experiment"
-METHOD = EXPERIMENTS.parent / "method" / "tre_p.yaml"
+METHOD = EXPERIMENTS / "method" / "tre_p.yaml"
+REWARD = EXPERIMENTS.parent / "reward"
 SCALE = EXPERIMENTS.parent / "scale"
 
-# Published for all of them.
+# By the authors' scripts, for all of them.
 SHARED: dict[str, Any] = {
+    "seed_everything": 42,
     "model.policy.critic": "separate",
+    "model.policy.lora": None,  # all weights are trained
+    "model.policy.gradient_checkpointing": True,
     "model.rollout.num_responses": 8,
     "model.rollout.temperature": 1.0,
     "data.init_args.batch_size": 512,
+    "data.init_args.max_prompt_length": 1024,
+    "data.init_args.long_prompts": "drop",
+    "data.init_args.system": "default",
+    "data.init_args.template_file": None,
+    "model.ppo.estimator": "gae",
+    "model.ppo.whiten_advantages": True,
+    "model.ppo.value_clip_eps": 0.5,
     "model.ppo.num_minibatches": 8,  # of 64 prompts
     "model.ppo.num_epochs": 1,
     "model.ppo.clip_eps_low": 0.2,
@@ -43,10 +61,17 @@ SHARED: dict[str, Any] = {
     "model.optim.lr": 1e-6,
     "model.optim.critic_lr": 1e-5,
     "model.optim.warmup_iterations": 0,
-    "model.optim.warmup_fraction": 0.05,
+    "model.optim.warmup_fraction": 0.0,
+    "model.optim.critic_warmup_iterations": None,
+    "model.optim.critic_warmup_fraction": 0.05,
     "model.optim.final_lr_fraction": 1.0,
+    "model.optim.weight_decay": 0.01,
+    "model.optim.max_grad_norm": 1.0,
+    "model.optim.betas": (0.9, 0.999),
+    "model.evaluation.num_responses": 1,
     "model.evaluation.temperature": 1.0,
     "model.evaluation.top_p": 0.7,
+    "trainer.precision": "bf16-mixed",
     "warm_start": None,
 }
 MATH = {
@@ -55,26 +80,35 @@ MATH = {
     "data.init_args.train_split": "train",
     "data.init_args.eval_file": "DigitalLearningGmbH/MATH-lighteval",
     "data.init_args.eval_split": "test",
+    "data.init_args.test_file": None,  # validated on the whole test set
+    "data.init_args.answer_in": "box",
+    "data.init_args.grader": "hendrycks",
     "model.rollout.max_new_tokens": 8192,
 }
 COUNTDOWN = {
     "data.class_path": "tre_lightning.tasks.CountdownDataModule",
-    "data.init_args.train_file": "Jiayi-Pan/Countdown-Tasks-3to4",
+    "data.init_args.train_file": "Jiayi-Pan/Countdown-Tasks-3to4-Unique",
     "data.init_args.train_split": "train",
     "data.init_args.train_size": 7500,
     "data.init_args.test_size": 5000,
+    "data.init_args.val_size": None,  # validated on the test set
+    "data.init_args.format": "think_answer",
+    "data.init_args.strict": True,
     "data.init_args.eval_file": None,
     "model.rollout.max_new_tokens": 512,
 }
 HH = {
     "data.class_path": "tre_lightning.tasks.PreferenceDataModule",
-    "data.init_args.train_file": "HuggingFaceH4/ultrafeedback_binarized",
-    "data.init_args.train_split": "train_prefs",
-    "data.init_args.exclude_file": "Anthropic/hh-rlhf",
-    "data.init_args.exclude_split": "train",
+    "data.init_args.train_file": "trl-lib/ultrafeedback_binarized",
+    "data.init_args.train_split": "train",
+    "data.init_args.shuffle_seed": 42,
+    "data.init_args.eval_file": None,
+    "data.init_args.exclude_file": None,  # the reward model has seen these prompts
     "data.init_args.train_size": 7500,
     "data.init_args.test_size": 5000,
-    "data.init_args.reward.model": "runs/hh_reward/model",
+    "data.init_args.val_size": None,
+    "data.init_args.reward.url": None,
+    "data.init_args.reward.max_length": None,
     "model.rollout.max_new_tokens": 1024,
 }
 SMALL: dict[str, Any] = {"model.policy.model": "Qwen/Qwen2.5-1.5B-Instruct"}
@@ -84,49 +118,169 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "math_7b": {**MATH, **LARGE},
     "countdown_1.5b": {**COUNTDOWN, **SMALL},
     "countdown_7b": {**COUNTDOWN, **LARGE},
-    "hh_1.5b": {**HH, **SMALL},
-    "hh_7b": {**HH, **LARGE},
+    "hh_1.5b": {**HH, **SMALL, "data.init_args.reward.model": "runs/hh_reward_1.5b/model"},
+    "hh_7b": {**HH, **LARGE, "data.init_args.reward.model": "runs/hh_reward_7b/model"},
+}
+# Iterations, and those between two validations.
+LENGTHS = {
+    "math_1.5b": (30 * 14, 5),
+    "math_7b": (30 * 14, 5),
+    "countdown_1.5b": (29 * 14, 20),
+    "countdown_7b": (29 * 14, 5),
+    "hh_1.5b": (200 * 14, 20),
+    "hh_7b": (200 * 14, 5),
+}
+CLIPPED = {"clip_eps_low": 0.2, "clip_eps_high": 0.2, "dual_clip": 3.0}
+# What a method adds; the clipping is the same in all of them.
+METHODS: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "ppo": [],
+    "entropy": [("EntropyBonus", {"coef": 0.001})],
+    "tre_k": [("TrustRegionEntropy", {"top_k": 2, "coef": 0.001})],
+    "tre_p": [("TrustRegionEntropy", {"top_p": 0.99, "coef": 0.001})],
+    "forking_tokens": [("ForkingTokens", {"fraction": 0.2, "average_over": "selected"})],
+    "kl_cov": [("KLCov", {"fraction": 0.002, "coef": 1.0})],
 }
 
 
 def test_every_experiment_is_here() -> None:
     files = {path.stem for path in EXPERIMENTS.glob("*.yaml")}
-    assert files == {*PUBLISHED, "paper"}
+    assert files == {*PUBLISHED, "paper", "hh_1.5b_unseen", "hh_7b_unseen"}
+    assert {path.stem for path in (EXPERIMENTS / "method").glob("*.yaml")} == {*METHODS}
 
 
-def words(name: str) -> list[str]:
-    return ["fit", "--config", f"{EXPERIMENTS / name}.yaml", "--config", str(METHOD)]
+def words(name: str, method: str = "tre_p") -> list[str]:
+    files = (EXPERIMENTS / f"{name}.yaml", EXPERIMENTS / "method" / f"{method}.yaml")
+    return ["fit", *itertools.chain.from_iterable(("--config", str(file)) for file in files)]
 
 
+def merged(*files: Path) -> dict[str, Any]:
+    """What the files and their layers come to, as the parser merges them, without defaults."""
+
+    def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+        result = dict(old)
+        for key, value in new.items():
+            if key.endswith("+"):
+                result[key[:-1]] = [*result.get(key[:-1], []), *value]
+            elif isinstance(value, dict) and isinstance(result.get(key), dict):
+                result[key] = merge(result[key], value)
+            else:
+                result[key] = value
+        return result
+
+    configs = map(
+        read_config, (x.split("=", 1)[1] for x in with_layers([f"--config={f}" for f in files]))
+    )
+    return functools.reduce(merge, configs, {})
+
+
+def value_at(config: Any, key: str) -> Any:
+    return functools.reduce(lambda part, name: part[name], key.split("."), config)
+
+
+def check_method(method: str, config: Any) -> None:
+    """The method's callbacks, and the clipping."""
+    found = [
+        (spec["class_path"].rpartition(".")[2], {**spec["init_args"]})
+        for spec in value_at(config, "trainer.callbacks")
+    ]
+    assert [name for name, _ in found] == [name for name, _ in METHODS[method]]
+    for (_, options), (_, facts) in zip(found, METHODS[method], strict=True):
+        assert {key: options[key] for key in facts} == facts
+    ppo = value_at(config, "model.ppo")
+    assert {key: ppo[key] for key in CLIPPED} == CLIPPED
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", PUBLISHED)
+def test_every_experiment_with_every_method(name: str, method: str) -> None:
+    """All that the files say; the test below has the defaults behind them."""
+    alone = merged(EXPERIMENTS / f"{name}.yaml")
+    config = merged(EXPERIMENTS / f"{name}.yaml", EXPERIMENTS / "method" / f"{method}.yaml")
+    check_method(method, config)
+    for key, fact in {**SHARED, **PUBLISHED[name]}.items():
+        with contextlib.suppress(KeyError):  # a default
+            assert value_at(config, key) == fact, key
+    alone["trainer"].pop("callbacks", None)
+    config["trainer"].pop("callbacks", None)
+    assert config == alone  # a method changes nothing else
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), list(zip(PUBLISHED, METHODS, strict=True)), ids=lambda word: str(word)
+)
 def test_the_settings_are_those_published(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Building the run asks for nothing of the hub."""
     monkeypatch.setattr(PPOCLI, "_run_subcommand", lambda self, subcommand: None)
-    cli = main([*words(name), "--trainer.accelerator=cpu"])
+    cli = main([*words(name, method), "--trainer.accelerator=cpu"])
     assert isinstance(cli, PPOCLI)
     found = {key: cli.options.get(key, "none") for key in {**SHARED, **PUBLISHED[name]}}
     assert found == {**SHARED, **PUBLISHED[name]}
-    assert cli.options.model.policy.gradient_checkpointing is True
-    assert cli.options.model.policy.lora is None  # all weights are trained
+    check_method(method, cli.options)
     assert cli.run_dir == f"runs/{name}"
-    assert cli.trainer.precision == "bf16-mixed"
-    terms = [term for term in cli.trainer.callbacks if term.__class__.__name__.startswith("Trust")]
-    assert len(terms) == 1
-    # 150 iterations, of which round(7.5) warm up.
-    iterations = cli.trainer.max_epochs * cli.datamodule.iterations_per_epoch
-    shares = [cli.model.optim_args.lr_fraction(i, iterations) for i in range(iterations)]
-    assert shares == [i / 8 for i in range(1, 9)] + [1.0] * 142
+    built = [type(found).__name__ for found in find_methods(cli.trainer.callbacks)]
+    assert built == [kind for kind, _ in METHODS[method]]
+    iterations, between_validations = LENGTHS[name]
+    assert cli.datamodule.iterations_per_epoch == between_validations
+    assert cli.trainer.check_val_every_n_epoch == 1
+    monkeypatch.setattr(Trainer, "num_training_batches", between_validations)
+    monkeypatch.setattr(Trainer, "lightning_module", cli.model)
+    assert total_batches(cli.trainer) == iterations
+    optim, warmup = cli.model.optim_args, {420: 21, 406: 20, 2800: 140}[iterations]
+    rates = [optim.rates(i, iterations) for i in range(iterations)]
+    assert {policy for policy, _ in rates} == {1e-6}
+    assert [critic for _, critic in rates] == pytest.approx(
+        [1e-5 * min(i / warmup, 1.0) for i in range(1, iterations + 1)]
+    )
+
+
+def test_the_variant_without_the_leak_is_the_same_but_for_the_reward_model() -> None:
+    for size in ("1.5b", "7b"):
+        ours = merged(EXPERIMENTS / f"hh_{size}_unseen.yaml")
+        theirs = merged(EXPERIMENTS / f"hh_{size}.yaml")
+        assert ours["data"]["init_args"]["reward"]["model"] == f"runs/hh_reward_{size}_unseen/model"
+        sizes = [ours["data"]["init_args"][f"{stage}_size"] for stage in ("train", "test")]
+        seed = ours["data"]["init_args"]["shuffle_seed"]
+        for config in (ours, theirs):
+            del config["data"]["init_args"]["reward"]["model"]
+            del config["trainer"]["default_root_dir"]
+        assert ours == theirs
+        model, leaking = (merged(REWARD / f"hh_{size}{unseen}.yaml") for unseen in ("_unseen", ""))
+        assert model["trainer"].pop("default_root_dir") == f"runs/hh_reward_{size}_unseen"
+        assert leaking["trainer"].pop("default_root_dir") == f"runs/hh_reward_{size}"
+        data = model["data"]["init_args"]
+        assert (data.pop("shuffle_seed"), data.pop("skip_rows")) == (seed, sum(sizes))
+        assert model == leaking
+
+
+@pytest.mark.parametrize("size", ["1.5b", "7b"])
+def test_the_reward_model_is_the_authors(size: str) -> None:
+    config = merged(REWARD / f"hh_{size}.yaml")
+    facts = {
+        "model.policy.model": f"Qwen/Qwen2.5-{size.upper()}-Instruct",
+        "model.lr": 1e-5,
+        "model.warmup_fraction": 0.1,
+        "model.final_lr_fraction": 0.0,
+        "model.centering_coef": 1e-2,
+        "data.init_args.source": "trl-lib/ultrafeedback_binarized",
+        "data.init_args.split": "train",
+        "trainer.max_epochs": 3,
+        "trainer.precision": "bf16-mixed",
+        "trainer.gradient_clip_val": 1.0,
+    }
+    assert {key: value_at(config, key) for key in facts} == facts
+    together = config["trainer"]["accumulate_grad_batches"]
+    assert config["data"]["init_args"]["batch_size"] * together == 512
 
 
 def test_the_rows_of_the_hub_are_split_as_in_the_paper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Countdown by the order of the rows, MATH by the splits of its dataset."""
+    """By the order of the rows, MATH by the splits of its dataset."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(PPOCLI, "_run_subcommand", lambda self, subcommand: None)
     asked = []
 
-    def load(name: str, split: str) -> Iterator[dict[str, Any]]:
+    def load(name: str, split: str) -> Iterable[dict[str, Any]]:
         asked.append((name, split))
         if "MATH" in name:
             return iter([{"problem": f"{split}?", "level": "1", "solution": r"\boxed{1}"}])
@@ -134,12 +288,12 @@ def test_the_rows_of_the_hub_are_split_as_in_the_paper(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     puzzles = main([*words("countdown_1.5b"), "--trainer.accelerator=cpu"]).datamodule
-    held_out = {stage: puzzles.heldout_prompts(stage)[stage] for stage in ("test", "val")}
-    numbers = {stage: [p.extra["target"] for p in found] for stage, found in held_out.items()}
-    assert numbers == {"test": [*range(7501, 12501)], "val": [*range(12501, 12757)]}
+    for stage in ("test", "val"):
+        held_out = [p.extra["target"] for p in puzzles.heldout_prompts(stage)[stage]]
+        assert held_out == [*range(7501, 12501)]
     trained = [puzzles.train_prompt(index).extra["target"] for index in range(7500)]
     assert sorted(trained) == [*range(1, 7501)]
-    assert asked == [("Jiayi-Pan/Countdown-Tasks-3to4", "train")]
+    assert asked == [("Jiayi-Pan/Countdown-Tasks-3to4-Unique", "train")]
 
     asked.clear()
     problems = main([*words("math_1.5b"), "--trainer.accelerator=cpu"]).datamodule
@@ -165,6 +319,58 @@ def test_the_warm_up_may_be_a_share_of_the_run(
 ) -> None:
     optim = OptimArgs(warmup_fraction=share)
     assert [optim.lr_fraction(i, total) for i in range(4)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "policy", "critic"),
+    [
+        ({"warmup_iterations": 2}, [0.5, 1.0, 1.0, 1.0], [0.5, 1.0, 1.0, 1.0]),
+        ({"critic_warmup_iterations": 4}, [1.0] * 4, [0.25, 0.5, 0.75, 1.0]),
+        ({"critic_warmup_fraction": 0.5}, [1.0] * 4, [0.25, 0.5, 0.75, 1.0]),
+        ({"warmup_fraction": 0.25, "critic_warmup_fraction": 0.0}, [0.5, 1.0, 1.0, 1.0], [1.0] * 4),
+        (
+            {"warmup_iterations": 2, "critic_warmup_fraction": 0.5},
+            [0.5, 1.0, 1.0, 1.0],
+            [0.25, 0.5, 0.75, 1.0],
+        ),
+    ],
+)
+def test_the_critic_may_warm_up_otherwise_than_the_policy(
+    options: dict[str, Any], policy: list[float], critic: list[float]
+) -> None:
+    optim = OptimArgs(lr=2.0, critic_lr=3.0, **options)
+    rates = [optim.rates(i, 8) for i in range(4)]
+    assert rates == pytest.approx([(2.0 * p, 3.0 * c) for p, c in zip(policy, critic, strict=True)])
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"critic_warmup_fraction": 1.5}, r"model\.optim\.critic_warmup_fraction=1\.5 must lie"),
+        ({"critic_warmup_iterations": -1}, r"model\.optim\.critic_warmup_iterations=-1 must be"),
+        (
+            {"critic_warmup_iterations": 2, "critic_warmup_fraction": 0.1},
+            r"critic_warmup_iterations=2 or model\.optim\.critic_warmup_fraction=0\.1, not both",
+        ),
+    ],
+)
+def test_a_warm_up_of_the_critic_that_cannot_be(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        OptimArgs(**options)
+    with pytest.raises(ValueError, match=r"critic_warmup_fraction=0\.1 needs a run with an end"):
+        OptimArgs(critic_warmup_fraction=0.1).check_end(known=False)
+
+
+def test_the_rate_of_a_reward_model_rises_and_falls() -> None:
+    trainer: Any = SimpleNamespace(max_epochs=1, max_steps=-1, estimated_stepping_batches=6)
+    found = decaying_adamw(torch.nn.Linear(1, 1), trainer, 2.0, 0.0, warmup_fraction=1 / 3)
+    schedule: Any = found["lr_scheduler"]["scheduler"]  # type: ignore[index,typeddict-item]
+    rates = []
+    for _ in range(6):
+        rates += schedule.get_last_lr()
+        schedule.optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([1.0, 2.0, 2.0, 4 / 3, 2 / 3, 0.0])
 
 
 def test_the_rate_decays_after_a_warm_up_of_a_fraction() -> None:
@@ -217,7 +423,6 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
         "held_out": [{"problem": "What is 9 + 1?", "solution": r"It is \boxed{10}."}],
         "countdown": [{"nums": [n, 2, 3], "target": n + 5} for n in range(1, 7)],
         "hh": [{"prompt": f"Tell me of {n}."} for n in range(8)],
-        "seen": [{"prompt": "Tell me of 3."}],
     }
     for name, listed in rows.items():
         text = "".join(json.dumps(row) + "\n" for row in listed)
@@ -231,15 +436,11 @@ FILES: dict[str, dict[str, str]] = {
         "train_file": "{countdown}",
         "train_size": "4",
         "test_size": "1",
-        "val_size": "1",
-        "max_prompt_length": "512",  # bytes
     },
     "hh": {
         "train_file": "{hh}",
-        "exclude_file": "{seen}",
         "train_size": "4",
         "test_size": "1",
-        "val_size": "1",
         "reward.model": "{reward}",
     },
 }
@@ -266,6 +467,7 @@ def test_a_run_in_small(name: str, tmp_path: Path, small: Mapping[str, str]) -> 
     assert runs.saved_iteration(tmp_path / "run") == 1
     logged = runs.scalars(tmp_path / "run")
     assert logged["policy/lr"] == [(0, pytest.approx(1e-6))]
+    assert logged["value/lr"] == [(0, pytest.approx(1e-5))]  # 0.05 of one iteration is none
     assert "loss/tre_effective_coef" in logged
     assert (tmp_path / "run" / "model" / "config.json").is_file()
 

@@ -1,9 +1,10 @@
 """The preference task: its prompts, its scores, and the chain from reward model to policy."""
 
 import json
+import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,7 +21,11 @@ from runs import write_jsonl
 from tre_lightning.batches import PromptBatch
 from tre_lightning.cli.main import PPOCLI, RewardCLI, main
 from tre_lightning.policy.tokenizers import word_tokenizer
-from tre_lightning.tasks.alignment.pairs import synthetic_vocabulary
+from tre_lightning.tasks.alignment.pairs import (
+    PreferencePairs,
+    load_pairs,
+    synthetic_vocabulary,
+)
 from tre_lightning.tasks.alignment.prompts import PreferenceDataModule, RewardArgs, read_prompt
 from tre_lightning.tasks.alignment.scorer import RewardModelScorer
 
@@ -209,6 +214,112 @@ def test_two_files_and_what_the_reward_model_has_seen(
     assert task.excluded == 5  # 0, 1 and 12 of train_file; 12 and 24 of eval_file
 
 
+def pair_rows(prompts: Sequence[str], equal: Sequence[int] = ()) -> list[dict[str, Any]]:
+    """Pairs of the form of UltraFeedback; both responses are equal in the rows ``equal``."""
+    return [
+        {
+            "chosen": [{"role": "user", "content": prompt}, REPLY],
+            "rejected": [{"role": "user", "content": prompt}, REPLY if n in equal else WORSE],
+        }
+        for n, prompt in enumerate(prompts)
+    ]
+
+
+def test_sets_are_cut_from_the_rows_as_the_authors_cut_them(
+    tmp_path: Path, words: PreTrainedTokenizerBase, reward_dir: str
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    prompts = [f"w{n}" for n in range(30)]
+    rows = pair_rows(prompts, equal=range(0, 30, 3))  # these count, too
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    order = datasets.Dataset.from_list(rows).shuffle(seed=42)
+    expected = [f"\n\nHuman: {row['chosen'][0]['content']}\n\nAssistant:" for row in order]
+    options = {"train_file": file, "train_size": 12, "test_size": 8, "shuffle_seed": 42}
+    task = of_files(words, reward_dir, **options, val_size=None)
+    assert prompts_of(task, "test") == prompts_of(task, "val") == expected[12:20]
+    assert sorted(trained_on(task, 12)) == sorted(expected[:12])
+    task = of_files(words, reward_dir, **options, val_size=5)
+    assert prompts_of(task, "test") == expected[12:20]
+    assert prompts_of(task, "val") == expected[20:25]
+
+
+def test_what_is_left_out_of_the_rows_moves_no_other_row(
+    tmp_path: Path,
+    words: PreTrainedTokenizerBase,
+    reward_dir: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    order = [3, 2, 5, 4, 1, 0]  # numpy's permutation of 6 by the seed 42
+    texts = ["w0", "w1", "w2", "w1", "w4 w4 w4 w4", "w5"]  # row 3 is trained on, row 1 tested
+    file = write_jsonl(tmp_path / "a.jsonl", pair_rows(texts))
+    options = {"train_file": file, "train_size": 4, "test_size": 2, "val_size": None}
+    options |= {"shuffle_seed": 42, "max_prompt_length": 4, "long_prompts": "drop"}
+    task = of_files(words, reward_dir, **options)
+    named = [f"\n\nHuman: {texts[row]}\n\nAssistant:" for row in order]
+    assert set(trained_on(task, 4)) == {named[1], named[2]}  # not row 3, nor the long one
+    assert prompts_of(task, "test") == [named[4], named[5]]
+    assert "left out 1 of 4 train prompts that are held out or excluded too" in caplog.text
+    assert "left out 1 of 3 prompts of data.train_file (train) longer than" in caplog.text
+    seen = write_jsonl(tmp_path / "seen.jsonl", [{"prompt": "w0"}, {"prompt": "w2"}])
+    task = of_files(words, reward_dir, **options, exclude_file=seen)
+    assert prompts_of(task, "test") == [named[4]] and set(trained_on(task, 3)) == {named[2]}
+    assert task.excluded == 2
+
+
+def test_validation_on_the_test_prompts(
+    tmp_path: Path, words: PreTrainedTokenizerBase, reward_dir: str
+) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", numbered(range(20)))
+    for options in ({"train_file": file}, {}):
+        task = of_files(words, reward_dir, **options, val_size=None)
+        assert prompts_of(task, "val") == prompts_of(task, "test") != []
+        assert not {*prompts_of(task, "test")} & {*trained_on(task, 16)}
+
+
+@pytest.mark.parametrize("seed", [None, 42])
+def test_pairs_of_prompts_that_are_kept_for_the_policy(tmp_path: Path, seed: int | None) -> None:
+    order = [3, 2, 5, 4, 1, 0] if seed else [*range(6)]
+    texts = ["a", "b", "c", "d", "e", "f"]
+    texts[order[-1]] = texts[order[0]]  # another pair of a prompt that is kept
+    rows = pair_rows(texts, equal=[order[-2]])
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    pairs = load_pairs(file, shuffle_seed=seed, skip_rows=2)
+    assert [pair.prompt[0]["content"] for pair in pairs] == [texts[row] for row in order[2:4]]  # type: ignore[index]
+    with pytest.raises(ValueError, match="holds no pair"):
+        load_pairs(file, shuffle_seed=seed, skip_rows=6)
+    data = PreferencePairs(file, shuffle_seed=seed, skip_rows=2, val_size=1)
+    data.setup()
+    assert data._all == pairs
+
+
+def test_the_configuration_of_a_dataset_of_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load(name: str, **options: str) -> list[dict[str, Any]]:
+        asked.append((name, options))
+        return pair_rows(["a", "b"])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    PreferencePairs("some/pairs", val_size=1).setup()
+    PreferencePairs("some/pairs", val_size=1, name="this").setup()
+    plain = ("some/pairs", {"split": "train"})
+    assert asked == [plain, ("some/pairs", {"split": "train", "name": "this"})]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"skip_rows": -1}, "data.skip_rows=-1 must be at least 0"),
+        ({"skip_rows": 3}, "data.skip_rows=3 needs data.source"),
+        ({"shuffle_seed": 42}, "data.shuffle_seed=42 needs data.source"),
+    ],
+)
+def test_pair_options_that_cannot_work(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(told)):
+        PreferencePairs(**options)
+
+
 def test_long_prompts_leave_the_sizes_as_they_are(
     tmp_path: Path, words: PreTrainedTokenizerBase, reward_dir: str
 ) -> None:
@@ -248,6 +359,12 @@ def test_a_chat_template_gets_the_messages(
         ({"val_size": 0}, "data.val_size=0"),
         ({"eval_file": "x.jsonl"}, "data.eval_file=x.jsonl needs data.train_file"),
         ({"train_size": 5}, "data.train_size=5 needs data.train_file"),
+        ({"shuffle_seed": 5}, "data.shuffle_seed=5 needs data.train_file"),
+        ({"shuffle_seed": 5, "train_file": "x.jsonl"}, "give data.train_size, and leave out"),
+        (
+            {"shuffle_seed": 5, "train_file": "x", "train_size": 1, "eval_file": "y"},
+            "leave out data.eval_file",
+        ),
     ],
 )
 def test_options_that_cannot_work(options: dict[str, Any], told: str) -> None:
@@ -273,6 +390,72 @@ def test_too_few_prompts(tmp_path: Path, words: PreTrainedTokenizerBase, reward_
 
 
 # ----- scores
+
+
+@pytest.mark.parametrize("templated", [False, True])
+def test_what_a_server_of_another_protocol_is_asked(
+    templated: bool, tmp_path: Path, words: PreTrainedTokenizerBase
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    class Server(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append({"path": self.path, **request})
+            body = json.dumps({"rewards": [1.0] * len(request["prompts"])}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    rows = [{"prompt": "w1 w2"}, *numbered(range(3, 12))]
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    sizes = {"batch_size": 2, "val_size": 3, "test_size": 4}
+    if templated:
+        words.chat_template = "{% for m in messages %}u {{ m.content }} {% endfor %}a"
+    try:
+        for protocol in ("predict", "openrlhf"):
+            with serving(ThreadingHTTPServer(("127.0.0.1", 0), Server)) as url:
+                args = RewardArgs(url=url, protocol=protocol)  # type: ignore[arg-type]
+                task = PreferenceDataModule(args, train_file=file, **sizes)
+                task.check(words)
+                prompts = next(iter(task.train_dataloader()))
+                scores = task.score(["r1", "r2", "r3", "r4"], prompts)
+            assert scores.tolist() == [1.0] * 4
+    finally:
+        words.chat_template = None
+    contents = [extra["messages"][0]["content"] for extra in prompts.extras for _ in range(2)]
+    _, predict, _, openrlhf = asked  # each is tried out once before
+    assert predict == {
+        "path": "/predict",
+        "prompts": contents,
+        "responses": ["r1", "r2", "r3", "r4"],
+    }
+    texts = [f"u {c} a" if templated else f"\n\nHuman: {c}\n\nAssistant:" for c in contents]
+    assert openrlhf["path"] == "/get_reward" and openrlhf["prompts"] == texts
+    assert openrlhf["query"] == [f"{t}r{n}{words.eos_token}" for n, t in enumerate(texts, 1)]
+    assert openrlhf["labels"] == [""] * 4
+
+
+def test_a_prompt_that_a_protocol_cannot_send_is_refused_before_any_request(
+    tmp_path: Path, words: PreTrainedTokenizerBase
+) -> None:
+    rows = [*numbered(range(9)), {"prompt": [SYSTEM, USER]}]
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    args = RewardArgs(url="http://127.0.0.1:9", protocol="predict", retries=0)
+    task = PreferenceDataModule(args, train_file=file, val_size=3, test_size=4)
+    with pytest.raises(
+        ValueError, match=r"a\.jsonl:10: data\.reward\.protocol=predict sends .*use"
+    ):
+        task.check(words)
+
+
+def test_a_protocol_needs_a_server(reward_dir: str) -> None:
+    with pytest.raises(ValueError, match=r"data\.reward\.protocol=openrlhf is that of a server"):
+        RewardArgs(model=reward_dir, protocol="openrlhf")
 
 
 @contextmanager
@@ -459,7 +642,7 @@ def test_what_cannot_work_is_refused_before_any_work(
 # ----- configurations
 
 
-@pytest.mark.parametrize("name", ["hh.yaml", "hh_tiny.yaml"])
+@pytest.mark.parametrize("name", ["hh.yaml", "hh_tiny.yaml", "hh_1.5b.yaml", "hh_7b_unseen.yaml"])
 def test_shipped_reward_configurations_can_be_built(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

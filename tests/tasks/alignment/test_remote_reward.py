@@ -238,6 +238,122 @@ def test_a_passing_break_of_the_connection_is_tried_again(failing: Callable[...,
     assert len(server.requests) == 2
 
 
+# ----- other protocols
+
+
+def authors_server(scorer: RewardModelScorer) -> Callable[..., None]:
+    """As the authors of TRE serve: prompts and responses as texts, a list of numbers back."""
+
+    def reply(handler: BaseHTTPRequestHandler, request: Any) -> None:
+        assert handler.path == "/predict" and {*request} == {"prompts", "responses"}
+        messages: list[ChatPrompt] = [
+            [{"role": "user", "content": prompt}] for prompt in request["prompts"]
+        ]
+        rewards = scorer.score(messages, request["responses"])
+        send(handler, 200, json.dumps({"rewards": rewards}).encode())
+
+    return reply
+
+
+def openrlhf_server(scorer: RewardModelScorer) -> Callable[..., None]:
+    """As OpenRLHF serves: whole texts, tokenized without anything around them."""
+
+    def reply(handler: BaseHTTPRequestHandler, request: Any) -> None:
+        assert handler.path == "/get_reward" and {*request} == {"query", "prompts", "labels"}
+        rewards = []
+        for text in request["query"]:
+            ids = torch.tensor([scorer.tokenizer(text, add_special_tokens=False)["input_ids"]])
+            with torch.no_grad():
+                rewards.append(scorer.model(input_ids=ids).logits.item())
+        more = {"scores": rewards, "extra_logs": {"dummy_scores": rewards}}
+        send(handler, 200, json.dumps({"rewards": rewards, **more}).encode())
+
+    return reply
+
+
+def test_the_authors_server_gives_the_scores_of_its_model(reward_dir: Path) -> None:
+    local = RewardModelScorer(str(reward_dir))
+    prompts: list[ChatPrompt] = ["w1 w2", [{"role": "user", "content": "w3"}], "w7"]
+    responses = ["w8", "w9 w10", ""]
+    with scripted(authors_server(local)) as server:
+        remote = RemoteScorer(server.url, batch_size=2, protocol="predict")
+        assert remote.score(prompts, responses) == pytest.approx(
+            local.score(prompts, responses), rel=1e-5
+        )
+    assert [len(request["prompts"]) for request in server.requests] == [2, 1]
+
+
+def test_openrlhfs_server_gives_the_scores_of_its_model(reward_dir: Path) -> None:
+    local = RewardModelScorer(str(reward_dir))
+    end = local.tokenizer.eos_token
+    texts: list[ChatPrompt] = ["\n\nHuman: w1 w2\n\nAssistant:", "\n\nHuman: w3\n\nAssistant:"]
+    with scripted(openrlhf_server(local)) as server:
+        remote = RemoteScorer(server.url, protocol="openrlhf")
+        found = remote.score(texts, [f" w8 {end}", f" w9 w10 {end}"])
+    assert found == pytest.approx(local.score(["w1 w2", "w3"], ["w8", "w9 w10"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("protocol", ["predict", "openrlhf"])
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b'{"rewards": [1.0]}', "1 rewards for 2 responses"),
+        (b'{"rewards": [1.0, NaN]}', "the reward nan, no finite number"),
+        (b'{"rewards": [1.0, null]}', "the reward None, no finite number"),
+        (b'{"rewards": [1.0, "2.0"]}', "the reward '2.0', no finite number"),
+        (b'{"rewards": [[1.0], [2.0]]}', "the reward [1.0], no finite number"),
+        (b'{"rewards": 1.0}', "rewards that are no list: 1.0"),
+        (b'{"scores": [1.0, 2.0]}', "a reply without rewards"),
+        (b"Internal Server Error", "a reply without rewards: Internal Server Error"),
+    ],
+)
+def test_a_bad_reply_of_another_protocol_fails_at_once(
+    protocol: Any, body: bytes, said: str
+) -> None:
+    with scripted(answer(200, body)) as server:
+        message = failure(RemoteScorer(server.url, retries=2, protocol=protocol))
+    assert said in message and 'let the server answer {"rewards": [...]}' in message
+    assert "or null" not in message and len(server.requests) == 1
+
+
+@pytest.mark.parametrize("failing", [answer(500, b"CUDA out of memory"), hang])
+def test_another_protocol_is_as_patient(failing: Callable[..., None]) -> None:
+    with scripted(failing) as server:
+        options = {"timeout_s": 0.25, "retries": 2, "backoff_s": 0.01}
+        message = failure(RemoteScorer(server.url, protocol="predict", **options))  # type: ignore[arg-type]
+    assert "(3 attempts)" in message and len(server.requests) == 3
+
+
+@pytest.mark.parametrize(
+    ("protocol", "given", "asked"),
+    [
+        ("scores", "", "/"),
+        ("predict", "/", "/predict"),
+        ("predict", "/v2/predict", "/v2/predict"),
+        ("openrlhf", "", "/get_reward"),
+        ("openrlhf", "/rm?key=1", "/rm?key=1"),
+    ],
+)
+def test_an_address_without_a_path_gets_that_of_the_protocol(
+    protocol: Any, given: str, asked: str
+) -> None:
+    paths = []
+
+    def note(handler: BaseHTTPRequestHandler, request: Any) -> None:
+        paths.append(handler.path)
+        send(handler, 200, b'{"scores": [1.0], "rewards": [1.0]}')
+
+    with scripted(note) as server:
+        scorer = RemoteScorer(server.url + given, protocol=protocol)
+        assert scorer.score(["p"], ["r"]) == [1.0]
+    assert paths == [asked]
+
+
+def test_an_unknown_protocol_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"data\.reward\.protocol=trl must be one of the words"):
+        RemoteScorer("http://host", protocol="trl")  # type: ignore[arg-type]
+
+
 # ----- what goes wrong
 
 

@@ -175,3 +175,19 @@ def test_long_prompts_of_files_are_dropped_and_counted(
     assert "left out 1 of 2 prompts of data.eval_file longer than" in caplog.text
     assert sorted(trained(kept, 2)) == [1, 2]
     assert targets(kept.heldout_prompts("val")["val_file"]) == [9]
+
+
+def test_validation_on_the_test_puzzles(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", rows(*range(1, 7)))
+    data = CountdownDataModule(train_file=file, train_size=4, test_size=2, val_size=None)
+    assert data.heldout_prompts("val")["val"] == data.heldout_prompts("test")["test"]
+    assert len(data.heldout_prompts("val")["val"]) == 2
+    assert len({data.train_prompt(index).text for index in range(4)}) == 4
+    generated = CountdownDataModule(test_size=3, val_size=None)
+    assert generated.heldout_prompts("val")["val"] == generated.heldout_prompts("test")["test"]
+
+
+def test_the_numbers_as_a_list_are_a_field() -> None:
+    prompt = CountdownDataModule(PuzzleSpec(count=(3, 3))).train_prompt(0)
+    numbers = ", ".join(map(str, prompt.extra["numbers"]))
+    assert prompt.fields["list"] == f"[{numbers}]"

@@ -105,7 +105,8 @@ def test_integers_have_at_most_nine_digits() -> None:
 # What a response looks like, and whether its answer is the final one by default and by the authors.
 LAYOUTS = [
     ("<think>hm</think><answer>3+5</answer>", 1, 1),
-    ("hm</think>\n<answer> 3+5 </answer> \r\n\t", 1, 1),  # the prompt held the opening tag
+    ("<think>hm</think>\n<answer> 3+5 </answer> \r\n\t", 1, 1),
+    ("hm</think>\n<answer> 3+5 </answer> \r\n\t", 1, 0),  # the prompt held the opening tag
     ("So: <think>\n1 < 2 <answer? \n</think><answer>3+5</answer>", 1, 1),
     # tags that the thought mentions
     ("<think>hm<answer>1</answer></think><answer>3+5</answer>", 1, 1),
@@ -192,6 +193,8 @@ def test_the_final_answer_by_another_way_to_find_it(response: str, form: Any) ->
         before, after = rest[: blocks[-1].start()], rest[blocks[-1].end() :]
         known = blocks[-1][1].strip() == "3+5" and not (think and "<think>" in before)
         strict = known and not after.strip() and not (thought and before.strip())
+        begun = "<think>" in response[: response.rfind("</think>")]
+        strict = strict and (begun or not think)
     assert score_countdown(response, [3, 5], 8, format=form) == known
     assert score_countdown(response, [3, 5], 8, format=form, strict=True) == strict
 
