@@ -296,8 +296,8 @@ def test_the_configuration_of_a_dataset_of_pairs(monkeypatch: pytest.MonkeyPatch
     datasets = pytest.importorskip("datasets")
     asked = []
 
-    def load(name: str, **options: str) -> list[dict[str, Any]]:
-        asked.append((name, options))
+    def load(source: str, **options: str) -> list[dict[str, Any]]:
+        asked.append((source, options))
         return pair_rows(["a", "b"])
 
     monkeypatch.setattr(datasets, "load_dataset", load)

@@ -95,7 +95,7 @@ def test_graders_differ_where_they_are_said_to(place: int) -> None:
         assert [*zip(answers, found, strict=True)] == [
             (answer, float(score[place])) for answer, score in zip(answers, scores, strict=True)
         ]
-        assert bool(scorer.pids) == (grader == "math_verify")
+        assert bool(scorer.pids) == (grader != "hendrycks")
 
 
 @pytest.mark.parametrize(
