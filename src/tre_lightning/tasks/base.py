@@ -238,8 +238,8 @@ class PromptDataModule(LightningDataModule, ABC):
         """Use this tokenizer; refuse data that cannot be read and prompts that are too long."""
         self.use(tokenizer)
         files = self.file_prompts()
-        some = next((listed[0] for listed in files.values() if listed), None)
-        self._check_wording(tokenizer, some or self.train_prompt(0))
+        first = next((listed[0] for listed in files.values() if listed), None)
+        self._check_wording(tokenizer, first or self.train_prompt(0))
         if self.long_prompts == "drop":
             if not files:
                 raise ValueError(
