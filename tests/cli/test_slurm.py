@@ -1,7 +1,9 @@
 """A job that SLURM queues again goes on by itself; no SLURM is needed here."""
 
 import os
+import re
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 import runs
+from tre_lightning.cli.config_files import with_layers
 
 JOB = {
     "SLURM_JOB_ID": "1234567",
@@ -121,3 +124,31 @@ def test_an_array_is_queued_again_by_its_task(
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     stopped(tmp_path / "run", hook="on_validation_start")
     assert asked.read_text() == "requeue 99_3\n"
+
+
+def test_the_script_of_the_docs_starts_one_command_again_and_again(
+    asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (runs.ROOT / "docs" / "scaling.md").read_text()
+    (script,) = (
+        block for block in re.findall(r"```sh\n(.*?)```", page, re.S) if "sbatch" in block.lower()
+    )
+    options = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(\S+))?$", script, re.M))
+    assert "requeue" in options and options["open-mode"] == "append"
+    assert options["signal"].startswith("USR1@")  # without B: the tasks get it, not the shell
+    for name, text in (("srun", 'exec "$@"'), ("python", 'printf "%s\\n" "$@"')):
+        command = tmp_path / "bin" / name
+        command.write_text(f"#!/bin/sh\n{text}\n")
+        command.chmod(0o755)
+    said = []
+    for restarts in ("0", "1"):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+        found = subprocess.run(
+            ["bash", "-c", script], cwd=runs.ROOT, capture_output=True, text=True, check=True
+        )
+        said.append(found.stdout.splitlines())
+    assert said[0] == said[1]
+    assert said[0][:3] == ["-m", "tre_lightning", "fit"]
+    assert f"runs/math_7b_{JOB['SLURM_JOB_ID']}" in said[0]
+    monkeypatch.chdir(runs.ROOT)
+    assert len(with_layers(said[0][2:])) > 10  # its files are here

@@ -7,7 +7,12 @@ names three). It evaluates what it reads, so it runs in a worker alone.
 
 def verified_in_worker(gold: str, answer: str) -> bool:
     """Whether math-verify takes the answer for the gold; may take forever."""
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+    from math_verify import (  # type: ignore[import-untyped]
+        ExprExtractionConfig,
+        LatexExtractionConfig,
+        parse,
+        verify,
+    )
 
     latex = LatexExtractionConfig()
     golds = parse(f"\\boxed{{{gold}}}", [latex], parsing_timeout=None)
