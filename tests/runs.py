@@ -1,6 +1,7 @@
 """A tiny run that several tests share: its configuration, how to start it, what it left behind."""
 
 import copy
+import functools
 import json
 import math
 import multiprocessing
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from tre_lightning.batches import PromptBatch
 from tre_lightning.cli import main as cli
+from tre_lightning.cli.config_files import read_config, with_layers
 from tre_lightning.cli.main import main
 from tre_lightning.common.distributed import world
 from tre_lightning.methods import EntropyBonus, PolicyOutputs, Tokens
@@ -458,3 +460,27 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def merged(*files: Path) -> dict[str, Any]:
+    """What the files and their layers come to, as the parser merges them, without defaults."""
+
+    def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+        result = dict(old)
+        for key, value in new.items():
+            if key.endswith("+"):
+                result[key[:-1]] = [*result.get(key[:-1], []), *value]
+            elif isinstance(value, dict) and isinstance(result.get(key), dict):
+                result[key] = merge(result[key], value)
+            else:
+                result[key] = value
+        return result
+
+    configs = map(
+        read_config, (x.split("=", 1)[1] for x in with_layers([f"--config={f}" for f in files]))
+    )
+    return functools.reduce(merge, configs, {})
+
+
+def value_at(config: Any, key: str) -> Any:
+    return functools.reduce(lambda part, name: part[name], key.split("."), config)

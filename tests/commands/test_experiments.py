@@ -1,7 +1,6 @@
 """The paper's experiments: their settings, and a run of each in small."""
 
 import contextlib
-import functools
 import itertools
 import json
 from collections.abc import Iterable, Mapping
@@ -22,7 +21,6 @@ from transformers import (
 )
 
 import runs
-from tre_lightning.cli.config_files import read_config, with_layers
 from tre_lightning.cli.main import PPOCLI, main
 from tre_lightning.methods.hooks import find_methods
 from tre_lightning.policy.sharding import check_sharding, shards
@@ -153,40 +151,16 @@ def words(name: str, method: str = "tre_p") -> list[str]:
     return ["fit", *itertools.chain.from_iterable(("--config", str(file)) for file in files)]
 
 
-def merged(*files: Path) -> dict[str, Any]:
-    """What the files and their layers come to, as the parser merges them, without defaults."""
-
-    def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-        result = dict(old)
-        for key, value in new.items():
-            if key.endswith("+"):
-                result[key[:-1]] = [*result.get(key[:-1], []), *value]
-            elif isinstance(value, dict) and isinstance(result.get(key), dict):
-                result[key] = merge(result[key], value)
-            else:
-                result[key] = value
-        return result
-
-    configs = map(
-        read_config, (x.split("=", 1)[1] for x in with_layers([f"--config={f}" for f in files]))
-    )
-    return functools.reduce(merge, configs, {})
-
-
-def value_at(config: Any, key: str) -> Any:
-    return functools.reduce(lambda part, name: part[name], key.split("."), config)
-
-
 def check_method(method: str, config: Any) -> None:
     """The method's callbacks, and the clipping."""
     found = [
         (spec["class_path"].rpartition(".")[2], {**spec["init_args"]})
-        for spec in value_at(config, "trainer.callbacks")
+        for spec in runs.value_at(config, "trainer.callbacks")
     ]
     assert [name for name, _ in found] == [name for name, _ in METHODS[method]]
     for (_, options), (_, facts) in zip(found, METHODS[method], strict=True):
         assert {key: options[key] for key in facts} == facts
-    ppo = value_at(config, "model.ppo")
+    ppo = runs.value_at(config, "model.ppo")
     assert {key: ppo[key] for key in CLIPPED} == CLIPPED
 
 
@@ -194,12 +168,12 @@ def check_method(method: str, config: Any) -> None:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_every_experiment_with_every_method(name: str, method: str) -> None:
     """All that the files say; the test below has the defaults behind them."""
-    alone = merged(EXPERIMENTS / f"{name}.yaml")
-    config = merged(EXPERIMENTS / f"{name}.yaml", EXPERIMENTS / "method" / f"{method}.yaml")
+    alone = runs.merged(EXPERIMENTS / f"{name}.yaml")
+    config = runs.merged(EXPERIMENTS / f"{name}.yaml", EXPERIMENTS / "method" / f"{method}.yaml")
     check_method(method, config)
     for key, fact in {**SHARED, **PUBLISHED[name]}.items():
         with contextlib.suppress(KeyError):  # a default
-            assert value_at(config, key) == fact, key
+            assert runs.value_at(config, key) == fact, key
     alone["trainer"].pop("callbacks", None)
     config["trainer"].pop("callbacks", None)
     assert config == alone  # a method changes nothing else
@@ -237,8 +211,8 @@ def test_the_settings_are_those_published(
 
 def test_the_variant_without_the_leak_is_the_same_but_for_the_reward_model() -> None:
     for size in ("1.5b", "7b"):
-        ours = merged(EXPERIMENTS / f"hh_{size}_unseen.yaml")
-        theirs = merged(EXPERIMENTS / f"hh_{size}.yaml")
+        ours = runs.merged(EXPERIMENTS / f"hh_{size}_unseen.yaml")
+        theirs = runs.merged(EXPERIMENTS / f"hh_{size}.yaml")
         assert ours["data"]["init_args"]["reward"]["model"] == f"runs/hh_reward_{size}_unseen/model"
         sizes = [ours["data"]["init_args"][f"{stage}_size"] for stage in ("train", "test")]
         seed = ours["data"]["init_args"]["shuffle_seed"]
@@ -246,7 +220,9 @@ def test_the_variant_without_the_leak_is_the_same_but_for_the_reward_model() -> 
             del config["data"]["init_args"]["reward"]["model"]
             del config["trainer"]["default_root_dir"]
         assert ours == theirs
-        model, leaking = (merged(REWARD / f"hh_{size}{unseen}.yaml") for unseen in ("_unseen", ""))
+        model, leaking = (
+            runs.merged(REWARD / f"hh_{size}{unseen}.yaml") for unseen in ("_unseen", "")
+        )
         assert model["trainer"].pop("default_root_dir") == f"runs/hh_reward_{size}_unseen"
         assert leaking["trainer"].pop("default_root_dir") == f"runs/hh_reward_{size}"
         data = model["data"]["init_args"]
@@ -256,7 +232,7 @@ def test_the_variant_without_the_leak_is_the_same_but_for_the_reward_model() -> 
 
 @pytest.mark.parametrize("size", ["1.5b", "7b"])
 def test_the_reward_model_is_the_authors(size: str) -> None:
-    config = merged(REWARD / f"hh_{size}.yaml")
+    config = runs.merged(REWARD / f"hh_{size}.yaml")
     facts = {
         "model.policy.model": f"Qwen/Qwen2.5-{size.upper()}-Instruct",
         "model.lr": 1e-5,
@@ -269,7 +245,7 @@ def test_the_reward_model_is_the_authors(size: str) -> None:
         "trainer.precision": "bf16-mixed",
         "trainer.gradient_clip_val": 1.0,
     }
-    assert {key: value_at(config, key) for key in facts} == facts
+    assert {key: runs.value_at(config, key) for key in facts} == facts
     together = config["trainer"]["accumulate_grad_batches"]
     assert config["data"]["init_args"]["batch_size"] * together == 512
 

@@ -40,6 +40,7 @@ from tre_lightning.policy.tokenizers import (
 )
 from tre_lightning.sampling import check_engine
 from tre_lightning.tasks.base import PromptDataModule
+from tre_lightning.training.memory_model import GIB, SHAPES, peak_bytes, run_of, shown
 from tre_lightning.training.ppo import PPOModule
 
 
@@ -244,6 +245,35 @@ def check_devices(accelerator: str, devices: object) -> None:
         raise ValueError(
             f"trainer.devices={devices}, and this machine has {there} GPU(s); give "
             f"--trainer.devices {there}"
+        )
+
+
+def check_memory(config: Mapping[str, Any]) -> None:
+    """Refuse a run that does not fit this machine's GPU, before a model is downloaded.
+
+    Only models whose shape is known by name are looked at. What is estimated is the least: a run
+    that passes may still not fit.
+
+    Args:
+        config: of ``fit``, as plain containers.
+
+    Raises:
+        ValueError: with the estimate and the fix.
+    """
+    trainer, policy = config["trainer"], config["model"]["policy"]
+    name = policy.get("model")
+    if trainer["accelerator"] not in ("auto", "gpu", "cuda") or name not in SHAPES:
+        return
+    if policy.get("cpu_offload") or not torch.cuda.is_available():
+        return
+    run = run_of(config)
+    needed, there = peak_bytes(run)["peak"], torch.cuda.get_device_properties(0).total_memory
+    if needed > there:
+        raise ValueError(
+            f"model.policy.model={name} needs about {needed / GIB:.1f} GiB a device in this run "
+            f"(estimated: {shown(run)}), and this GPU has {there / GIB:.1f} GiB; lower "
+            "model.rollout.sample_batch_size or model.ppo.micro_batch_size, add --config "
+            "configs/memory/lora.yaml, or take a file of configs/recipes for this size"
         )
 
 

@@ -53,11 +53,13 @@ from tre_lightning.cli import trainer_options
 from tre_lightning.cli.checks import (
     check_devices,
     check_length,
+    check_memory,
     check_resumed,
     check_run,
     check_seed,
 )
 from tre_lightning.cli.config_files import read_config, with_layers
+from tre_lightning.cli.dry_run import report, shorten
 from tre_lightning.cli.slurm import Requeue, is_started_anew
 from tre_lightning.cli.trainer_options import blame, check_options, check_ppo_callbacks
 from tre_lightning.cli.warm_start import WarmStart, wait_for
@@ -321,6 +323,7 @@ class _CLI(LightningCLI):
         """Lock the run directory, settle the seed, and fill in the paths."""
         self.options: Namespace = self.config[self.subcommand]
         with one_line_errors():
+            self.change_options()
             check_options(self.options.trainer, self.rules)
             at_least("print_prompts", self.options.get("print_prompts", 0), 0)
             check_devices(self.options.trainer.accelerator, self.options.trainer.devices)
@@ -336,6 +339,9 @@ class _CLI(LightningCLI):
                 given.ckpt_path = None
             self.save_config_kwargs = {"given": given}
             self.fill_in_paths()
+
+    def change_options(self) -> None:
+        """Change the options before anything is made of them; nothing by default."""
 
     def hold(self, directory: str, *, beside: bool = False) -> None:
         """Lock a directory against other processes while this command runs."""
@@ -616,6 +622,7 @@ class PPOCLI(_CLI):
     """PPO, after a supervised warm start (SFT) if one is configured."""
 
     warm_start_seconds: float | None = None
+    whole: dict[str, Any] | None = None  # the options as given, in a dry run
     _trial: AbstractContextManager[Any] = nullcontext()  # the warm start of a fast_dev_run
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -652,6 +659,13 @@ class PPOCLI(_CLI):
             default=0,
             help="print so many prompts as the policy reads them, with their token ids, and exit",
         )
+        parser.add_argument(
+            "--dry_run",
+            type=bool,
+            default=False,
+            help="build everything, run one iteration of two prompts, print measured and estimated "
+            "memory and the time of the whole run, and exit",
+        )
         parser.link_arguments("seed_everything", "model.seed", compute_fn=_seed)
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_seed)
         parser.link_arguments(
@@ -659,6 +673,15 @@ class PPOCLI(_CLI):
             "data.init_args.tokenizer",
             compute_fn=lambda tokenizer, model: tokenizer or model,
         )
+
+    def change_options(self) -> None:
+        """Make a dry run of ``fit``, and refuse a run that does not fit the GPU."""
+        if self.options.get("dry_run"):
+            if self.subcommand != "fit":
+                raise ValueError(f"dry_run=true is of fit, not of {self.subcommand}; leave it out")
+            self.whole = shorten(self.options)
+        if self.subcommand == "fit":
+            check_memory(self.options.as_dict() if self.whole is None else self.whole)
 
     def find_run(self) -> None:
         """Find the checkpoint to resume from; protect an earlier run."""
@@ -791,5 +814,11 @@ class PPOCLI(_CLI):
         summary = cast(RunSummary, self.config_init[self.subcommand].summary)
         if self.trainer.is_global_zero:
             summary.print_table(self.trainer, self.warm_start_seconds)
+        if self.whole is not None and self.trainer.is_global_zero:
+            values = self.trainer.callback_metrics
+            seconds = float(values["rollout/seconds"] + values["policy/update_seconds"])
+            policy, tried = self.model.actor_critic.policy, self.options.as_dict()
+            lines = report(self.whole, tried, policy.config, seconds, policy.device)
+            print(*lines, sep="\n")
 
     before_validate = before_test = before_predict = prepare

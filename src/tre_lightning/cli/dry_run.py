@@ -1,0 +1,90 @@
+"""``fit --dry_run``: one iteration of two prompts, and what the whole run would take by it."""
+
+import math
+import resource
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from transformers import PreTrainedConfig
+
+from tre_lightning.training.memory_model import GIB, Model, peak_bytes, run_of, shown
+
+PROMPTS = 2
+
+
+def shorten(options: Namespace) -> dict[str, Any]:
+    """Make a trial run of the options of ``fit``; gives what they were."""
+    whole: dict[str, Any] = options.as_dict()
+    devices = options.trainer.devices
+    prompts = max(PROMPTS, devices if isinstance(devices, int) else 1)
+    options.trainer.fast_dev_run = 1
+    options.data.init_args.batch_size = options.data.init_args.eval_batch_size = prompts
+    return whole
+
+
+def report(
+    whole: Mapping[str, Any],
+    tried: Mapping[str, Any],
+    config: PreTrainedConfig,
+    seconds: float,
+    device: torch.device,
+) -> Iterator[str]:
+    """Lines of measured against estimated memory, and of the time of the whole run.
+
+    Args:
+        whole: the options as they were given.
+        tried: those of the trial run.
+        config: of the policy.
+        seconds: of the iteration.
+        device: where it ran.
+    """
+    prompts = int(tried["data"]["init_args"]["batch_size"])
+    yield f"dry run      one iteration of {prompts} prompts; nothing was kept"
+    if device.type == "cuda":
+        measured = f"{torch.cuda.max_memory_allocated(device) / GIB:.1f} GiB"
+    else:
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        measured = f"{peak / GIB:.1f} GiB, libraries included"
+    shape = shape_of(config)
+    if shape is None:
+        yield f"memory       {measured} measured; there is no estimate for a {config.model_type}"
+    else:
+        small, large = run_of(tried, shape), run_of(whole, shape)
+        estimated = peak_bytes(small)["peak"] / GIB
+        yield f"memory       {measured} measured, {estimated:.1f} GiB estimated for these prompts"
+        yield f"whole run    {shown(large)} GiB a device, estimated"
+    times = math.ceil(whole["data"]["init_args"]["batch_size"] / prompts)
+    each = f"at most about {times * seconds:.0f} s an iteration"
+    iterations = _iterations(whole)
+    if math.isinf(iterations):
+        yield f"time         {each}, without end"
+    else:
+        hours = iterations * times * seconds / 3600
+        yield f"time         {each}, {hours:.1f} hours for {iterations:.0f}, without validation"
+
+
+def shape_of(config: PreTrainedConfig) -> Model | None:
+    """The shape of a model, None for one of another kind than Llama and Qwen."""
+    text = config.get_text_config()
+    names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
+    sizes = [getattr(text, name, None) for name in names]
+    if not all(isinstance(size, int) for size in sizes):
+        return None
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    normed = text.model_type.startswith("qwen3")
+    tied = bool(getattr(text, "tie_word_embeddings", False))
+    return Model(*map(int, sizes), heads, text.vocab_size, tied, normed)  # type: ignore[arg-type]
+
+
+def _iterations(config: Mapping[str, Any]) -> float:
+    """Of the whole run; infinite without a limit."""
+    trainer, ppo = config["trainer"], config["model"]["ppo"]
+    epochs, steps = trainer["max_epochs"], trainer["max_steps"]
+    limits = [math.inf]
+    if epochs is not None and epochs >= 0:
+        limits.append(epochs * config["data"]["init_args"]["iterations_per_epoch"])
+    if steps is not None and steps >= 0:
+        limits.append(math.ceil(steps / (ppo["num_epochs"] * ppo["num_minibatches"])))
+    return min(limits)
