@@ -37,6 +37,11 @@ def test_a_recipe_fits_its_card_and_says_by_how_much(
     header = file.read_text().partition("layers:")[0]
     run = run_of(runs.merged(file))
     assert f"GiB: {shown(run)}." in header
+    page = (runs.ROOT / "docs" / "scaling.md").read_text()
+    parts = " | ".join(re.findall(r"[\d.]+\d", shown(run)))
+    assert re.search(
+        rf"\({re.escape(f'../configs/recipes/{file.name}')}\) \| .* GB \| {parts} \|", page
+    )
     (count, size) = re.findall(r"# Run on: (one|4) cards? of (\d+) GB", header)[0]
     assert peak_bytes(run)["peak"] < 0.8 * 1e9 * int(size)  # a fifth is for what is not counted
     assert run.devices == (1 if count == "one" else 4)
@@ -135,7 +140,7 @@ def test_a_dry_run_says_what_the_whole_run_takes_and_keeps_nothing(
     data = cli.whole["data"]["init_args"]
     iterations = 3 * data["iterations_per_epoch"]
     assert "dry run      one iteration of 2 prompts; nothing was kept" in said
-    assert re.search(r"memory +\d\.\d GiB, libraries included measured, \d\.\d GiB est", said)
+    assert re.search(r"memory +\d\.\d GiB measured, libraries included; \d\.\d GiB est", said)
     assert re.search(r"whole run +states \d\.\d, sampling .*GiB a device, estimated", said)
     assert re.search(rf"at most about \d+ s an iteration, \d\.\d hours for {iterations}, ", said)
     assert not (tmp_path / "run" / "checkpoints").exists()

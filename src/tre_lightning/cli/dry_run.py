@@ -43,17 +43,17 @@ def report(
     prompts = int(tried["data"]["init_args"]["batch_size"])
     yield f"dry run      one iteration of {prompts} prompts; nothing was kept"
     if device.type == "cuda":
-        measured = f"{torch.cuda.max_memory_allocated(device) / GIB:.1f} GiB"
+        measured = f"{torch.cuda.max_memory_allocated(device) / GIB:.1f} GiB measured"
     else:
         peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        measured = f"{peak / GIB:.1f} GiB, libraries included"
+        measured = f"{peak / GIB:.1f} GiB measured, libraries included"
     shape = shape_of(config)
     if shape is None:
-        yield f"memory       {measured} measured; there is no estimate for a {config.model_type}"
+        yield f"memory       {measured}; there is no estimate for a {config.model_type}"
     else:
         small, large = run_of(tried, shape), run_of(whole, shape)
         estimated = peak_bytes(small)["peak"] / GIB
-        yield f"memory       {measured} measured, {estimated:.1f} GiB estimated for these prompts"
+        yield f"memory       {measured}; {estimated:.1f} GiB estimated for these prompts"
         yield f"whole run    {shown(large)} GiB a device, estimated"
     times = math.ceil(whole["data"]["init_args"]["batch_size"] / prompts)
     each = f"at most about {times * seconds:.0f} s an iteration"
