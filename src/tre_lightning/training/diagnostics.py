@@ -73,6 +73,7 @@ class RolloutMetrics(_Collection):
                 **{f"entropy/{name}": MaskedMean() for name in tokens},
                 "entropy/tail_mass": MaskedMean(),
                 "entropy/cumulative_tail_risk": MaskedMean(),
+                "policy/evaluation_padding_fraction": MaskedMean(),
             }
         )
 
@@ -101,6 +102,10 @@ class RolloutMetrics(_Collection):
         if count is not None:
             self["rollout/scorer_timeouts"].update(count)
 
+    def update_padding(self, padding: Tensor) -> None:
+        """Count the columns of the passes over the rollout; True = padding."""
+        self["policy/evaluation_padding_fraction"].update(padding)
+
     def update_entropy(self, stats: EntropyStats, mask: Tensor) -> None:
         """Count the entropies of some responses, ``[B, T]`` each."""
         self["entropy/full"].update(stats.full, mask)
@@ -122,6 +127,7 @@ class UpdateMetrics(_Collection):
                 "policy/approx_kl": MaskedMean(),
                 "policy/clip_fraction": MaskedMean(),
                 "policy/active_fraction": MaskedMean(),
+                "policy/padding_fraction": MaskedMean(),
                 "policy/grad_norm": MaskedMean(),
                 "value/grad_norm": MaskedMean(),
                 "value/explained_variance": MaskedExplainedVariance(),
@@ -150,9 +156,10 @@ class UpdateMetrics(_Collection):
         clip_eps_low: float | None,
         clip_eps_high: float | None,
     ) -> None:
-        """Count the losses of one micro-batch of this rank, and how far the policy has moved."""
+        """Count a micro-batch of this rank: losses, how far the policy has moved, padding."""
         for name, part in losses.parts.items():
             self.add_loss(name, part)
+        self["policy/padding_fraction"].update(batch.padding())
         self.update_policy(losses.logprobs, batch, clip_eps_low, clip_eps_high)
 
     def update_policy(

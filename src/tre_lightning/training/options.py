@@ -8,6 +8,9 @@ from tre_lightning.common.validation import at_least, one_of, positive, unit_fra
 from tre_lightning.entropy import Region, check_region
 from tre_lightning.training.advantages import Estimator
 from tre_lightning.training.kl import KLEstimator, KLPlace, check_kl, next_kl_coef
+from tre_lightning.training.micro_batches import PassLimit
+
+MICRO_BATCH_TOKENS = 4096  # of ppo.micro_batch_tokens, where nothing is given
 
 
 @dataclass(frozen=True)
@@ -20,8 +23,11 @@ class PPOArgs:
             ``reinforce_pp`` (REINFORCE++: against the whole batch).
         num_epochs: passes over the rollout an iteration.
         num_minibatches: optimiser steps a pass.
-        micro_batch_size: responses a forward and backward pass on one device; changes memory and
-            speed, not the result.
+        micro_batch_tokens: most tokens of one forward and backward pass on one device: responses x
+            the columns of prompt, response and padding that the longest of them take (one response
+            always fits); changes memory and speed, not the result; none = 4096, or any number where
+            micro_batch_size is given.
+        micro_batch_size: most responses of such a pass, whatever their length; none = any number.
         clip_eps_low: the probability ratio is clipped at 1 - clip_eps_low; none = no lower bound.
         clip_eps_high: the probability ratio is clipped at 1 + clip_eps_high; none = no upper bound.
         dual_clip: where the advantage A is negative, the loss is at most this times -A, > 1; none =
@@ -52,7 +58,8 @@ class PPOArgs:
     estimator: Estimator = "gae"
     num_epochs: int = 1
     num_minibatches: int = 4
-    micro_batch_size: int = 64
+    micro_batch_tokens: int | None = None
+    micro_batch_size: int | None = None
     clip_eps_low: float | None = 0.2
     clip_eps_high: float | None = 0.2
     dual_clip: float | None = None
@@ -72,9 +79,10 @@ class PPOArgs:
 
     def __post_init__(self) -> None:
         one_of("model.ppo.estimator", self.estimator, get_args(Estimator))
-        counts = ("num_epochs", "num_minibatches", "micro_batch_size", "logits_memory")
-        for name in (*counts, "max_skipped_updates"):
-            at_least(f"model.ppo.{name}", getattr(self, name), 1)
+        counts = ("num_epochs", "num_minibatches", "logits_memory", "max_skipped_updates")
+        for name in (*counts, "micro_batch_tokens", "micro_batch_size"):
+            if getattr(self, name) is not None:
+                at_least(f"model.ppo.{name}", getattr(self, name), 1)
         for name in ("gamma", "gae_lambda"):
             unit_fraction(f"model.ppo.{name}", getattr(self, name))
         if self.clip_eps_low is not None and not 0.0 < self.clip_eps_low < 1.0:
@@ -88,6 +96,12 @@ class PPOArgs:
         if not self.value_coef >= 0.0:
             raise ValueError(f"model.ppo.value_coef={self.value_coef} must be 0 (off) or positive")
         self._check_kl()
+
+    @property
+    def pass_limit(self) -> PassLimit:
+        """The most that a pass over rows takes, in the update and before it."""
+        tokens, rows = self.micro_batch_tokens, self.micro_batch_size
+        return PassLimit(MICRO_BATCH_TOKENS if tokens is None and rows is None else tokens, rows)
 
     def next_kl_coef(self, kl_coef: float, kl: float, responses: int) -> float:
         """The KL coefficient of the next iteration, after a rollout of that KL a token."""

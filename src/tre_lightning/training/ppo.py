@@ -32,7 +32,6 @@ from tre_lightning.methods.hooks import (
 from tre_lightning.policy.actor_critic import ActorCritic, PolicyArgs
 from tre_lightning.policy.head import HeadOptions
 from tre_lightning.policy.lora import fingerprint
-from tre_lightning.policy.sharding import is_sharded
 from tre_lightning.policy.tokenizers import end_tokens, load_tokenizer
 from tre_lightning.sampling import Sampling, make_engine
 from tre_lightning.sampling.options import EvaluationArgs, RolloutArgs
@@ -46,6 +45,7 @@ from tre_lightning.training.diagnostics import (
 )
 from tre_lightning.training.held_out import predict, validate
 from tre_lightning.training.losses import spread
+from tre_lightning.training.micro_batches import local_micro_batches
 from tre_lightning.training.mismatch import corrected
 from tre_lightning.training.nonfinite import all_finite, end_of_run, nan_gradient_if_nonfinite
 from tre_lightning.training.objective import Objective, asked_by
@@ -61,7 +61,6 @@ from tre_lightning.training.update import (
     adamw,
     clip_gradients,
     gradient_sync,
-    local_micro_batches,
     parameter_groups,
 )
 
@@ -201,7 +200,7 @@ class PPOModule(LightningModule):
         sampled = time.perf_counter()
 
         # 3. Evaluate the rollout: log-probabilities, values, entropies, what methods observe.
-        experience, entropies, scales = evaluate_rollout(
+        experience, entropies, scales, padding = evaluate_rollout(
             rollout,
             scores,
             methods,
@@ -209,8 +208,9 @@ class PPOModule(LightningModule):
             reference=self._reference,
             options=self._head_options,
             region=self.diagnostics_args.region,
-            micro_batch_size=ppo.micro_batch_size,
+            limit=ppo.pass_limit,
         )
+        self._rollout_metrics.update_padding(padding)
         self._rollout_metrics.update_entropy(entropies, rollout.response_mask)
         self._rollout_metrics.update_scores(experience, binary=self.task.binary_scores)
         self._rollout_metrics.update_timeouts(self.task.scorer_timeouts())
@@ -284,8 +284,7 @@ class PPOModule(LightningModule):
         """
         ppo, optim = self.ppo_args, self.optim_args
         count = minibatch.response_mask.sum().clamp(min=1)
-        sharded = is_sharded(self.actor_critic)
-        micros = local_micro_batches(minibatch, ppo.micro_batch_size, sharded=sharded)
+        micros = local_micro_batches(minibatch, ppo.pass_limit)
         optimizer = cast(LightningOptimizer, self.optimizers(use_pl_optimizer=True))
         optimizer.zero_grad()
         for number, micro in enumerate(micros, start=1):

@@ -1,6 +1,7 @@
 """What the models say of a rollout before the update: the arrow from a rollout to an experience."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from tre_lightning.ops import Region
 from tre_lightning.policy.actor_critic import ActorCritic
 from tre_lightning.policy.head import HeadOptions
 from tre_lightning.policy.sharding import is_sharded
-from tre_lightning.training.losses import spread
+from tre_lightning.training.micro_batches import PassLimit, plan
 from tre_lightning.training.objective import asked_by
 from tre_lightning.training.reference import Reference
 from tre_lightning.training.targets import build_experience
@@ -27,6 +28,27 @@ class EvaluatedRollout(NamedTuple):
     experience: Experience
     entropies: EntropyStats  # [B, T] each, of the region of the diagnostics
     scales: Mapping[str, float]  # mean of each loss term's ``scale`` over all ranks, by its name
+    padding: Tensor  # [columns of all passes together] bool, True = computed for nothing
+
+
+class _Collected:
+    """Numbers of a rollout's tokens, by name, that come in parts of some rows."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+
+    def add(self, name: str, rows: Tensor, columns: Tensor, values: Tensor) -> None:
+        """``values`` ``[n, ...]`` of the tokens at these places, ``[n]`` each."""
+        self._parts.setdefault(name, []).append((rows, columns, values))
+
+    def of(self, mask: Tensor) -> dict[str, Tensor]:
+        """All values in their places, ``[B, T, ...]``, 0 where there is none."""
+        found = {}
+        for name, parts in self._parts.items():
+            rows, columns, values = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+            found[name] = values.new_zeros(mask.shape + values.shape[1:])
+            found[name][rows, columns] = values
+        return found
 
 
 @torch.no_grad()
@@ -39,7 +61,7 @@ def evaluate_rollout(
     reference: Reference | None,
     options: HeadOptions,
     region: Region,
-    micro_batch_size: int,
+    limit: PassLimit,
 ) -> EvaluatedRollout:
     """Log-probabilities, values and entropies of this rank's responses, and what methods observe.
 
@@ -51,42 +73,43 @@ def evaluate_rollout(
         reference: the initial policy, where it is wanted.
         options: what is asked of the head but for regions and logits.
         region: that of the diagnostics.
-        micro_batch_size: rows of one pass.
+        limit: of one pass.
     """
+    device = scores.device
     observed = [each for method in methods for each in method.observed_regions]
     asked = asked_by(methods, options, region, *observed)
     # Of the reference, only what is asked for: mostly log-probabilities alone.
     of_reference = asked_by([m for m in methods if m.needs_reference], options)
-    scales = {term.name: MaskedMean().to(scores.device) for term in loss_terms(methods)}
-    pieces: dict[str, list[Tensor]] = {}
-    starts = range(0, len(rollout), micro_batch_size)
-    micros = [rollout[start : start + micro_batch_size] for start in starts]
+    scales = {term.name: MaskedMean().to(device) for term in loss_terms(methods)}
+    collected, padding = _Collected(), []
+    (passes,) = plan(*rollout.lengths(), limit)
     idle = 0
     if is_sharded(model):  # ranks need each other's weights equally often
-        idle = highest(len(micros), scores.device) - len(micros)
-    for number, micro in enumerate([*micros, *[rollout[:1]] * idle]):
+        idle = highest(len(passes), device) - len(passes)
+    for rows in [torch.tensor(rows, device=device) for rows in [*passes, *[[]] * idle]]:
+        micro = (rollout[rows] if len(rows) else rollout[:1].uncounted()).trimmed()
+        padding.append(micro.padding().flatten())
         outputs, values = model.outputs(micro, asked)
-        seen = None
-        if reference is not None:
-            seen = reference.outputs(micro, of_reference, scores.device)
-        if number >= len(micros):
+        seen = None if reference is None else reference.outputs(micro, of_reference, device)
+        if not len(rows):
             continue
-        stats = torch.stack(list(outputs.entropy(region)), dim=-1)  # sizes as floats
-        piece = {"old_logprobs": outputs.logprobs, "entropies": stats}
+        mask = micro.response_mask
+        row, column = mask.nonzero(as_tuple=True)
+        add = partial(collected.add, rows=rows[row], columns=column)
+        add("old_logprobs", values=outputs.logprobs)
+        # Sizes as floats.
+        add("entropies", values=torch.stack(list(outputs.entropy(region)), dim=-1))
         if values is not None:
-            piece["values"] = values
+            add("values", values=values[mask])
         if seen is not None:
-            piece["ref_logprobs"] = seen.logprobs
+            add("ref_logprobs", values=seen.logprobs)
         for method in methods:
             kept = method.observe(outputs, seen)
             if kept is not None:
-                piece[f"observed/{method.name}"] = kept
-        for name, part in piece.items():
-            rows = part if name == "values" else spread(part, micro.response_mask)
-            pieces.setdefault(name, []).append(rows)
+                add(f"observed/{method.name}", values=kept)
         for term in loss_terms(methods):
             scales[term.name].update(term.scale(outputs))
-    columns = {name: torch.cat(parts) for name, parts in pieces.items()}
+    columns = collected.of(rollout.response_mask)
     experience = build_experience(
         rollout,
         scores,
@@ -103,4 +126,5 @@ def evaluate_rollout(
         experience,
         EntropyStats(*columns["entropies"].unbind(-1)),
         {name: float(scale.compute()) for name, scale in scales.items()},
+        torch.cat(padding),
     )
