@@ -19,19 +19,20 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 _PLAIN, _PACKED = "sdpa", "tre_lightning_packed"  # names of attention functions
+_ALIKE = 0.7  # rows that are at least so much of the longest one are padded to it in attention
 
 
 @dataclass(frozen=True)
 class Packed:
     """B rows as one sequence of N tokens.
 
-    A token after which nothing of its row counts is left out, as it predicts nothing.
+    A token is left out where no output of its row is wanted from there on.
     """
 
     ids: Tensor  # [N] int64
     positions: Tensor  # [N] int64, in each token's row
-    slots: Tensor  # [B, C] int64, the rows: numbers of their tokens, then anything
-    homes: Tensor  # [N] int64, a flat place of each token in ``slots``
+    blocks: tuple[Tensor, ...]  # [b, c] int64 each: the tokens' numbers in b rows of about c tokens
+    homes: Tensor  # [N] int64, a place of each token in the blocks, one row after another
     asked: Tensor  # [n] int64, numbers of the tokens whose outputs are wanted, in reading order
 
     @classmethod
@@ -52,20 +53,24 @@ class Packed:
         stored[:, :prompt] &= (first == row).unsqueeze(1)
         number = stored.flatten().cumsum(0).view_as(ids) - 1
         number[:, :prompt] = number[first, :prompt]
-        # Rows side by side from the left: a token's column is its position.
-        position, width = mask.long().cumsum(1) - 1, max(1, int(used.sum(1).max()))
-        order = used.long().argsort(dim=1, descending=True, stable=True)[:, :width]
-        homes = row.unsqueeze(1) * width + position
-        return cls(
-            ids[stored],
-            position[stored],
-            number.gather(1, order).clamp(min=0),
-            homes[stored],
-            number[asked],
-        )
+        # From the left: a token's column is its position. What follows a row is anything.
+        position = mask.long().cumsum(1) - 1
+        rows = number.gather(1, used.long().argsort(dim=1, descending=True, stable=True))
+        lengths, blocks, start, starts = used.sum(1), [], 0, torch.zeros_like(row)
+        for part, width in _of_one_length(lengths):
+            starts[part] = start + width * torch.arange(len(part), device=row.device)
+            blocks.append(rows[part, :width].clamp(min=0))
+            start += len(part) * width
+        homes = starts.unsqueeze(1) + position
+        return cls(ids[stored], position[stored], tuple(blocks), homes[stored], number[asked])
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return self.blocks[0].shape[1]
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -84,6 +89,19 @@ class Packed:
     def attended(self, model: nn.Module) -> AbstractContextManager[None]:
         """Context in which the model's attention puts the tokens into rows."""
         return _attended(self, _configs(model))
+
+
+def _of_one_length(lengths: Tensor) -> Iterator[tuple[Tensor, int]]:
+    """Rows of about one length, and their longest: what attention pads to each other."""
+    order = lengths.argsort(descending=True)
+    ordered = lengths[order].tolist()
+    start = 0
+    while start < len(ordered) and ordered[start]:
+        width, end = ordered[start], start
+        while end < len(ordered) and ordered[end] >= _ALIKE * width:
+            end += 1
+        yield order[start:end], width
+        start = end
 
 
 def can_pack(model: nn.Module) -> bool:
@@ -134,24 +152,27 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """Attention ``[1, N, H, D]`` of queries, keys and values ``[1, h, N, D]``, in rows."""
     packed = _current()
-    width = packed.slots.shape[1]
-    if mask is not None and mask.shape[-2:] != (width, width):
+    if mask is not None and mask.shape[-2:] != (packed.longest, packed.longest):
         raise ValueError("the model makes masks in a way of its own")
-    rows = [_in_rows(states, packed.slots) for states in (query, key, value)]
-    found, _ = sdpa_attention_forward(module, *rows, mask, **rest)
-    return found.flatten(0, 1).index_select(0, packed.homes).unsqueeze(0), None
+    found = []
+    for slots in packed.blocks:
+        width = slots.shape[1]
+        rows = [_in_rows(states, slots) for states in (query, key, value)]
+        of_rows = None if mask is None else mask[..., :width, :width]
+        found.append(sdpa_attention_forward(module, *rows, of_rows, **rest)[0].flatten(0, 1))
+    return torch.cat(found).index_select(0, packed.homes).unsqueeze(0), None
 
 
 def _in_rows(states: Tensor, slots: Tensor) -> Tensor:
-    """Of N tokens ``[1, h, N, D]``, those in the rows, ``[B, h, C, D]``."""
+    """Of N tokens ``[1, h, N, D]``, those in some rows, ``[b, h, c, D]``."""
     tokens = states.squeeze(0).transpose(0, 1)
     rows = tokens.index_select(0, slots.flatten()).unflatten(0, slots.shape)
     return rows.transpose(1, 2)
 
 
 def _row_mask(**options: Any) -> Tensor | None:
-    """The mask ``[1, 1, C, C]`` that the model asks for, of one row for all."""
-    width = _current().slots.shape[1]
+    """The mask ``[1, 1, C, C]`` that the model asks for, of the longest row: it serves all."""
+    width = _current().longest
     changed = {"batch_size": 1, "q_length": width, "kv_length": width, "attention_mask": None}
     return sdpa_mask(**{**options, **changed})
 

@@ -113,11 +113,10 @@ def laid_out(
         prompt: the first columns, which several rows may have in common; None = they do not.
     """
     found = reading(model)
-    if found.packed and prompt is not None:
-        packed = Packed.of(ids, mask, asked, prompt)
-        if 0 < len(packed) <= _WORTH * ids.numel():
-            n = torch.arange(len(packed.asked), device=ids.device)
-            return Layout(packed.inputs, packed.asked, (packed.asked, n), packed)
+    if found.packed and prompt is not None and asked.any():
+        layout = _packed(ids, mask, asked, prompt)
+        if layout.inputs["input_ids"].numel() <= _WORTH * ids.numel():
+            return layout
     return _padded(model, ids, mask, asked) if found.padded else _shifted(ids, mask, asked)
 
 
@@ -285,6 +284,12 @@ def _shifted(ids: Tensor, mask: Tensor, asked: Tensor) -> Layout:
     return Layout({"input_ids": ids.gather(1, columns), "use_cache": False}, places)
 
 
+def _packed(ids: Tensor, mask: Tensor, asked: Tensor, prompt: int) -> Layout:
+    packed = Packed.of(ids, mask, asked, prompt)
+    n = torch.arange(len(packed.asked), device=ids.device)
+    return Layout(packed.inputs, packed.asked, (packed.asked, n), packed)
+
+
 # ----- the trial
 
 
@@ -348,20 +353,23 @@ def _packs(model: nn.Module) -> bool:
         ids = torch.cat([prompts, tokens[-3 * _PROMPT :].view(3, -1)], dim=1)
         mask = torch.ones_like(ids, dtype=torch.bool)
         mask[1, 0] = mask[0, -2:] = False
-        packed = Packed.of(ids, mask, before(mask[:, _PROMPT:], _PROMPT), _PROMPT)
-        rows = Layout(
-            {"input_ids": packed.ids[packed.slots], "use_cache": False}, packed.homes[packed.asked]
+        asked = before(mask[:, _PROMPT:], _PROMPT)
+        layouts = _shifted(ids, mask, asked), _packed(ids, mask, asked, _PROMPT)
+        (plain, plain_gradients), (packed, gradients) = (
+            _differentiated(model, layout, tokens.unique()) for layout in layouts
         )
-        plain, of_slots = _with_embeddings(model, rows)
-        found, of_tokens = _with_embeddings(model, Layout(packed.inputs, packed.asked, None, packed))
-        gradients = [
-            torch.autograd.grad(_weighed(outputs), embeddings)[0].flatten(0, 1)
-            for outputs, embeddings in ((plain, of_slots), (found, of_tokens))
-        ]
-        summed = torch.zeros_like(gradients[1]).index_add(0, packed.slots.flatten(), gradients[0])
-        return _agree(model, plain, found) and _agree(
-            model, summed.flatten(), gradients[1].flatten()
-        )
+    return _agree(model, plain, packed) and _agree(model, plain_gradients, gradients)
+
+
+def _differentiated(model: nn.Module, layout: Layout, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs ``[n, W]``, and gradients ``[K * D]`` of a sum by the embeddings of K tokens."""
+    outputs, embeddings = _with_embeddings(model, layout)
+    weights = torch.arange(outputs.numel(), device=outputs.device).cos().view_as(outputs)
+    loss = (outputs.where(outputs > _MASKED, 0.0) * weights).sum()
+    gradients = torch.autograd.grad(loss, embeddings)[0].flatten(0, 1)
+    number = torch.searchsorted(tokens, layout.inputs["input_ids"].flatten())
+    summed = gradients.new_zeros(len(tokens), gradients.shape[-1])
+    return outputs.detach(), summed.index_add(0, number, gradients).flatten()
 
 
 def _with_embeddings(model: nn.Module, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -378,12 +386,6 @@ def _with_embeddings(model: nn.Module, layout: Layout) -> tuple[Tensor, Tensor]:
     finally:
         hook.remove()
     return outputs, seen[0]
-
-
-def _weighed(outputs: Tensor) -> Tensor:
-    """A sum in which each output has a weight of its own."""
-    weights = torch.arange(outputs.numel(), device=outputs.device).cos().view_as(outputs)
-    return (outputs.where(outputs > _MASKED, 0.0) * weights).sum()
 
 
 def _works(attempt: Callable[[], bool]) -> bool:
