@@ -201,6 +201,12 @@ class ActorCritic(nn.Module):
             self._head.append(plain_head(self.policy))
         return self._head[0]
 
+    @property
+    def packs(self) -> bool:
+        """Whether rows are computed side by side, without padding and a common prompt once."""
+        models = filter(None, (self.policy, trunk_of(self.policy), self.critic))
+        return all(reading(model).packed for model in models)
+
     @classmethod
     def load(cls, args: PolicyArgs, seed: int = 0) -> "ActorCritic":
         """Read the policy and its critic; ``seed`` is that of adapters.
@@ -439,9 +445,7 @@ def checkpoint_gradients(model: PreTrainedModel) -> None:
     with warnings.catch_warnings():  # the name has a successor, which early 5.x releases lack
         warnings.simplefilter("ignore", FutureWarning)
         try:
-            model.gradient_checkpointing_enable(
-                {"use_reentrant": False, "context_fn": recomputing}
-            )
+            model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": recomputing})
         except ValueError as error:
             raise ValueError(f"model.policy.gradient_checkpointing=true: {error}") from error
 

@@ -28,7 +28,6 @@ from tre_lightning.policy.tokenizers import vocabulary_size
 _CLOSE, _CLOSE_TF32, _CLOSE_HALF = 3e-4, 1e-2, 0.1
 _MASKED = -1e30  # logits of tokens that a model never says
 _ROW, _OTHER, _PROMPT = 9, 12, 6  # tokens of the row that is looked at, of another, of its prompt
-_WORTH = 1.0  # packing costs a little: what fraction of all places may be tokens
 _log = logging.getLogger(__name__)
 
 
@@ -114,9 +113,7 @@ def laid_out(
     """
     found = reading(model)
     if found.packed and prompt is not None and asked.any():
-        layout = _packed(ids, mask, asked, prompt)
-        if layout.inputs["input_ids"].numel() <= _WORTH * ids.numel():
-            return layout
+        return _packed(ids, mask, asked, prompt)
     return _padded(model, ids, mask, asked) if found.padded else _shifted(ids, mask, asked)
 
 

@@ -155,11 +155,13 @@ class UpdateMetrics(_Collection):
         batch: TrainingBatch,
         clip_eps_low: float | None,
         clip_eps_high: float | None,
+        *,
+        packed: bool = False,
     ) -> None:
         """Count a micro-batch of this rank: losses, how far the policy has moved, padding."""
         for name, part in losses.parts.items():
             self.add_loss(name, part)
-        self["policy/padding_fraction"].update(batch.padding())
+        self["policy/padding_fraction"].update(batch.padding(packed=packed))
         self.update_policy(losses.logprobs, batch, clip_eps_low, clip_eps_high)
 
     def update_policy(

@@ -4,16 +4,20 @@ A pass over some rows computes as many columns as the longest prompt and the lon
 them take. Rows are sorted by length and cut into passes so that the columns computed, plus a fixed
 price for each pass, are fewest. How rows are laid out changes memory and speed, and results by
 rounding alone.
+
+A model that reads packed rows (:mod:`tre_lightning.policy.packing`) computes no padding, and a prompt
+once for all its rows in a pass: there, rows of one prompt share a pass.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tre_lightning.batches import TrainingBatch
+from tre_lightning.batches import Rollout, TrainingBatch
 from tre_lightning.common.distributed import world
 
 # Tokens in whose time a pass more is worth it: its kernels are launched again, its products are
@@ -29,7 +33,7 @@ class PassLimit:
     """The most that one forward pass takes; None = no limit. One row always fits.
 
     Args:
-        tokens: rows x columns, prompts, responses and padding.
+        tokens: rows x columns, prompts, responses and padding; of packed rows, the tokens alone.
         rows: responses.
     """
 
@@ -118,14 +122,97 @@ def _cut(
     return float(price[0]), parts
 
 
-def local_micro_batches(minibatch: TrainingBatch, limit: PassLimit) -> list[TrainingBatch]:
+def packed_plan(
+    prompt_lengths: Sequence[int],
+    response_lengths: Sequence[int],
+    prompts: Sequence[int],
+    limit: PassLimit,
+    ranks: int = 1,
+) -> list[list[list[int]]]:
+    """The same as :func:`plan` for packed rows: those of one prompt share a pass where they fit.
+
+    Args:
+        prompt_lengths: tokens of the prompt of each of B rows.
+        response_lengths: tokens of each row's response.
+        prompts: number of each row's prompt, equal where prompts are.
+        limit: of a pass.
+        ranks: among which the rows are shared.
+
+    Example:
+        >>> packed_plan([9, 9, 9, 9], [1, 2, 3, 4], [0, 1, 0, 1], PassLimit(tokens=20))
+        [[[0, 2], [1, 3]]]
+    """
+
+    def fits(rows: Sequence[int]) -> bool:
+        once = {prompts[row]: prompt_lengths[row] for row in rows}
+        tokens = sum(once.values()) + sum(response_lengths[row] for row in rows)
+        return (limit.tokens is None or tokens <= limit.tokens) and (
+            limit.rows is None or len(rows) <= limit.rows
+        )
+
+    order = sorted(range(len(prompts)), key=lambda row: prompts[row])
+    passes = []
+    for part in _shares(order, prompt_lengths, response_lengths, prompts, ranks):
+        filled: list[list[int]] = [[]]
+        for _, rows in groupby(part, key=lambda row: prompts[row]):
+            group = list(rows)
+            if filled[-1] and fits(group) and not fits([*filled[-1], *group]):
+                filled.append([])
+            for row in group:
+                if filled[-1] and not fits([*filled[-1], row]):
+                    filled.append([])
+                filled[-1].append(row)
+        passes.append(filled)
+    count = max(map(len, passes))
+    return [[*filled, *[[] for _ in range(count - len(filled))]] for filled in passes]
+
+
+def _shares(
+    order: Sequence[int],
+    prompt_lengths: Sequence[int],
+    response_lengths: Sequence[int],
+    prompts: Sequence[int],
+    ranks: int,
+) -> list[Sequence[int]]:
+    """Rows, those of one prompt side by side, in consecutive parts of about equal tokens.
+
+    A cut among rows of one prompt has that computed twice, which counts against it.
+    """
+    again = np.array(
+        [
+            prompt_lengths[row] * (prompts[row] == prompts[before])
+            for before, row in zip(order, order[1:], strict=False)
+        ],
+        dtype=np.int64,
+    )
+    tokens = np.array([prompt_lengths[row] + response_lengths[row] for row in order])
+    tokens[1:] -= again
+    until, price, cuts = np.append(0, tokens.cumsum()), np.pad(again, 1), [0]
+    for rank in range(1, ranks):
+        off = np.abs(until - until[-1] * rank / ranks) + price[: len(until)]
+        cuts.append(max(cuts[-1], int(off.argmin())))
+    return [order[start:end] for start, end in zip(cuts, [*cuts[1:], len(order)], strict=True)]
+
+
+def passes_of(
+    rollout: Rollout, limit: PassLimit, *, packed: bool, ranks: int = 1
+) -> list[list[list[int]]]:
+    """Row numbers of each pass of each rank, for a model that reads ``packed`` rows or not."""
+    if packed:
+        return packed_plan(*rollout.lengths(), rollout.prompts(), limit, ranks)
+    return plan(*rollout.lengths(), limit, ranks)
+
+
+def local_micro_batches(
+    minibatch: TrainingBatch, limit: PassLimit, *, packed: bool = False
+) -> list[TrainingBatch]:
     """This rank's part of a global minibatch, in micro-batches; equally many on all ranks.
 
-    A rank for which there is no row gets one of which no token counts.
+    ``packed``: the models read packed rows. A rank for which there is no row gets one of which no token counts.
     """
     rank, ranks = world()
     parts = [
         minibatch[torch.tensor(rows)] if rows else minibatch[:1].uncounted()
-        for rows in plan(*minibatch.lengths(), limit, ranks)[rank]
+        for rows in passes_of(minibatch, limit, packed=packed, ranks=ranks)[rank]
     ]
     return [part.trimmed() for part in parts]

@@ -16,7 +16,7 @@ from tre_lightning.ops import Region
 from tre_lightning.policy.actor_critic import ActorCritic
 from tre_lightning.policy.head import HeadOptions
 from tre_lightning.policy.sharding import is_sharded
-from tre_lightning.training.micro_batches import PassLimit, plan
+from tre_lightning.training.micro_batches import PassLimit, passes_of
 from tre_lightning.training.objective import asked_by
 from tre_lightning.training.reference import Reference
 from tre_lightning.training.targets import build_experience
@@ -82,13 +82,13 @@ def evaluate_rollout(
     of_reference = asked_by([m for m in methods if m.needs_reference], options)
     scales = {term.name: MaskedMean().to(device) for term in loss_terms(methods)}
     collected, padding = _Collected(), []
-    (passes,) = plan(*rollout.lengths(), limit)
+    (passes,) = passes_of(rollout, limit, packed=model.packs)
     idle = 0
     if is_sharded(model):  # ranks need each other's weights equally often
         idle = highest(len(passes), device) - len(passes)
     for rows in [torch.tensor(rows, device=device) for rows in [*passes, *[[]] * idle]]:
         micro = (rollout[rows] if len(rows) else rollout[:1].uncounted()).trimmed()
-        padding.append(micro.padding().flatten())
+        padding.append(micro.padding(packed=model.packs).flatten())
         outputs, values = model.outputs(micro, asked)
         seen = None if reference is None else reference.outputs(micro, of_reference, device)
         if not len(rows):
