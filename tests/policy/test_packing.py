@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from test_reading import ATTENTION, CACHED, EXPERTS, OLD, WHOLE, build
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 import runs
-from test_reading import ATTENTION, CACHED, EXPERTS, OLD, WHOLE, build
 from tre_lightning.batches import Rollout
 from tre_lightning.ops import PolicyOutputs, Region
 from tre_lightning.policy import reading as readings

@@ -5,13 +5,13 @@ them take. Rows are sorted by length and cut into passes so that the columns com
 price for each pass, are fewest. How rows are laid out changes memory and speed, and results by
 rounding alone.
 
-A model that reads packed rows (:mod:`tre_lightning.policy.packing`) computes no padding, and a prompt
-once for all its rows in a pass: there, rows of one prompt share a pass.
+A model that reads packed rows (:mod:`tre_lightning.policy.packing`) computes no padding, and a
+prompt once for all its rows in a pass: there, rows of one prompt share a pass.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import numpy as np
 import torch
@@ -181,7 +181,7 @@ def _shares(
     again = np.array(
         [
             prompt_lengths[row] * (prompts[row] == prompts[before])
-            for before, row in zip(order, order[1:], strict=False)
+            for before, row in pairwise(order)
         ],
         dtype=np.int64,
     )
@@ -208,7 +208,8 @@ def local_micro_batches(
 ) -> list[TrainingBatch]:
     """This rank's part of a global minibatch, in micro-batches; equally many on all ranks.
 
-    ``packed``: the models read packed rows. A rank for which there is no row gets one of which no token counts.
+    A rank for which there is no row gets one of which no token counts. ``packed``: as in
+    :func:`passes_of`.
     """
     rank, ranks = world()
     parts = [
