@@ -8,12 +8,13 @@ rounding alone.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from tre_lightning.batches import TrainingBatch
+from tre_lightning.batches import Rollout, TrainingBatch
 from tre_lightning.common.distributed import world
 
 # Tokens in whose time a pass more is worth it: its kernels are launched again, its products are
@@ -22,6 +23,7 @@ PASS_TOKENS = 96
 _STRIPS = (1, 4, 16)
 
 Array = NDArray[np.int64]
+Rows = TypeVar("Rows", bound=Rollout)
 
 
 @dataclass(frozen=True)
@@ -118,14 +120,36 @@ def _cut(
     return float(price[0]), parts
 
 
-def local_micro_batches(minibatch: TrainingBatch, limit: PassLimit) -> list[TrainingBatch]:
+def passes_over(
+    batch: Rows, passes: Sequence[Sequence[int]], some: Tensor
+) -> Iterator[tuple[Tensor, Rows]]:
+    """The rows of each pass: their numbers, and the batch of them without needless columns.
+
+    Of a pass without rows: no numbers, and a row of which no token counts.
+
+    Args:
+        batch: B rows, at least one.
+        passes: as :func:`plan` has them.
+        some: the rows that were planned, numbers in the batch.
+    """
+    for planned in passes:
+        rows = some[planned]
+        part = batch[rows] if planned else batch[:1].uncounted()
+        yield rows, part.trimmed()
+
+
+def local_micro_batches(
+    minibatch: TrainingBatch, wanted: Tensor, limit: PassLimit
+) -> list[TrainingBatch]:
     """This rank's part of a global minibatch, in micro-batches; equally many on all ranks.
 
-    A rank for which there is no row gets one of which no token counts.
+    At least one, as all ranks take part in every optimiser step.
+
+    Args:
+        minibatch: B responses.
+        wanted: those that are computed, ``[B]`` bool.
+        limit: of a pass.
     """
-    rank, ranks = world()
-    parts = [
-        minibatch[torch.tensor(rows)] if rows else minibatch[:1].uncounted()
-        for rows in plan(*minibatch.lengths(), limit, ranks)[rank]
-    ]
-    return [part.trimmed() for part in parts]
+    (rank, ranks), some = world(), wanted.nonzero().squeeze(1)
+    passes = plan(*minibatch[some].lengths(), limit, ranks)[rank]
+    return [micro for _, micro in passes_over(minibatch, passes or [[]], some)]
