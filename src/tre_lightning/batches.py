@@ -78,6 +78,8 @@ class Rollout:
 
     def prompts(self) -> list[int]:
         """A number for each row's prompt, equal where prompts are."""
+        if not len(self):
+            return []
         shown = self.prompt_ids.where(self.prompt_mask, -1)
         found: list[int] = shown.unique(dim=0, return_inverse=True)[1].tolist()
         return found

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batches import training_batch
-from tre_lightning.batches import Rollout
+from tre_lightning.batches import Rollout, TrainingBatch
 from tre_lightning.training import micro_batches
 from tre_lightning.training.micro_batches import PASS_TOKENS, PassLimit, local_micro_batches, plan
 
@@ -141,12 +141,18 @@ def test_little_is_padding_where_lengths_are_those_of_real_runs() -> None:
 # --- of a minibatch ---
 
 
+def micros_of(batch: TrainingBatch, limit: PassLimit, *unwanted: int) -> list[TrainingBatch]:
+    wanted = torch.ones(len(batch), dtype=torch.bool)
+    wanted[list(unwanted)] = False
+    return local_micro_batches(batch, wanted, limit)
+
+
 def test_each_rank_gets_its_rows_trimmed(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = training_batch([[0.1], [0.2] * 900, [0.3] * 3, [0.4] * 890, [0.5] * 2])
     limit = PassLimit(tokens=2000)
 
     def shapes() -> list[list[list[int]]]:
-        return [micro.response_mask.sum(1).tolist() for micro in local_micro_batches(batch, limit)]
+        return [micro.response_mask.sum(1).tolist() for micro in micros_of(batch, limit)]
 
     assert shapes() == [[900, 890], [3, 2, 1]]
     found = []
@@ -154,7 +160,7 @@ def test_each_rank_gets_its_rows_trimmed(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(micro_batches, "world", lambda rank=rank: (rank, 2))
         found.append(shapes())
     assert found == [[[900], [2]], [[890], [3, 1]]]
-    for micro in local_micro_batches(batch, limit):
+    for micro in micros_of(batch, limit):
         assert micro.response_ids.shape[1] == micro.response_mask.sum(1).max()
 
 
@@ -163,7 +169,15 @@ def test_a_rank_without_a_row_computes_one_that_does_not_count(
 ) -> None:
     batch = training_batch([[0.1, 0.2, 0.3]])
     monkeypatch.setattr(micro_batches, "world", lambda: (1, 2))
-    (micro,) = local_micro_batches(batch, PassLimit(tokens=20))
+    (micro,) = micros_of(batch, PassLimit(tokens=20))
+    assert len(micro) == 1 and not micro.response_mask.any()
+
+
+def test_rows_that_are_not_wanted_are_left_out() -> None:
+    batch = training_batch([[0.1], [0.2] * 9, [0.3] * 3])
+    (micro,) = micros_of(batch, PassLimit(), 1)
+    assert micro.advantages[:, 0].tolist() == pytest.approx([0.3, 0.1])
+    (micro,) = micros_of(batch, PassLimit(), 0, 1, 2)  # every rank takes part in a step
     assert len(micro) == 1 and not micro.response_mask.any()
 
 

@@ -292,14 +292,28 @@ class ActorCritic(nn.Module):
         (ids, mask), counted = sequence_inputs(batch), batch.response_mask
         head = self.head if asked.takes_hidden else None
         source, hidden = head_input(self.policy, head, ids, mask, counted)
+        return source, head, self.values(batch, hidden)
+
+    def values(self, batch: Rollout, hidden: Tensor | None = None) -> Tensor | None:
+        """Values ``[B, T]`` (float32), without what the policy says; None without a critic.
+
+        Args:
+            batch: responses.
+            hidden: the policy's last hidden states ``[n, D]`` right before the counted tokens,
+                where they are known.
+        """
         if self.value_head is None:
-            return source, head, None
+            return None
+        (ids, mask), counted = sequence_inputs(batch), batch.response_mask
         if self.critic is not None:
             # Its table may lack rows that stand for no token; the others' are checked before.
             known = ids.clamp(max=self._critic_vocabulary - 1)
             hidden = _layout(self.critic, known, mask, counted).hidden_states(self.critic)
+        elif hidden is None:
+            trunk = trunk_of(self.policy)
+            hidden = _layout(trunk, ids, mask, counted).hidden_states(trunk)
         values = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
-        return source, head, values.new_zeros(counted.shape).masked_scatter(counted, values)
+        return values.new_zeros(counted.shape).masked_scatter(counted, values)
 
     def sample(self, use: Callable[[PreTrainedModel], T]) -> T:
         """What ``use`` makes of the policy, whose weights are whole meanwhile; no gradients."""
@@ -315,7 +329,7 @@ class ActorCritic(nn.Module):
         _ = self.head  # found by a trial, which needs whole weights
         for model in filter(None, (self.policy, trunk_of(self.policy), self.critic)):
             reading(model)
-        methods = ("outputs", "loss", "_with_policy")
+        methods = ("outputs", "loss", "values", "_with_policy")
         shard(self, device_type, precision, *methods, cpu_offload=cpu_offload)
         self._offloaded = cpu_offload
 

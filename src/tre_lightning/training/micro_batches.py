@@ -12,10 +12,11 @@ prompt once for all its rows in a pass: there, rows of one prompt share a pass.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
+from typing import TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from tre_lightning.batches import Rollout, TrainingBatch
 from tre_lightning.common.distributed import world
@@ -26,6 +27,7 @@ PASS_TOKENS = 96
 _STRIPS = (1, 4, 16)
 
 Array = NDArray[np.int64]
+Rows = TypeVar("Rows", bound=Rollout)
 
 
 @dataclass(frozen=True)
@@ -153,13 +155,13 @@ def packed_plan(
     order = sorted(range(len(prompts)), key=lambda row: prompts[row])
     passes = []
     for part in _shares(order, prompt_lengths, response_lengths, prompts, ranks):
-        filled: list[list[int]] = [[]]
+        filled: list[list[int]] = []
         for _, rows in groupby(part, key=lambda row: prompts[row]):
             group = list(rows)
-            if filled[-1] and fits(group) and not fits([*filled[-1], *group]):
-                filled.append([])
-            for row in group:
-                if filled[-1] and not fits([*filled[-1], row]):
+            whole = fits(group)
+            for start, row in enumerate(group):
+                more = group if whole and start == 0 else [row]
+                if not filled or not fits([*filled[-1], *more]):
                     filled.append([])
                 filled[-1].append(row)
         passes.append(filled)
@@ -203,17 +205,37 @@ def passes_of(
     return plan(*rollout.lengths(), limit, ranks)
 
 
+def passes_over(
+    batch: Rows, passes: Sequence[Sequence[int]], some: Tensor
+) -> Iterator[tuple[Tensor, Rows]]:
+    """The rows of each pass: their numbers, and the batch of them without needless columns.
+
+    Of a pass without rows: no numbers, and a row of which no token counts.
+
+    Args:
+        batch: B rows, at least one.
+        passes: as :func:`plan` has them.
+        some: the rows that were planned, numbers in the batch.
+    """
+    for planned in passes:
+        rows = some[planned]
+        part = batch[rows] if planned else batch[:1].uncounted()
+        yield rows, part.trimmed()
+
+
 def local_micro_batches(
-    minibatch: TrainingBatch, limit: PassLimit, *, packed: bool = False
+    minibatch: TrainingBatch, wanted: Tensor, limit: PassLimit, *, packed: bool = False
 ) -> list[TrainingBatch]:
     """This rank's part of a global minibatch, in micro-batches; equally many on all ranks.
 
-    A rank for which there is no row gets one of which no token counts. ``packed``: as in
-    :func:`passes_of`.
+    At least one, as all ranks take part in every optimiser step.
+
+    Args:
+        minibatch: B responses.
+        wanted: those that are computed, ``[B]`` bool.
+        limit: of a pass.
+        packed: as in :func:`passes_of`.
     """
-    rank, ranks = world()
-    parts = [
-        minibatch[torch.tensor(rows)] if rows else minibatch[:1].uncounted()
-        for rows in passes_of(minibatch, limit, packed=packed, ranks=ranks)[rank]
-    ]
-    return [part.trimmed() for part in parts]
+    (rank, ranks), some = world(), wanted.nonzero().squeeze(1)
+    passes = passes_of(minibatch[some], limit, packed=packed, ranks=ranks)[rank]
+    return [micro for _, micro in passes_over(minibatch, passes or [[]], some)]
