@@ -167,6 +167,7 @@ def test_the_sampler_is_asked_where_it_is_exact(policy: PreTrainedModel) -> None
     assert not asked(plain, RolloutArgs(engine="continuous_batching"))
     assert not asked(plain, RolloutArgs(engine="vllm"))
     assert not asked(plain, RolloutArgs(max_importance_weight=2.0))
+    assert not asked(plain, RolloutArgs(min_importance_weight=0.5))
     with torch.autocast("cpu", torch.bfloat16):
         assert not asked() and asked(PPOArgs(old_logprobs="sampler"))
     torch.set_float32_matmul_precision("medium")
@@ -181,6 +182,7 @@ def test_the_sampler_is_asked_where_it_is_exact(policy: PreTrainedModel) -> None
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
+        ("--model.rollout.min_importance_weight=0.5", "min_importance_weight=0.5"),
         ("--model.rollout.engine=continuous_batching", "model.rollout.engine=in_process"),
         ("--model.rollout.max_importance_weight=2", "model.rollout.max_importance_weight=2"),
     ],

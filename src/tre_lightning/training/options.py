@@ -226,23 +226,25 @@ class DiagnosticsArgs:
     Args:
         top_k: region of this many most probable tokens.
         top_p: region of the smallest nucleus of this mass.
+        min_p: region of the tokens at least this many times as probable as the most probable one.
         fraction: of the responses, in (0, 1], drawn anew in every iteration, that the entropies are
             taken over.
     """
 
     top_k: int | None = None
     top_p: float | None = 0.99
+    min_p: float | None = None
     fraction: float = 1.0
 
     def __post_init__(self) -> None:
-        check_region(self.top_k, self.top_p, "model.diagnostics")
+        check_region(self.top_k, self.top_p, self.min_p, owner="model.diagnostics")
         if not 0.0 < self.fraction <= 1.0:
             raise ValueError(f"model.diagnostics.fraction={self.fraction} must lie in (0, 1]")
 
     @property
     def region(self) -> Region:
         """The same as a region."""
-        return Region(self.top_k, self.top_p)
+        return Region(self.top_k, self.top_p, self.min_p)
 
     def rows(self, prompts: PromptBatch, num_responses: int, seed: int) -> Tensor:
         """Which responses to these prompts the entropies are taken over, ``[B * n]`` bool.
