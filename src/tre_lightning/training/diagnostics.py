@@ -95,8 +95,9 @@ class RolloutMetrics(_Collection):
             self["rollout/scorer_timeouts"].update(count)
 
     def update_padding(self, padding: Tensor) -> None:
-        """Count the columns of the passes over the rollout; True = padding."""
-        self["policy/evaluation_padding_fraction"].update(padding)
+        """Count the columns of the passes over the rollout, if there are any; True = padding."""
+        if padding.numel() > 0:
+            self["policy/evaluation_padding_fraction"].update(padding)
 
     def update_entropy(self, stats: EntropyStats, mask: Tensor) -> None:
         """Count the entropies of some responses, ``[B, T]`` each."""

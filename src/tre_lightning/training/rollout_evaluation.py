@@ -42,11 +42,11 @@ def check_old_logprobs(ppo: PPOArgs, rollout: RolloutArgs) -> None:
             "model.ppo.old_logprobs=sampler needs the logits of model.rollout.engine=in_process, "
             f"not {rollout.engine}; set it to recompute"
         )
-    if rollout.max_importance_weight is not None:
+    if rollout.corrects:
         raise ValueError(
-            f"model.rollout.max_importance_weight={rollout.max_importance_weight} compares the "
-            "sampler with the policy, which are one with model.ppo.old_logprobs=sampler; set that "
-            "to recompute"
+            f"model.rollout.max_importance_weight={rollout.max_importance_weight}, "
+            f"min_importance_weight={rollout.min_importance_weight} compare the sampler with the "
+            "policy, which are one with model.ppo.old_logprobs=sampler; set that to recompute"
         )
 
 
@@ -65,7 +65,7 @@ def taken_from_sampler(
     weights = [p for p in model.policy.parameters() if p.is_floating_point()]
     return (
         rollout.engine == "in_process"
-        and rollout.max_importance_weight is None
+        and not rollout.corrects
         and not is_sharded(model)
         and not torch.is_autocast_enabled(weights[0].device.type)
         and torch.get_float32_matmul_precision() == "highest"
