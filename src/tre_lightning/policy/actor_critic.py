@@ -292,15 +292,16 @@ class ActorCritic(nn.Module):
         (ids, mask), counted = sequence_inputs(batch), batch.response_mask
         head = self.head if asked.takes_hidden else None
         source, hidden = head_input(self.policy, head, ids, mask, counted)
-        return source, head, self.values(batch, hidden)
+        return source, head, self._values(batch, hidden)
 
-    def values(self, batch: Rollout, hidden: Tensor | None = None) -> Tensor | None:
-        """Values ``[B, T]`` (float32), without what the policy says; None without a critic.
+    def values(self, batch: Rollout) -> Tensor | None:
+        """Values ``[B, T]`` (float32), without what the policy says; None without a critic."""
+        return self._values(batch)
 
-        Args:
-            batch: responses.
-            hidden: the policy's last hidden states ``[n, D]`` right before the counted tokens,
-                where they are known.
+    def _values(self, batch: Rollout, hidden: Tensor | None = None) -> Tensor | None:
+        """The same; ``hidden``: the policy's last hidden states ``[n, D]``, where they are known.
+
+        Apart, as a sharded model frees its weights after ``values``.
         """
         if self.value_head is None:
             return None
