@@ -41,7 +41,7 @@ pytestmark = pytest.mark.skipif(
 TIMEOUT = 240.0  # seconds; a deadlock must fail, not hang
 
 SHARDED = yaml.safe_load((runs.CONFIGS / "scale" / "8gpu.yaml").read_text())["trainer"]["strategy"]
-PPO = {"num_epochs": 2, "num_minibatches": 3, "micro_batch_size": 3}
+PPO = {"num_epochs": 2, "num_minibatches": 3, "micro_batch_size": 3, "old_logprobs": "recompute"}
 # 2 prompts on one process and 3 on the other: 8 and 12 responses, 3 and 4 micro-batches of them.
 CHANGES: dict[str, Any] = {
     "data.init_args.batch_size": 5,
