@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import runs
-from tre_lightning.batches import PromptBatch, TrainingBatch
+from tre_lightning.batches import PromptBatch, Rollout, TrainingBatch
 from tre_lightning.entropy import Region
 from tre_lightning.methods import EntropyBonus, Method, PolicyOutputs
 from tre_lightning.policy.actor_critic import ActorCritic
@@ -116,6 +116,16 @@ def test_without_critic_and_reference_nothing_is_read_again(
     assert len(found.padding) == 0 and found.experience.values is None
     recomputed = evaluated(policy, prompts, by_sampler=False, critic="none")
     torch.testing.assert_close(found.experience.old_logprobs, recomputed.experience.old_logprobs)
+
+
+def test_a_pass_of_which_no_token_counts(any_policy: PreTrainedModel) -> None:
+    """Ranks that share weights run one where they have no row."""
+    ids, mask = torch.tensor([[7, 8, 9]]), torch.ones(1, 3, dtype=torch.bool)
+    idle = Rollout(ids, mask, ids, mask, mask[:, 0]).uncounted().trimmed()
+    asked = HeadOptions((Region(top_p=0.9), Region(top_k=2)), temperature=1.0, memory=2**20)
+    outputs, values = ActorCritic(any_policy, None).outputs(idle, asked)
+    assert len(outputs.logprobs) == len(outputs.entropy(Region(top_k=2)).full) == 0
+    assert values is not None and values.shape == (1, 1)
 
 
 @pytest.mark.parametrize("by_sampler", [True, False])

@@ -223,6 +223,8 @@ class UpdateMetrics(_Collection):
     def flush(self) -> dict[str, float]:
         """Values over all ranks, then reset. Collective."""
         values = super().flush()
+        if values.get("rollout/engine_ratio_max") == -math.inf:  # of no token
+            values["rollout/engine_ratio_max"] = math.nan
         for name, loss in self.losses.items():
             assert isinstance(loss, Total)
             # A tag once logged goes on: Lightning would repeat its last value.
