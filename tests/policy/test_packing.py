@@ -162,13 +162,13 @@ def test_so_are_they_with_options(model_type: str, options: dict[str, Any]) -> N
 
 
 def test_in_float64_they_are_equal_to_its_rounding() -> None:
-    model = tried(build("gpt2", **OLD).double(), "shared")
+    model = tried(build("gpt2", **OLD).double(), "none")  # a value is float32, as Llama's norms are
     other, gradients = unpacked(model), []
     for each in (model, other):
         loss(each, rollout()).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in each.policy.parameters()]))
     size = gradients[1].abs().max()
-    torch.testing.assert_close(*gradients, atol=float(size) * 1e-6, rtol=0.0)
+    torch.testing.assert_close(*gradients, atol=float(size) * 1e-12, rtol=0.0)
 
 
 def test_the_logits_are_those_of_plain_rows(policy: PreTrainedModel) -> None:
