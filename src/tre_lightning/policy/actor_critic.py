@@ -313,7 +313,9 @@ class ActorCritic(nn.Module):
         elif hidden is None:
             trunk = trunk_of(self.policy)
             hidden = _layout(trunk, ids, mask, counted).hidden_states(trunk)
-        values = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
+        values: Tensor = (
+            self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
+        )
         return values.new_zeros(counted.shape).masked_scatter(counted, values)
 
     def sample(self, use: Callable[[PreTrainedModel], T]) -> T:

@@ -157,16 +157,16 @@ def _attend(
     found = []
     for slots in packed.blocks:
         width = slots.shape[1]
-        rows = [_in_rows(states, slots) for states in (query, key, value)]
+        q, k, v = (_in_rows(states, slots) for states in (query, key, value))
         of_rows = None if mask is None else mask[..., :width, :width]
-        found.append(sdpa_attention_forward(module, *rows, of_rows, **rest)[0].flatten(0, 1))
+        found.append(sdpa_attention_forward(module, q, k, v, of_rows, **rest)[0].flatten(0, 1))
     return torch.cat(found).index_select(0, packed.homes).unsqueeze(0), None
 
 
 def _in_rows(states: Tensor, slots: Tensor) -> Tensor:
     """Of N tokens ``[1, h, N, D]``, those in some rows, ``[b, h, c, D]``."""
     tokens = states.squeeze(0).transpose(0, 1)
-    rows = tokens.index_select(0, slots.flatten()).unflatten(0, slots.shape)
+    rows: Tensor = tokens.index_select(0, slots.flatten()).unflatten(0, slots.shape)
     return rows.transpose(1, 2)
 
 
