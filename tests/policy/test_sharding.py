@@ -54,7 +54,7 @@ CHANGES: dict[str, Any] = {
 # No critic; the head's weight is the embedding's, so two modules share one of the sharded weights.
 GRPO = {
     **CHANGES,
-    "model.ppo": {**PPO, "estimator": "grpo"},
+    "model.ppo": {**PPO, "estimator": "grpo", "old_logprobs": "recompute"},
     "model.policy.critic": "none",
     "model.policy.gradient_checkpointing": True,
     "model.policy.architecture": {
