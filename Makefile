@@ -10,16 +10,16 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
 	@echo 'ARGS="..." goes on to train..., test... and tensorboard; PYTHON=... picks the interpreter.'
 
-train: .venv/.run ## train the smallest example
+train: .venv/.stamp ## train the smallest example
 	$(BIN)/python -m tre_lightning fit --config configs/countdown_tiny.yaml $(ARGS)
 
-train-math: .venv/.run ## train the smallest example of mathematics
+train-math: .venv/.stamp ## train the smallest example of mathematics
 	$(BIN)/python -m tre_lightning fit --config configs/math_tiny.yaml $(ARGS)
 
-train-hh: .venv/.run runs/hh_reward_tiny/model ## train the smallest example of alignment
+train-hh: .venv/.stamp runs/hh_reward_tiny/model ## train the smallest example of alignment
 	$(BIN)/python -m tre_lightning fit --config configs/hh_tiny.yaml $(ARGS)
 
-runs/hh_reward_tiny/model: | .venv/.run
+runs/hh_reward_tiny/model: | .venv/.stamp
 	$(BIN)/python -m tre_lightning reward fit --config configs/reward/hh_tiny.yaml
 
 test: .venv/.dev ## run the tests on all cores; fails under 90 % line coverage
@@ -37,13 +37,13 @@ format: .venv/.dev ## apply the style fixes and the format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-tensorboard: .venv/.run ## show the curves under runs/
+tensorboard: .venv/.stamp ## show the curves under runs/
 	$(BIN)/tensorboard --logdir runs $(ARGS)
 
 docker: ## build the image with docker
 	docker build -t tre_lightning .
 
-docker-lint: .venv/.run ## check the Dockerfile with hadolint
+docker-lint: .venv/.stamp ## check the Dockerfile with hadolint
 	$(BIN)/pip install -q -c constraints.txt -e '.[docker]'
 	$(BIN)/hadolint --failure-threshold warning Dockerfile
 
@@ -64,10 +64,10 @@ define install
 	@$(BIN)/python -m compileall -q -j 0 -x '/tests/' .venv/lib >/dev/null || true
 endef
 
-.venv/.run: pyproject.toml constraints.txt
+.venv/.stamp: pyproject.toml constraints.txt
 	$(call install)
 	@touch $@
 
 .venv/.dev: pyproject.toml constraints.txt
 	$(call install,[dev])
-	@touch .venv/.run $@
+	@touch .venv/.stamp $@
