@@ -72,7 +72,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -134,14 +134,7 @@ SIZES = {
 }
 # Where lengths are uneven: tokens of a prompt and, at most, of a response.
 UNEVEN = {"quick": (16, 24), "tiny": (32, 256), "100m": (64, 256)}
-ROWS = (  # table row, trainer, who
-    (GRPO, "ours"),
-    (GRPO, "trl"),
-    (GRPO, "trl, same malloc"),
-    (PPO, "ours"),
-    (PPO, "trl"),
-    (PPO, "trl, same malloc"),
-)
+WHO = ("ours", "trl", "trl, same malloc")
 
 
 def setting_of(options: argparse.Namespace) -> Setting:
@@ -828,6 +821,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch")
     parser.add_argument("--repetitions", type=int, default=3, help="processes a contestant")
     parser.add_argument("--iterations", type=int, default=3, help="counted ones a process")
+    parser.add_argument("--who", nargs="+", choices=WHO, default=WHO, help="the contestants")
     parser.add_argument("--trl", type=Path, help="a directory with another trl than the installed")
     parser.add_argument("--trl_ppo", type=Path, help="the same for PPOTrainer only")
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -841,7 +835,7 @@ def main() -> None:
     if results["machine"]["load"] > 1.0:
         console.print("warning: the machine is busy; do not publish these numbers")
     running = []
-    for kind, who in ROWS:
+    for kind, who in product((GRPO, PPO), options.who):
         reason = missing(kind, who, trl_path(options, kind))
         if reason is None:
             running.append((kind, who))
@@ -854,13 +848,15 @@ def main() -> None:
             for kind, who in running:
                 runs.setdefault((kind, who), []).append(run_apart(options, kind, who, directory))
         detailed = {
-            kind: run_apart(options, kind, "ours", directory, detailed=True) for kind in (GRPO, PPO)
+            kind: run_apart(options, kind, "ours", directory, detailed=True)
+            for kind in (GRPO, PPO)
+            if "ours" in options.who
         }
     rows = [medians(kind, who, found) for (kind, who), found in runs.items()]
-    ours = {row["trainer"]: row for row in rows if row["who"] == "ours"}
+    first = {row["trainer"]: row for row in reversed(rows)}
     for row in rows:
-        for column, unit in {"of ours": "s", "of ours, CPU": "CPU s"}.items():
-            row[column] = row[unit] / ours[row["trainer"]][unit]
+        for column, unit in {"of the first": "s", "of the first, CPU": "CPU s"}.items():
+            row[column] = row[unit] / first[row["trainer"]][unit]
     for kind, run in detailed.items():
         console.print(kind, run["padding"])
     results["rows"], results["raw"] = rows, [list(key) + found for key, found in runs.items()]
@@ -868,7 +864,8 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / f"{options.lengths}.json").write_text(json.dumps(results, indent=1) + "\n")
     show("seconds an iteration, medians", rows, console)
-    show("where our time goes", results["profile"], console)
+    if detailed:
+        show("where our time goes", results["profile"], console)
 
 
 if __name__ == "__main__":
