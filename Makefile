@@ -54,8 +54,7 @@ clean: ## remove .venv, caches and build output; runs/ stays
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov build dist
 	find src tests -type d -name __pycache__ -prune -exec rm -rf {} +
 
-# A run needs less than the tests do. Compiling on all cores, and no package's tests, is several times
-# as fast as pip's own way.
+# A run needs less than the tests do. Compiling apart uses all cores, and leaves out packages' tests.
 define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 		{ echo "error: Python 3.11 or newer is needed, but '$(PYTHON)' is: $$($(PYTHON) --version 2>&1); pass PYTHON=/path/to/python3.11" >&2; exit 1; }
