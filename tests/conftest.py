@@ -34,16 +34,13 @@ settings.load_profile("untimed")
 UNTRACED = {
     "test_distributed",
     "test_experiments",
-    "test_faults",
     "test_interrupt",
     "test_memory",
     "test_methods_in_runs",
     "test_notebooks",
     "test_readme",
-    "test_resume",
     "test_sharding",
     "test_smoke",
-    "test_states",
 }
 
 VOCAB_SIZE = 50
