@@ -278,3 +278,9 @@ def test_a_run_is_that_of_plain_rows(
         assert dict(packed[tag]) == pytest.approx(dict(plain[tag]), abs=1e-4, rel=1e-3), tag
     assert all(value == 0.0 for _, value in packed["policy/padding_fraction"])
     assert any(value > 0.0 for _, value in plain["policy/padding_fraction"])
+
+
+def test_minibatches_by_prompt_need_a_prompt_each(tmp_path: Path, refusal: runs.Said) -> None:
+    flags = ("--model.ppo.minibatches_by=prompt", "--model.ppo.num_minibatches=5")
+    line = refusal(runs.run, tmp_path / "run", *flags)
+    assert "model.ppo.num_minibatches=5 is too many for data.batch_size=4 prompts" in line
