@@ -45,6 +45,10 @@ CONFIGS = ROOT / "configs"
 
 ITERATIONS = 4  # PPO iterations of the tiny run
 STEPS_AN_ITERATION = 4  # optimiser steps: num_epochs x num_minibatches
+# Of weights that are equal but for rounding. Llama's norms compute in float32 where all else is
+# float64, in the backward pass too: a sum of the gradients of rows that share a prompt rounds there
+# otherwise than each of them.
+ROUNDING = 1e-5
 CLOCKS = ("rollout/seconds", "policy/update_seconds")  # all that equal runs may differ in
 
 # A process numbers its event files, and TensorBoard reads those of one second in the order of their
@@ -446,10 +450,12 @@ def exit_code(process: BaseProcess, seconds: float = 180.0) -> int | None:
 
 
 def assert_close_curves(left: Path, right: Path, rel: float = 1e-5, abs: float = 1e-6) -> None:
-    """The same tags and steps, and values that differ by rounding alone."""
+    """The same tags and steps, and values that differ by rounding alone, but for padding."""
     a, b = scalars(left), scalars(right)
     assert a.keys() == b.keys()
     for tag, events in a.items():
+        if tag.endswith("padding_fraction"):
+            continue
         close = [(step, approx(value, rel=rel, abs=abs)) for step, value in events]
         assert b[tag] == close, tag
 

@@ -272,7 +272,7 @@ def check_memory(config: Mapping[str, Any]) -> None:
         raise ValueError(
             f"model.policy.model={name} needs about {needed / GIB:.1f} GiB a device in this run "
             f"(estimated: {shown(run)}), and this GPU has {there / GIB:.1f} GiB; lower "
-            "model.rollout.sample_batch_size or model.ppo.micro_batch_size, add --config "
+            "model.rollout.sample_batch_size or model.ppo.micro_batch_tokens, add --config "
             "configs/memory/lora.yaml, or take a file of configs/recipes for this size"
         )
 
@@ -290,6 +290,12 @@ def check_batches(module: PPOModule, data: PromptDataModule, devices: int) -> No
             f"model.ppo.num_minibatches={minibatches} is too many for data.batch_size="
             f"{data.batch_size} x model.rollout.num_responses={responses} responses on "
             f"{devices} device(s): every minibatch needs one for each; lower it"
+        )
+    if module.ppo_args.minibatches_by == "prompt" and data.batch_size < minibatches:
+        raise ValueError(
+            f"model.ppo.num_minibatches={minibatches} is too many for data.batch_size="
+            f"{data.batch_size} prompts with model.ppo.minibatches_by=prompt: every minibatch "
+            "needs one; lower it, or give minibatches_by=response"
         )
 
 

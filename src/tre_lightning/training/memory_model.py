@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from tre_lightning.training.options import MICRO_BATCH_TOKENS
+
 MIB, GIB = 2**20, 2**30
 LOGITS = 128 * MIB  # ppo.logits_memory
 Critic = Literal["separate", "shared", "none"]
@@ -308,20 +310,30 @@ def run_of(config: Mapping[str, Any], shape: Model | None = None) -> Run:
     devices = given if isinstance(given, int) and given > 0 else 1
     devices *= trainer.get("num_nodes") or 1
     responses = max(data["batch_size"] * rollout["num_responses"] // devices, 1)
+    prompt_tokens, new_tokens = data["max_prompt_length"], rollout["max_new_tokens"]
     strategy = trainer.get("strategy")
     sharded = isinstance(strategy, Mapping) and "ModelParallel" in strategy["class_path"]
     return Run(
         SHAPES[policy["model"]] if shape is None else shape,
         rows=min(rollout.get("sample_batch_size") or responses, responses),
-        micro_rows=min(model["ppo"].get("micro_batch_size") or 1, responses),
-        prompt_tokens=data["max_prompt_length"],
-        new_tokens=rollout["max_new_tokens"],
+        micro_rows=min(_micro_rows(model["ppo"], prompt_tokens + new_tokens), responses),
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
         critic=policy["critic"],
         checkpointing=policy.get("gradient_checkpointing", False),
         lora_rank=(policy.get("lora") or {}).get("rank", 0),
         mixed=trainer["precision"] in ("bf16-mixed", "16-mixed"),
         devices=devices if sharded else 1,
     )
+
+
+def _micro_rows(ppo: Mapping[str, Any], tokens: int) -> int:
+    """Responses of the largest size in a pass over the policy."""
+    most, rows = ppo.get("micro_batch_tokens"), ppo.get("micro_batch_size")
+    if most is None and rows is not None:
+        return int(rows)
+    fitting = max((most or MICRO_BATCH_TOKENS) // tokens, 1)
+    return fitting if rows is None else min(fitting, int(rows))
 
 
 def shown(run: Run) -> str:
