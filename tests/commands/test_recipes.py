@@ -147,6 +147,25 @@ def test_a_dry_run_says_what_the_whole_run_takes_and_keeps_nothing(
     assert not (tmp_path / "run" / "model").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "prompts"),
+    [
+        ([], 2),
+        (["--trainer.devices=4"], 4),
+        (["--model.ppo.num_minibatches=32"], 4),  # of 4 prompts x 8 responses
+        (["--model.ppo.num_minibatches=4", "--model.ppo.minibatches_by=prompt"], 4),
+        (["--data.init_args.batch_size=1"], 1),
+    ],
+)
+def test_a_dry_run_has_as_many_prompts_as_it_needs(
+    flags: list[str], prompts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PPOCLI, "_run_subcommand", lambda self, subcommand: None)
+    words = ["fit", f"--config={runs.CONFIGS}/countdown_tiny.yaml", "--dry_run=true", *flags]
+    cli: Any = main([*words, "--trainer.accelerator=cpu"])
+    assert cli.datamodule.batch_size == cli.datamodule.eval_batch_size == prompts
+
+
 def test_a_dry_run_is_of_fit_alone(tmp_path: Path, refusal: runs.Said) -> None:
     words = ["validate", *runs.words(tmp_path / "run")[1:]]
     assert "dry_run=true is of fit, not of validate" in refusal(main, [*words, "--dry_run=true"])

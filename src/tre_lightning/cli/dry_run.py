@@ -15,12 +15,19 @@ PROMPTS = 2
 
 
 def shorten(options: Namespace) -> dict[str, Any]:
-    """Make a trial run of the options of ``fit``; gives what they were."""
+    """Make a trial run of the options of ``fit``; gives what they were.
+
+    It has more prompts than two only where devices and minibatches need them.
+    """
     whole: dict[str, Any] = options.as_dict()
-    devices = options.trainer.devices
-    prompts = max(PROMPTS, devices if isinstance(devices, int) else 1)
-    options.trainer.fast_dev_run = 1
-    options.data.init_args.batch_size = options.data.init_args.eval_batch_size = prompts
+    ppo, trainer, data = options.model.ppo, options.trainer, options.data.init_args
+    devices = trainer.devices if isinstance(trainer.devices, int) else 1
+    parts = ppo.num_minibatches * max(devices, 1) * (trainer.num_nodes or 1)
+    by_prompt = ppo.minibatches_by == "prompt"
+    needed = parts if by_prompt else math.ceil(parts / options.model.rollout.num_responses)
+    prompts = min(max(PROMPTS, devices, needed), data.batch_size)
+    trainer.fast_dev_run = 1
+    data.batch_size = data.eval_batch_size = prompts
     return whole
 
 
@@ -67,15 +74,19 @@ def report(
 
 def shape_of(config: PreTrainedConfig) -> Model | None:
     """The shape of a model, None for one of another kind than Llama and Qwen."""
-    text = config.get_text_config()
-    names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
-    sizes = [getattr(text, name, None) for name in names]
-    if not all(isinstance(size, int) for size in sizes):
+    text: Any = config.get_text_config()
+    if not isinstance(getattr(text, "intermediate_size", None), int):
         return None
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    normed = text.model_type.startswith("qwen3")
-    tied = bool(getattr(text, "tie_word_embeddings", False))
-    return Model(*map(int, sizes), heads, text.vocab_size, tied, normed)  # type: ignore[arg-type]
+    return Model(
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        intermediate=text.intermediate_size,
+        heads=text.num_attention_heads,
+        key_value_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+        vocabulary=text.vocab_size,
+        tied=bool(getattr(text, "tie_word_embeddings", False)),
+        normed_heads=text.model_type.startswith("qwen3"),
+    )
 
 
 def _iterations(config: Mapping[str, Any]) -> float:
