@@ -179,7 +179,7 @@ def smol_without_template() -> PreTrainedTokenizerBase:
 
 
 TASKS: dict[str, tuple[Callable[..., PromptDataModule], list[str]]] = {
-    "countdown": (CountdownDataModule, ["numbers", "target"]),
+    "countdown": (CountdownDataModule, ["numbers", "list", "target"]),
     "math": (MathDataModule, ["problem"]),
     "walks": (WalkDataModule, ["start", "sizes", "steps"]),
     "word problems": (WordProblemsDataModule, ["question"]),

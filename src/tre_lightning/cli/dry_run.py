@@ -9,7 +9,7 @@ import torch
 from jsonargparse import Namespace
 from transformers import PreTrainedConfig
 
-from tre_lightning.training.memory_model import GIB, Model, peak_bytes, run_of, shown
+from tre_lightning.training.memory_model import GIB, Model, device_count, peak_bytes, run_of, shown
 
 PROMPTS = 2
 
@@ -21,8 +21,8 @@ def shorten(options: Namespace) -> dict[str, Any]:
     """
     whole: dict[str, Any] = options.as_dict()
     ppo, trainer, data = options.model.ppo, options.trainer, options.data.init_args
-    devices = trainer.devices if isinstance(trainer.devices, int) else 1
-    parts = ppo.num_minibatches * max(devices, 1) * (trainer.num_nodes or 1)
+    devices = device_count(trainer)
+    parts = ppo.num_minibatches * devices
     by_prompt = ppo.minibatches_by == "prompt"
     needed = parts if by_prompt else math.ceil(parts / options.model.rollout.num_responses)
     prompts = min(max(PROMPTS, devices, needed), data.batch_size)

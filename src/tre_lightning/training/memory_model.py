@@ -306,9 +306,7 @@ def run_of(config: Mapping[str, Any], shape: Model | None = None) -> Run:
     """
     model, data, trainer = config["model"], config["data"]["init_args"], config["trainer"]
     policy, rollout = model["policy"], model["rollout"]
-    given = trainer.get("devices", 1)
-    devices = given if isinstance(given, int) and given > 0 else 1
-    devices *= trainer.get("num_nodes") or 1
+    devices = device_count(trainer)
     responses = max(data["batch_size"] * rollout["num_responses"] // devices, 1)
     prompt_tokens, new_tokens = data["max_prompt_length"], rollout["max_new_tokens"]
     strategy = trainer.get("strategy")
@@ -324,6 +322,14 @@ def run_of(config: Mapping[str, Any], shape: Model | None = None) -> Run:
         lora_rank=(policy.get("lora") or {}).get("rank", 0),
         mixed=trainer["precision"] in ("bf16-mixed", "16-mixed"),
         devices=devices if sharded else 1,
+    )
+
+
+def device_count(trainer: Mapping[str, Any]) -> int:
+    """Devices of all nodes by the options of the trainer; what is no number counts as 1 a node."""
+    given = str(trainer.get("devices"))
+    return (int(given) if given.isdecimal() and int(given) > 0 else 1) * (
+        trainer.get("num_nodes") or 1
     )
 
 
