@@ -7,6 +7,8 @@ A leading ``sft`` trains on demonstrations instead: ``python -m tre_lightning sf
 A leading ``reward`` trains a reward model on pairs of responses. ``fit`` alone does so too where
 the last ``data.class_path`` that is given, in a file or as a flag, is ``PreferencePairs``: the data
 say what is trained.
+
+A leading ``model`` gets a language model to train (:mod:`tre_lightning.cli.model`).
 """
 
 import logging
@@ -49,6 +51,7 @@ from tre_lightning.callbacks.monitors import MonitorCheck, monitors, others_log,
 from tre_lightning.callbacks.progress import RunProgress
 from tre_lightning.callbacks.stop import LAUNCHER, GracefulStop
 from tre_lightning.callbacks.summary import PredictionWriter, RunSummary
+from tre_lightning.cli import model as model_command
 from tre_lightning.cli import trainer_options
 from tre_lightning.cli.checks import (
     check_devices,
@@ -115,7 +118,9 @@ def main(args: Sequence[str] | None = None) -> LightningCLI:
 def run() -> None:
     """Console entry point, with the exit codes of :func:`main` for Ctrl-C during imports too."""
     try:
-        if main().trainer.received_sigterm:
+        if sys.argv[1:2] == ["model"]:
+            model_command.main(sys.argv[2:])
+        elif main().trainer.received_sigterm:
             sys.exit(143)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
