@@ -178,7 +178,7 @@ class FakeTrainer(SimpleNamespace):
 def save(tmp_path: Path) -> Callable[[], None]:
     """Write the next ``last.ckpt``."""
     trainer, callback = FakeTrainer(default_root_dir=tmp_path), IterationCheckpoint()
-    return lambda: callback._save(trainer, "last.ckpt")  # type: ignore[arg-type]
+    return lambda: callback._save(trainer, ["last.ckpt"])  # type: ignore[arg-type]
 
 
 def names(run_dir: Path) -> list[str]:
@@ -250,14 +250,14 @@ def test_a_damaged_checkpoint_does_not_replace_the_good_one(tmp_path: Path) -> N
     for iteration in (1, 2):
         trainer = FakeTrainer(default_root_dir=tmp_path, saves=iteration - 1)
         callback = IterationCheckpoint()
-        callback._save(trainer, "last.ckpt")  # type: ignore[arg-type]
+        callback._save(trainer, ["last.ckpt"])  # type: ignore[arg-type]
     truncate(tmp_path / "checkpoints" / "last.ckpt")
     trainer = FakeTrainer(default_root_dir=tmp_path, saves=2)
     callback = IterationCheckpoint()  # of the resumed run
-    callback._save(trainer, "last.ckpt")  # type: ignore[arg-type]
+    callback._save(trainer, ["last.ckpt"])  # type: ignore[arg-type]
     assert runs.saved_iteration(tmp_path) == 3
     assert runs.saved_iteration(tmp_path, "previous") == 1
-    callback._save(trainer, "last.ckpt")  # type: ignore[arg-type]
+    callback._save(trainer, ["last.ckpt"])  # type: ignore[arg-type]
     assert runs.saved_iteration(tmp_path, "previous") == 3
 
 

@@ -577,7 +577,7 @@ class ServerErrorCheckpoint(Callback):
             not isinstance(exception, RewardServerError)
             or not trainer.training
             or progress.current.completed == 0  # saved at the end of the epoch before
-            or iteration % checkpoint.every_n_iterations == 0
+            or checkpoint.saved == iteration
         ):
             return
         # The state in which Lightning saves at the end of a batch, which it counts a moment later.
