@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from tre_lightning.tasks.mathematics.arithmetic import ArithmeticSpec
     from tre_lightning.tasks.mathematics.prompts import MathDataModule
     from tre_lightning.tasks.walks.prompts import WalkDataModule, WalkSpec
+    from tre_lightning.tasks.word_problems.problems import WordProblemSpec
+    from tre_lightning.tasks.word_problems.prompts import WordProblemsDataModule
 
 __all__ = [
     "ArithmeticSpec",
@@ -27,6 +29,8 @@ __all__ = [
     "PuzzleSpec",
     "WalkDataModule",
     "WalkSpec",
+    "WordProblemSpec",
+    "WordProblemsDataModule",
 ]
 
 __getattr__ = lazy_names(
@@ -42,5 +46,7 @@ __getattr__ = lazy_names(
         "PuzzleSpec": "tre_lightning.tasks.countdown.puzzles",
         "WalkDataModule": "tre_lightning.tasks.walks.prompts",
         "WalkSpec": "tre_lightning.tasks.walks.prompts",
+        "WordProblemSpec": "tre_lightning.tasks.word_problems.problems",
+        "WordProblemsDataModule": "tre_lightning.tasks.word_problems.prompts",
     }
 )

@@ -1,0 +1,1 @@
+"""Word problems: arithmetic asked in English, for small pretrained models."""
