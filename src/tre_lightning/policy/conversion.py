@@ -54,6 +54,11 @@ def check_can_convert(source: str) -> None:
     with path.open("rb") as file:
         if file.read(len(_GGUF)) != _GGUF:
             raise ValueError(f"{source} is no GGUF file: it does not begin with the letters GGUF")
+    check_reader(source)
+
+
+def check_reader(source: str) -> None:
+    """Raise ValueError where the packages are missing that read a GGUF file."""
     missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
     if missing:
         raise ValueError(
