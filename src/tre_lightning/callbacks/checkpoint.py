@@ -36,8 +36,8 @@ class IterationCheckpoint(Checkpoint):
     Lightning's own ModelCheckpoint counts optimiser steps, of which an iteration has many. Only
     whole iterations are saved, so an error inside an update loses no more than what was done since
     the last save; a checkpoint is written beside its target and then renamed, so a kill never
-    leaves half a file. The ``last.ckpt`` before it stays as ``previous.ckpt``, unless checkpoints are
-    large. What is kept under several names is one file, where the file system knows hard links.
+    leaves half a file. Unless checkpoints are large, the ``last.ckpt`` before it stays as
+    ``previous.ckpt``. What has several names is one file, where the file system knows hard links.
 
     The last iteration of an epoch is saved when the epoch's validation begins, in the state in
     which Lightning repeats the whole validation on resume, and again after it.
