@@ -15,6 +15,12 @@ TURNS = (  # end and start of a turn are no special tokens, and BOS is written b
     "{{ bos_token }}{% for m in messages %}{{ '<turn>' + m.role + '\n' + m.content + '</turn>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<turn>model\n' }}{% endif %}"
 )
+SMOL = (  # a system message of its own where none is given
+    "{% for m in messages %}{% if loop.first and m.role != 'system' %}{{ '<|im_start|>system\n"
+    "You are a helpful model<|im_end|>\n' }}{% endif %}{{ '<|im_start|>' + m.role + '\n' "
+    "+ m.content + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 CORPUS = ["Combine the numbers 3 4 5 into 17.", "user assistant model system", "end im start |"] * 9
 
@@ -37,6 +43,27 @@ def chatml() -> PreTrainedTokenizerBase:
         extra_special_tokens=special[1:],
     )
     tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+@cache
+def smol(template: str = SMOL) -> PreTrainedTokenizerBase:
+    """Bytes by the rules of SmolLM2: pad = eos, bos starts every turn, a default system message."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    options = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
+    trainer = trainers.BpeTrainer(vocab_size=350, special_tokens=names, **options)
+    core.train_from_iterator(CORPUS, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+    )
+    tokenizer.chat_template = template
     return tokenizer
 
 

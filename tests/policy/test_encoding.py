@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 import runs
-from chat_tokenizers import TAGS, TURNS, chatml, pieces, words
+from chat_tokenizers import TAGS, TURNS, chatml, pieces, smol, words
 from tre_lightning.policy.chat import Messages, in_template
 from tre_lightning.policy.encoding import (
     Conversation,
@@ -26,6 +26,7 @@ from tre_lightning.tasks.base import Prompt
 
 KINDS = {
     "bytes": chatml,
+    "smol": smol,
     "pieces": pieces,
     "plain pieces": lambda: pieces(None),
     "unigram": lambda: pieces(TURNS, unigram=True),
@@ -69,9 +70,8 @@ def test_control_tokens_written_in_a_message_stay_text(kind: str, form: str) -> 
             ids = ids_of(tokenizer, messages)
             usual = ids_of(tokenizer, [*user("a")] * (len(messages) - 1) + user("a b"))
             assert controls(tokenizer, ids) == controls(tokenizer, usual), (name, ids)
-    assert len(expected) == {"words": 0, "plain pieces": 1, "plain unigram": 1}.get(
-        kind, 3 if kind == "bytes" else 4
-    )
+    counts = {"bytes": 3, "smol": 5, "words": 0, "plain pieces": 1, "plain unigram": 1}
+    assert len(expected) == counts.get(kind, 4)
 
 
 @given(

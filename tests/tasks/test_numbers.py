@@ -42,9 +42,9 @@ def test_the_last_number_is_read_by_its_value(text: str, value: str) -> None:
     "text",
     [
         *("", "eight", "-", ".", "no number, none at all"),
-        *("6 + 2", "6+2", "10 - 2", "10 -2", "10-2", "6 + -2", "(4) * (2)", "4 x 2", "4×2"),
+        *("6 + 2", "6+2", "10 - 2", "10 -2", "10-2", "6 + -2", "(4) * (2)", "4 x 2", "4\u00d72"),
         *("16/2", r"\frac{16}{2}", "2^3", "2^{3}", "8e5", "8:30", r"4 \times 2", r"4 \cdot 2"),
-        *("1.2.3", "8½", "8²", "½", "٨", "８", "8٨", "Ⅷ", "① ②"),
+        *("1.2.3", "8½", "8²", "½", "٨", "\uff18", "8٨", "Ⅷ", "① ②"),
     ],
 )
 def test_what_is_no_result_is_no_number(text: str) -> None:
@@ -58,7 +58,7 @@ def test_a_list_is_many_numbers_and_glued_digits_are_one() -> None:
     assert [n.value for n in numbers_in("-1 -2, -3")] == [-1, 2, -3]  # 1 - 2 is a difference
 
 
-@given(st.text(st.sampled_from("0189.,-+/ x=\n½８a\ufffe−\\{}")) | st.text())
+@given(st.text(st.sampled_from("0189.,-+/ x=\n½\uff18a\ufffe\N{MINUS SIGN}\\{}")) | st.text())
 def test_any_text_is_read(text: str) -> None:
     found = numbers_in(text)
     assert (last_number(text) is None) or found[-1].value == last_number(text)

@@ -70,6 +70,7 @@ from tre_lightning.common.errors import Refused, RunError, disk_full, one_line, 
 from tre_lightning.common.malloc import keep_freed_memory
 from tre_lightning.common.paths import changed, check_directory, expanded, is_locked_here, locked
 from tre_lightning.common.seeding import settled_seed
+from tre_lightning.common.validation import at_least
 from tre_lightning.policy.actor_critic import PolicyArgs
 from tre_lightning.policy.sharding import check_whole
 from tre_lightning.tasks.alignment.pairs import PreferencePairs
@@ -327,11 +328,12 @@ class _CLI(LightningCLI):
         self.options: Namespace = self.config[self.subcommand]
         with one_line_errors():
             check_options(self.options.trainer, self.rules)
+            at_least("print_prompts", self.options.get("print_prompts", 0), 0)
             check_devices(self.options.trainer.accelerator, self.options.trainer.devices)
             if self.options.trainer.default_root_dir is None:
                 raise ValueError("trainer.default_root_dir=null names no directory; give one")
             check_directory("trainer.default_root_dir", self.run_dir)
-            if self.subcommand == "fit" and not self.options.trainer.fast_dev_run:
+            if self.subcommand == "fit" and not (self.fast or self.only_prints):
                 self.hold(self.run_dir)
             self.find_run()
             self._settle_seed()
@@ -421,6 +423,11 @@ class _CLI(LightningCLI):
     def more_callbacks(self) -> list[Callback]:
         """Callbacks that have no options."""
         return []
+
+    @property
+    def only_prints(self) -> bool:
+        """Whether the command only prints prompts."""
+        return bool(self.options.get("print_prompts"))
 
     @property
     def fast(self) -> bool:
@@ -560,6 +567,25 @@ class RewardCLI(_TrainingCLI):
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_seed)
 
 
+def print_prompts(data: PromptDataModule, command: str, count: int) -> None:
+    """Print the first prompts that a command takes, as the policy reads them, with their ids.
+
+    Args:
+        data: the configured task, checked.
+        command: fit takes training prompts, validate and test those that are held out.
+        count: how many, of each held-out set.
+    """
+    sets = {"train": [data.train_prompt(index) for index in range(count)]}
+    if command != "fit":
+        sets = data.heldout_prompts("val" if command == "validate" else "test")
+    for name, prompts in sets.items():
+        shown = prompts[:count]
+        for number, ids in enumerate(data.prompt_ids(shown), 1):
+            print(f"--- prompt {number} of {name}, {len(ids)} tokens")
+            print(data.decoded(ids))
+            print("--- ids:", *ids)
+
+
 class ServerErrorCheckpoint(Callback):
     """Saves a checkpoint when the reward server ends the run.
 
@@ -626,6 +652,12 @@ class PPOCLI(_CLI):
             default=None,
             help="supervised training (SFT) on the task's demonstrations first, once, and cached",
         )
+        parser.add_argument(
+            "--print_prompts",
+            type=int,
+            default=0,
+            help="print so many prompts as the policy reads them, with their token ids, and exit",
+        )
         parser.link_arguments("seed_everything", "model.seed", compute_fn=_seed)
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_seed)
         parser.link_arguments(
@@ -636,7 +668,8 @@ class PPOCLI(_CLI):
 
     def find_run(self) -> None:
         """Find the checkpoint to resume from; protect an earlier run."""
-        given, fits = self.options.ckpt_path, self.subcommand == "fit" and not self.fast
+        given, fits = self.options.ckpt_path, self.subcommand == "fit"
+        fits = fits and not (self.fast or self.only_prints)
         if given and self.fast and self.subcommand == "fit":
             raise ValueError(
                 f"ckpt_path={given} cannot go on with trainer.fast_dev_run="
@@ -722,6 +755,9 @@ class PPOCLI(_CLI):
             check_run(
                 module, data, self.trainer, policy, saved, makes_tokenizer=bool(self.warm_start)
             )
+            if self.only_prints:
+                print_prompts(data, str(self.subcommand), self.options.print_prompts)
+                raise SystemExit(0)
             if self.subcommand == "fit" and self.resumed_iteration is not None:
                 check_resumed(module, data, self.trainer, self.resumed_run)
         if self.warm_start is None or (self.warm_start_dir / "model").exists():

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 from transformers import PreTrainedTokenizerBase
 
@@ -9,6 +10,7 @@ Messages = list[dict[str, str]]  # each with role and content
 ChatPrompt = str | Sequence[Mapping[str, str]]  # a text, or messages
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+_MARK = "\ue123"  # a character without a meaning
 _SPEAKERS = {"user": "Human", "assistant": "Assistant"}
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
@@ -59,7 +61,12 @@ def transcript(messages: Messages) -> str:
 
 
 def in_template(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, whose: str, *, ask: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    whose: str,
+    *,
+    ask: bool = False,
+    default_system: bool = True,
 ) -> str:
     """Messages rendered by the tokenizer's chat template, which must exist.
 
@@ -68,10 +75,14 @@ def in_template(
         messages: what it is filled with.
         whose: the tokenizer's model, for the error message.
         ask: begin the assistant's next message.
+        default_system: where the messages have no system message, keep the one that the template
+            may write by itself.
 
     Raises:
-        ValueError: if the template refuses them.
+        ValueError: if the template refuses them, or cannot do without a system message.
     """
+    if not default_system and messages[0]["role"] != "system":
+        return _without_system(tokenizer, messages, whose, ask=ask)
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
     except Exception as error:  # a template may raise anything
@@ -82,3 +93,36 @@ def in_template(
         ) from error
     assert isinstance(text, str)
     return text
+
+
+def _without_system(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, whose: str, *, ask: bool
+) -> str:
+    """Messages in the template, without a system message that it writes by itself.
+
+    Templates say nowhere what theirs is. So a system message of ours is rendered, alone and before
+    the messages; what follows it is what is wanted.
+    """
+    plain = in_template(tokenizer, messages, whose, ask=ask)
+    ours = [{"role": "system", "content": _MARK}]
+    try:
+        whole = in_template(tokenizer, [*ours, *messages], whose, ask=ask)
+        empty = in_template(
+            tokenizer, [{"role": "system", "content": ""}, *messages], whose, ask=ask
+        )
+    except ValueError:  # it knows no system message, and writes none
+        return plain
+    with suppress(ValueError):  # it may want a message of the user
+        head = in_template(tokenizer, ours, whose)
+        if _MARK in head and whole.startswith(head):
+            rest = whole[len(head) :]
+            if plain.endswith(rest) and head.startswith(plain.removesuffix(rest)):
+                return plain  # what it writes before them it writes before any message
+            begin = tokenizer.bos_token or ""
+            begins = head.startswith(begin) and not rest.startswith(begin)
+            return begin + rest if begins else rest
+    if len(plain) <= len(empty):  # not even an empty one
+        return plain
+    raise ValueError(
+        f"the {whose}'s chat template writes a system message of its own, which cannot be left out"
+    )

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import lru_cache
+from itertools import chain
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -23,10 +24,27 @@ _REASONING_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 class Conversation(NamedTuple):
-    """A model's input: the messages in its chat template, or the text if it has no template."""
+    """A model's input: the messages in its chat template, or the text if it has no template.
+
+    ``prefix`` begins the next message; without ``default_system`` a system message that the
+    template writes by itself is left out.
+    """
 
     messages: Messages
     text: str
+    prefix: str = ""
+    default_system: bool = True
+
+    def rendered(self, tokenizer: PreTrainedTokenizerBase, whose: str, *, ask: bool) -> str:
+        """The input as text, without what the tokenizer itself puts before a text.
+
+        Raises:
+            ValueError: if the chat template refuses the messages.
+        """
+        if tokenizer.chat_template is None:
+            return self.text + self.prefix
+        options = {"ask": ask, "default_system": self.default_system}
+        return in_template(tokenizer, self.messages, whose, **options) + self.prefix
 
 
 def encode_conversations(
@@ -54,26 +72,28 @@ def encode_conversations(
     """
     if tokenizer.chat_template is None:
         before, _ = tokens_around(tokenizer)
-        texts = [conversation.text for conversation in conversations]
+        texts = [each.rendered(tokenizer, whose, ask=ask) for each in conversations]
         return [[*before, *ids] for ids in encode_texts(tokenizer, texts, own=own)]
-    rows = [conversation.messages for conversation in conversations]
     forbidden = {token: i for token, i in control_tokens(tokenizer).items() if token not in own}
-    parts = [part for messages in rows for m in messages for part in (m["role"], m["content"])]
-    hostile = _hostile(tokenizer, dict.fromkeys(parts), forbidden)
-    rendered = [_valid(in_template(tokenizer, messages, whose, ask=ask)) for messages in rows]
+    given = [
+        [each.prefix, *(v for m in each.messages for v in m.values())] for each in conversations
+    ]
+    hostile = _hostile(tokenizer, dict.fromkeys(chain.from_iterable(given)), forbidden)
+    rendered = [_valid(each.rendered(tokenizer, whose, ask=ask)) for each in conversations]
     encoded = _plain_ids(tokenizer, rendered)
-    for row, messages in enumerate(rows):
-        if not any(value in hostile for m in messages for value in m.values()):
+    for row, conversation in enumerate(conversations):
+        if hostile.keys().isdisjoint(given[row]):
             continue
-        mark = _unused_character("".join([rendered[row], *(m["content"] for m in messages)]))
-        broken = [
-            {
-                key: _broken(text, forbidden, mark, hostile.get(text, False))
-                for key, text in m.items()
-            }
-            for m in messages
-        ]
-        text = _valid(in_template(tokenizer, broken, whose, ask=ask))
+        mark = _unused_character("".join([rendered[row], *given[row]]))
+
+        def broken(text: str, mark: str = mark) -> str:
+            return _broken(text, forbidden, mark, hostile.get(text, False))
+
+        harmless = conversation._replace(
+            messages=[{k: broken(v) for k, v in m.items()} for m in conversation.messages],
+            prefix=broken(conversation.prefix),
+        )
+        text = _valid(harmless.rendered(tokenizer, whose, ask=ask))
         encoded[row] = _joined_ids(tokenizer, text.split(mark))
     return encoded
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tre_lightning.tasks.countdown.puzzles import PuzzleSpec
     from tre_lightning.tasks.demonstrations import Demonstrations
     from tre_lightning.tasks.mathematics.arithmetic import ArithmeticSpec
+    from tre_lightning.tasks.mathematics.gsm8k import GSM8KDataModule
     from tre_lightning.tasks.mathematics.prompts import MathDataModule
     from tre_lightning.tasks.walks.prompts import WalkDataModule, WalkSpec
     from tre_lightning.tasks.word_problems.problems import WordProblemSpec
@@ -21,6 +22,7 @@ __all__ = [
     "ArithmeticSpec",
     "CountdownDataModule",
     "Demonstrations",
+    "GSM8KDataModule",
     "MathDataModule",
     "PreferenceDataModule",
     "PreferencePairs",
@@ -38,6 +40,7 @@ __getattr__ = lazy_names(
         "ArithmeticSpec": "tre_lightning.tasks.mathematics.arithmetic",
         "CountdownDataModule": "tre_lightning.tasks.countdown.prompts",
         "Demonstrations": "tre_lightning.tasks.demonstrations",
+        "GSM8KDataModule": "tre_lightning.tasks.mathematics.gsm8k",
         "MathDataModule": "tre_lightning.tasks.mathematics.prompts",
         "PreferenceDataModule": "tre_lightning.tasks.alignment.prompts",
         "PreferencePairs": "tre_lightning.tasks.alignment.pairs",

@@ -9,6 +9,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
@@ -16,12 +17,21 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tre_lightning.batches import PromptBatch
+from tre_lightning.common.errors import Refused
 from tre_lightning.common.seeding import permutation
 from tre_lightning.common.validation import at_least
-from tre_lightning.policy.chat import Messages, in_template
-from tre_lightning.policy.encoding import Conversation, encode_conversations, encode_texts, pad
+from tre_lightning.policy.chat import Messages
+from tre_lightning.policy.encoding import (
+    Conversation,
+    control_tokens,
+    encode_conversations,
+    encode_texts,
+    pad,
+    textless_tokens,
+)
 from tre_lightning.policy.tokenizers import check_known, load_tokenizer, unknown_word
 from tre_lightning.tasks.batching import share, spans
+from tre_lightning.tasks.wording import DEFAULT, Wording, read_wording
 
 _CHECKED_TRAIN_PROMPTS = 256  # prompts of the endless training stream whose length is checked first
 _ENCODED_AT_ONCE = 1024  # prompts
@@ -34,11 +44,13 @@ class Prompt:
     """A prompt, and the data that its scorer needs.
 
     ``where`` is the file and row that it comes from, for error messages; empty if from none.
+    ``fields`` are what ``data.template_file`` may name besides the text, ``{{prompt}}``.
     """
 
     text: str
     extra: Mapping[str, Any] = field(default_factory=dict)
     where: str = ""
+    fields: Mapping[str, str] = field(default_factory=dict)
 
 
 class PromptDataModule(LightningDataModule, ABC):
@@ -72,6 +84,10 @@ class PromptDataModule(LightningDataModule, ABC):
         max_prompt_length: int = 512,
         seed: int = 42,
         long_prompts: Literal["error", "drop"] = "error",
+        system: str | None = DEFAULT,
+        template_file: str | None = None,
+        few_shot_file: str | None = None,
+        response_prefix: str = "",
     ) -> None:
         """Keep the options.
 
@@ -84,6 +100,14 @@ class PromptDataModule(LightningDataModule, ABC):
             seed: of the prompts and their order.
             long_prompts: what happens to a longer prompt. ``drop`` leaves it out and logs how many
                 there were; only for prompts of files, as generated ones have no end.
+            system: system message before every prompt; ``default`` = what the chat template writes
+                by itself, if it does; none = no system message, the template's left out.
+            template_file: a text file that every prompt is put into, with ``{{prompt}}`` where its
+                text belongs, or fields of the task; docs/tasks.md lists them.
+            few_shot_file: a .jsonl or .parquet file of examples that stand before every prompt,
+                with ``response`` and ``prompt``, or the fields that the template names.
+            response_prefix: what every response begins with; the policy goes on after it, and it is
+                graded with what the policy writes.
         """
         super().__init__()
         named = {
@@ -101,9 +125,19 @@ class PromptDataModule(LightningDataModule, ABC):
         self.max_prompt_length = max_prompt_length
         self.seed = seed
         self.long_prompts = long_prompts
+        if system is not None and not system.strip():
+            raise ValueError(
+                f"data.system={system!r} is empty; give null for no system message, or a text"
+            )
+        self.system = system
+        self.template_file = template_file
+        self.few_shot_file = few_shot_file
+        self.response_prefix = response_prefix
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._own = ""  # own_text, and the tags of the wording
         self.vocabulary_size: int | None = None  # tokens that the policy knows, where that is known
-        self._order: tuple[int, list[int]] = (-1, [])  # a pass over a file's prompts, their order
+        # A pass over so many prompts of a file, and their order.
+        self._order: tuple[tuple[int, int], list[int]] = ((-1, 0), [])
         self.fingerprint: str | None = None  # of the first training prompts, once checked
         self._train_loader = IterationLoader(self._train_batch, iterations_per_epoch, batch_size)
 
@@ -165,9 +199,9 @@ class PromptDataModule(LightningDataModule, ABC):
     def shuffled(self, prompts: Sequence[Prompt], index: int) -> Prompt:
         """Prompt number ``index`` of an endless stream of these, shuffled anew every pass."""
         passes, place = divmod(index, len(prompts))
-        if self._order[0] != passes:
+        if self._order[0] != (passes, len(prompts)):
             order = permutation(len(prompts), "train_file", self.seed, passes)
-            self._order = (passes, order.tolist())
+            self._order = ((passes, len(prompts)), order.tolist())
         return prompts[self._order[1][place]]
 
     # ----- what Lightning asks
@@ -182,11 +216,30 @@ class PromptDataModule(LightningDataModule, ABC):
     def use(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Tokenize with this tokenizer; nothing is checked."""
         self._tokenizer = tokenizer
+        said = " ".join(self.wording.texts)
+        named = [token for token in control_tokens(tokenizer) if token in said]
+        if named:  # a tag such as <think>; nobody ends a turn by writing the token for it
+            textless = {*textless_tokens(tokenizer, self.own_text)}
+            named = [token for token in named if control_tokens(tokenizer)[token] not in textless]
+        self._own = " ".join([self.own_text, *named])
+
+    @cached_property
+    def wording(self) -> Wording:
+        """What stands around every prompt; the files are read when it is first needed.
+
+        Raises:
+            ValueError: naming the option, if a file cannot be read or has not what it needs.
+        """
+        return read_wording(
+            self.system, self.template_file, self.few_shot_file, self.response_prefix
+        )
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Use this tokenizer; refuse data that cannot be read and prompts that are too long."""
         self.use(tokenizer)
         files = self.file_prompts()
+        some = next((listed[0] for listed in files.values() if listed), None)
+        self._check_wording(tokenizer, some or self.train_prompt(0))
         if self.long_prompts == "drop":
             if not files:
                 raise ValueError(
@@ -197,6 +250,8 @@ class PromptDataModule(LightningDataModule, ABC):
                 listed[:] = self.fitting(name, listed)
         prompts = [self.train_prompt(i) for i in range(_CHECKED_TRAIN_PROMPTS)]
         texts_of_all = "\0".join(prompt.text for prompt in prompts)
+        if self.wording != Wording():
+            texts_of_all += repr(self.wording)
         self.fingerprint = hashlib.blake2b(texts_of_all.encode(), digest_size=8).hexdigest()
         for stage in ("val", "test"):
             for held_out in self.heldout_prompts(stage).values():
@@ -211,12 +266,15 @@ class PromptDataModule(LightningDataModule, ABC):
             for prompt, ids in zip(some, rows, strict=True):
                 if tokenizer.unk_token_id not in ids:
                     continue
-                word = unknown_word(tokenizer, self.render(prompt))
+                text = self._conversation(prompt).rendered(tokenizer, "policy", ask=True)
+                word = unknown_word(tokenizer, text)
                 if word is None:
                     continue
                 fix = "widen the ranges of the task's numbers or drop the prompt"
                 if word not in prompt.text:
                     fix = "its chat template writes it: give a tokenizer whose template fits it"
+                    if any(word in text for text in self.wording.texts):
+                        fix = "reword data.template_file, few_shot_file, system or response_prefix"
                 raise ValueError(
                     f"{_named(prompt)} holds a word that the tokenizer does not know, "
                     f"{word[:40]!r}; {fix}"
@@ -283,17 +341,34 @@ class PromptDataModule(LightningDataModule, ABC):
         """The chat messages of a prompt."""
         return [{"role": "user", "content": prompt.text}]
 
+    def plain(self, messages: Messages) -> str:
+        """Messages as the text that a policy without a chat template reads."""
+        text = ""
+        for message in messages:
+            between = " " if message["role"] == "assistant" else "\n\n"
+            text += (between if text else "") + message["content"]
+        return text
+
     def render(self, prompt: Prompt) -> str:
-        """The prompt in the tokenizer's chat template, where it has one."""
-        if self._tokenizer is None or self._tokenizer.chat_template is None:
-            return prompt.text
-        return in_template(self._tokenizer, self.messages(prompt), "policy", ask=True)
+        """The prompt in the tokenizer's chat template, where it has one, without the prefix."""
+        conversation = self._conversation(prompt)._replace(prefix="")
+        if self._tokenizer is None:
+            return conversation.text
+        return conversation.rendered(self._tokenizer, "policy", ask=True)
+
+    def _conversation(self, prompt: Prompt) -> Conversation:
+        """What the policy reads."""
+        wording, messages, text = self.wording, self.messages(prompt), prompt.text
+        if wording != Wording():
+            messages = wording.around(messages, prompt.fields)
+            text = self.plain(messages)
+        return Conversation(messages, text, wording.prefix, wording.system is not None)
 
     def prompt_ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Token ids of prompts, as the policy reads them in training, tests and demonstrations."""
-        rows = [Conversation(self.messages(prompt), prompt.text) for prompt in prompts]
+        rows = [self._conversation(prompt) for prompt in prompts]
         try:
-            return encode_conversations(self._known, rows, "policy", ask=True, own=self.own_text)
+            return encode_conversations(self._known, rows, "policy", ask=True, own=self._own)
         except ValueError:  # of the chat template; say of which prompt
             for prompt in prompts:
                 try:
@@ -302,27 +377,62 @@ class PromptDataModule(LightningDataModule, ABC):
                     raise ValueError(f"{_named(prompt)}: {error}") from error
             raise
 
+    def decoded(self, ids: Sequence[int]) -> str:
+        """Token ids as text, special tokens included."""
+        return str(self._known.decode(list(ids), clean_up_tokenization_spaces=False))
+
     def demonstration_ids(
-        self, demonstrations: Sequence[tuple[str, str]]
+        self, demonstrations: Sequence[tuple[Prompt | str, str]]
     ) -> list[tuple[list[int], list[int]]]:
         """Token ids of the prompts and of the responses, these with the end token.
 
+        A response prefix belongs to the prompt.
+
         Raises:
-            Refused: for a token that the model does not know.
+            Refused: for a token that the model does not know, and a response without the prefix.
         """
-        prompts, responses = zip(*demonstrations, strict=True)
-        asked = self.prompt_ids([Prompt(text) for text in prompts])
-        answered = encode_texts(self._known, responses, own=self.own_text)
+        prefix = self.response_prefix
+        for _, response in demonstrations:
+            if not response.startswith(prefix):
+                raise Refused(
+                    f"data.response_prefix={prefix!r} does not begin the task's worked responses, "
+                    f"such as {response[:_SHOWN]!r}; set warm_start to null or change the prefix"
+                )
+        prompts = [Prompt(p) if isinstance(p, str) else p for p, _ in demonstrations]
+        asked = self.prompt_ids(prompts)
+        rest = [response[len(prefix) :] for _, response in demonstrations]
+        answered = encode_texts(self._known, rest, own=self._own)
         largest = map(max, filter(None, (*asked, *answered)))
         check_known(largest, self._known, self.vocabulary_size, "a demonstration: its token")
         end = int(self._known.eos_token_id)
         return [(p, [*a, end]) for p, a in zip(asked, answered, strict=True)]
 
-    def _given(self, prompts: Sequence[Prompt]) -> list[str]:
-        """The text of prompts, without the text that a chat template adds."""
-        if self._known.chat_template is None:
-            return [prompt.text for prompt in prompts]
-        return [" ".join(m["content"] for m in self.messages(prompt)) for prompt in prompts]
+    def _check_wording(self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> None:
+        """Refuse what this task's prompts or this tokenizer's chat template cannot give."""
+        wording, system = self.wording, self.wording.system
+        self._conversation(prompt)
+        given = f"data.system={'null' if system is None else repr(system[:_SHOWN])}"
+        if tokenizer.chat_template is None:
+            if system not in (None, DEFAULT):
+                raise ValueError(
+                    f"{given} needs a chat template, and data.tokenizer={self.tokenizer_source} "
+                    "has none; give a tokenizer with one, or put the text into data.template_file"
+                )
+            return
+        examples = f"data.few_shot_file={self.few_shot_file}"
+        try:
+            text = self.render(prompt)
+        except ValueError as error:
+            option = given if system != DEFAULT else examples if wording.examples else None
+            raise ValueError(f"{option}: {error}" if option else str(error)) from error
+        shown = [(given, system)] if system not in (None, DEFAULT) else []
+        shown += [(examples, message["content"]) for message in wording.examples]
+        for option, said in shown:
+            if " ".join(str(said).split()) not in " ".join(text.split()):
+                raise ValueError(
+                    f"{option}: the policy's chat template does not write {str(said)[:40]!r}; "
+                    "leave the option out, or give a tokenizer with another template"
+                )
 
     @property
     def _known(self) -> PreTrainedTokenizerBase:

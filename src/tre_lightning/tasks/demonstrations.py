@@ -8,12 +8,13 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from tre_lightning.common.errors import Refused
 from tre_lightning.common.seeding import uniforms
 from tre_lightning.common.validation import at_least, unit_fraction
 from tre_lightning.policy.encoding import pad
-from tre_lightning.tasks.base import PromptDataModule
+from tre_lightning.tasks.base import Prompt, PromptDataModule
 
-Demonstration = tuple[str, str]  # text of the prompt, without a chat template, and the response
+Demonstration = tuple[Prompt | str, str]  # the prompt, or its text alone, and the response
 
 
 class DemonstrationBatch(NamedTuple):
@@ -70,7 +71,10 @@ class Demonstrations(LightningDataModule):
     def encode(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Tokenize with this tokenizer, as the task does its prompts; the module calls it."""
         self.pad_token_id = int(tokenizer.pad_token_id)
-        self.prompts.use(tokenizer)
+        try:
+            self.prompts.use(tokenizer)
+        except ValueError as error:
+            raise Refused(str(error)) from error
 
     def train_dataloader(self) -> "DemonstrationLoader":
         """All the batches, once."""

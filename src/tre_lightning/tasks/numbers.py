@@ -1,8 +1,8 @@
 """The numbers written in a text, and the last one as an answer; exact, and linear in the text.
 
-A number is a run of digits, with a sign, commas between thousands and a decimal point: ``-1,234.5``.
-Digits of other scripts, superscripts and fractions of one character are numbers as well, but no
-readable ones: they equal nothing. Numbers in words are text.
+A number is a run of digits, with a sign, commas between thousands and a decimal point, as
+``-1,234.5``. Digits of other scripts, superscripts and fractions of one character are numbers as
+well, but no readable ones: they equal nothing. Numbers in words are text.
 """
 
 import re
@@ -17,8 +17,8 @@ _PLAIN = re.compile(r"-?(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)?(?:\.[0-9]+)?")
 _DASHES = ("-", "\N{MINUS SIGN}", "\N{EN DASH}")
 # Between two numbers: the second is an operand, as in 6 + 2, 1/2, 2^{3}, \frac{1}{2} and 1e3.
 _OPERATOR = re.compile(
-    rf"[ \t)}}\]]*(?:[{''.join(_DASHES)}+*/^×÷·xX]|\\(?:times|cdot|div)|\}}[ \t]*\{{)+[ \t({{\[$]*"
-    "|[eE:]"
+    rf"[ \t)}}\]]*(?:[{''.join(_DASHES)}+*/^\u00d7÷·xX]|\\(?:times|cdot|div)|\}}[ \t]*\{{)+"
+    r"[ \t({\[$]*|[eE:]"
 )
 
 

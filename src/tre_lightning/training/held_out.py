@@ -54,7 +54,8 @@ def _textless(tokenizer: PreTrainedTokenizerBase, own_text: str) -> list[int]:
 
 def _answer(module: "PPOModule", prompts: PromptBatch) -> tuple[Rollout, list[str], Tensor]:
     rollout = module.sample(prompts, module.evaluation_args)
-    texts = response_texts(rollout, module.tokenizer)
+    prefix = getattr(module.task, "response_prefix", "")
+    texts = response_texts(rollout, module.tokenizer, prefix)
     scores = module.score(texts, prompts)
     module.task.scorer_timeouts()  # not those of the next iteration
     return rollout, texts, scores

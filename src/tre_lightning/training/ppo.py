@@ -197,7 +197,8 @@ class PPOModule(LightningModule):
         rollout = self.sample(prompts, self.rollout_args)
 
         # 2. Score them.
-        scores = self.score(response_texts(rollout, self.tokenizer), prompts)
+        prefix = getattr(self.task, "response_prefix", "")
+        scores = self.score(response_texts(rollout, self.tokenizer, prefix), prompts)
         sampled = time.perf_counter()
 
         # 3. Evaluate the rollout: log-probabilities, values, entropies, what methods observe.

@@ -9,12 +9,17 @@ from transformers import PreTrainedTokenizerBase
 from tre_lightning.batches import Rollout
 
 
-def response_texts(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The responses without the token that ended them and the padding after it."""
+def response_texts(
+    rollout: Rollout, tokenizer: PreTrainedTokenizerBase, prefix: str = ""
+) -> list[str]:
+    """The responses without the token that ended them and the padding after it.
+
+    ``prefix`` is what the prompts say each of them begins with.
+    """
     counted = _before_the_end(rollout).sum(1).tolist()
     rows = zip(rollout.response_ids.tolist(), counted, strict=True)
     ids = [row[:length] for row, length in rows]
-    return list(tokenizer.batch_decode(ids, skip_special_tokens=False))
+    return [prefix + text for text in tokenizer.batch_decode(ids, skip_special_tokens=False)]
 
 
 def invalid_responses(rollout: Rollout, vocabulary_size: int, textless: Sequence[int]) -> Tensor:

@@ -205,6 +205,10 @@ class PreferenceDataModule(PromptDataModule):
         found = prompt.extra.get("messages")
         return as_messages(prompt.text) if found is None else list(found)
 
+    def plain(self, messages: Messages) -> str:
+        """The transcript, up to where the response begins."""
+        return transcript(messages) + ASSISTANT
+
     def score(self, responses: Sequence[str], prompts: PromptBatch) -> Tensor:
         """The reward model's scores, ``[len(prompts) * n]`` float32; NaN = could not be scored.
 

@@ -176,7 +176,7 @@ class CountdownDataModule(PromptDataModule):
             ]
         return [" ".join(re.findall(r"[0-9]+|[^0-9\s]", text or "")) or None for text in found]
 
-    def demonstration(self, index: int, misleading: bool) -> tuple[str, str]:
+    def demonstration(self, index: int, misleading: bool) -> tuple[Prompt, str]:
         """Prompt and worked response number ``index`` for supervised training.
 
         A misleading one is sound arithmetic that ends elsewhere than the prompt's target: it
@@ -187,8 +187,7 @@ class CountdownDataModule(PromptDataModule):
         steps = None if misleading else worked_solution(puzzle, self.puzzles, rng)
         if steps is None:
             _, steps = random_derivation(self.puzzles, puzzle.numbers, rng)
-        text = self._prompt(puzzle).text
-        return text, steps if self.format == "steps" else as_answer(steps)
+        return self._prompt(puzzle), steps if self.format == "steps" else as_answer(steps)
 
     def vocabulary(self) -> list[str]:
         """Every word of the prompts and worked responses, numbers as words."""
@@ -228,7 +227,8 @@ class CountdownDataModule(PromptDataModule):
                 f"into an expression that equals {puzzle.target}. {_INSTRUCTIONS[self.format]}"
             )
         extra = {"numbers": puzzle.numbers, "target": puzzle.target}
-        return Prompt(text, extra, puzzle.where)
+        fields = {"numbers": numbers, "target": str(puzzle.target)}
+        return Prompt(text, extra, puzzle.where, fields)
 
     # ----- puzzles of files
 

@@ -1,5 +1,7 @@
 r"""MATH prompts: problems with one correct answer, given in the last ``\boxed{...}``.
 
+``answer_in`` says where else a response may give it: behind ``####``, or as its last number.
+
 A row of a file or of a dataset of the hub has ``problem`` (text; ``question`` where there is none)
 and one of these, the first one where it has both; other columns are ignored:
 
@@ -14,19 +16,21 @@ import logging
 import random
 import re
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from decimal import Decimal
+from fractions import Fraction
 from functools import cached_property
 from numbers import Number
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tre_lightning.batches import PromptBatch
+from tre_lightning.common.errors import Refused
 from tre_lightning.common.seeding import derived_seed
-from tre_lightning.common.validation import at_least, positive
+from tre_lightning.common.validation import at_least, one_of, positive
 from tre_lightning.tasks.base import Prompt, PromptDataModule
 from tre_lightning.tasks.mathematics.arithmetic import (
     ArithmeticSpec,
@@ -39,6 +43,7 @@ from tre_lightning.tasks.mathematics.grading.forms import Named, Value
 from tre_lightning.tasks.mathematics.grading.limits import MAX_CHARS
 from tre_lightning.tasks.mathematics.grading.reader import read
 from tre_lightning.tasks.mathematics.scorer import MathScorer, boxed_answers, last_boxed
+from tre_lightning.tasks.numbers import last_number
 from tre_lightning.tasks.sources import (
     Row,
     Source,
@@ -48,7 +53,12 @@ from tre_lightning.tasks.sources import (
     warn_of_unscorable,
 )
 
-INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."
+AnswerIn = Literal["box", "hash", "number"]
+INSTRUCTIONS: dict[AnswerIn, str] = {
+    "box": "Let's think step by step and output the final answer within \\boxed{}.",
+    "hash": "Let's think step by step and write the final answer on the last line, after ####.",
+    "number": "Let's think step by step and end with the final answer, a number.",
+}
 
 _DRAWS_A_PROBLEM = 20  # for each held-out arithmetic problem before there count as too few
 _DEFAULT_ARITHMETIC = ArithmeticSpec()
@@ -61,6 +71,7 @@ class _Row(NamedTuple):
     problem: str
     gold: str
     where: str  # the file and row
+    solution: str  # worked, in the words of the file; may be empty
 
 
 class MathDataModule(PromptDataModule):
@@ -81,15 +92,16 @@ class MathDataModule(PromptDataModule):
         arithmetic: ArithmeticSpec = _DEFAULT_ARITHMETIC,
         val_size: int = 256,
         test_size: int = 256,
-        instruction: str = INSTRUCTION,
+        instruction: str | None = None,
         workers: int = 2,
         timeout: float = 3.0,
         train_name: str | None = None,
         eval_name: str | None = None,
         test_name: str | None = None,
+        answer_in: AnswerIn = "box",
         **kwargs: Any,
     ) -> None:
-        """Keep the options; files are read by :meth:`check`.
+        r"""Keep the options; files are read by :meth:`check`.
 
         Args:
             train_file: a .jsonl or .parquet file to train on, or the name of a dataset of the hub;
@@ -102,16 +114,19 @@ class MathDataModule(PromptDataModule):
             arithmetic: what generated problems look like.
             val_size: generated validation problems.
             test_size: generated test problems.
-            instruction: text after each problem; may be empty.
+            instruction: text after each problem; may be empty; none = one that fits ``answer_in``.
             workers: processes of the scorer on each device's process; started when first needed.
             timeout: seconds that the scorer may take for an answer; one that times out scores 0.
             train_name: configuration of ``train_file`` where it is a dataset of the hub that has
                 several, such as ``main`` of GSM8K.
             eval_name: configuration of ``eval_file``.
             test_name: configuration of ``test_file``.
+            answer_in: what of a response is graded: its last closed ``\boxed{}``, what stands
+                behind its last ``####``, or its last number.
             kwargs: options of :class:`PromptDataModule`.
         """
         super().__init__(**kwargs)
+        one_of("data.answer_in", answer_in, [*INSTRUCTIONS])
         for name, value in (("val_size", val_size), ("test_size", test_size), ("workers", workers)):
             at_least(f"data.{name}", value, 1)
         positive("data.timeout", timeout)
@@ -131,7 +146,9 @@ class MathDataModule(PromptDataModule):
         }
         self.arithmetic = arithmetic
         self.sizes = {"val": val_size, "test": test_size}
-        self.instruction = instruction
+        self._solutions: dict[str, str] = {}  # of the training problems, by file and row
+        self.answer_in: AnswerIn = answer_in
+        self.instruction = INSTRUCTIONS[answer_in] if instruction is None else instruction
         self.workers = workers
         self.timeout = timeout
 
@@ -175,44 +192,48 @@ class MathDataModule(PromptDataModule):
         name = "test_file" if stage == "test" and "test_file" in files else "eval_file"
         return {stage: files[name]}
 
-    def demonstration(self, index: int, misleading: bool) -> tuple[str, str]:
-        """Prompt and worked response number ``index`` of the generated training problems.
+    def demonstration(self, index: int, misleading: bool) -> tuple[Prompt, str]:
+        """Prompt and worked response number ``index`` of the training problems.
 
-        A misleading one is sound arithmetic in the wrong order, which ends at another number: it
-        teaches the format and the sums, and leaves the order to reinforcement.
+        Those of a file are its worked solutions. Of generated problems a misleading one is sound
+        arithmetic in the wrong order, which ends at another number: it teaches the format and the
+        sums, and leaves the order to reinforcement.
 
         Raises:
-            ValueError: for problems of a file.
+            Refused: for a file without worked solutions, and for misleading ones of a file.
         """
         if not self.synthetic:
-            raise ValueError(
-                f"data.train_file={self.files['train_file'][0]} gives no worked responses in the "
-                "policy's words; set warm_start to null and give model.policy.model"
-            )
+            return self._demonstration_of_file(index, misleading)
         problem = generate(self.arithmetic, "train", index, self.seed)
         rng = random.Random(derived_seed("demonstration", self.seed, index))
         right = worked(problem, self.arithmetic)
         work = mistaken(problem, self.arithmetic, rng) if misleading or right is None else right
-        return self._generated(problem).text, work.text
+        text = work.text
+        if self.answer_in != "box":
+            steps = " , ".join(work.steps)
+            text = steps if self.answer_in == "number" else f"{steps} #### {work.value}"
+        return self._generated(problem), text
 
     def vocabulary(self) -> list[str]:
         """Every word of the generated problems, the instruction and the worked responses."""
         if not self.synthetic:
             return super().vocabulary()
-        return [*self.arithmetic.vocabulary(), *self.instruction.split()]
+        hashes = ["####"] if self.answer_in == "hash" else []
+        return [*self.arithmetic.vocabulary(), *hashes, *self.instruction.split()]
 
     # ----- scores
 
     def score(self, responses: Sequence[str], prompts: PromptBatch) -> Tensor:
-        r"""1 for a response whose last ``\boxed`` equals the gold, else 0, ``[B * n]`` float32."""
+        """1 for a response whose answer equals the gold, else 0, ``[B * n]`` float32."""
         n = len(responses) // len(prompts)
         golds = [str(extra["gold"]) for extra in prompts.extras for _ in range(n)]
-        return torch.tensor(self._scorer.score(responses, golds), dtype=torch.float32)
+        found = [answer_of(response, self.answer_in) for response in responses]
+        return torch.tensor(self._scorer.score_answers(found, golds), dtype=torch.float32)
 
     def answers(self, responses: Sequence[str], prompts: PromptBatch) -> list[Hashable | None]:
-        r"""The last ``\boxed`` of each response as :func:`normal_form`, None without one."""
-        boxes = map(last_boxed, responses)
-        return [None if box is None or not box.strip() else normal_form(box) for box in boxes]
+        """The answer in each response as :func:`normal_form`, None without one."""
+        found = (answer_of(response, self.answer_in) for response in responses)
+        return [None if text is None or not text.strip() else normal_form(text) for text in found]
 
     def scorer_timeouts(self) -> int:
         """Number of answers whose scoring timed out since the last call, on this rank."""
@@ -231,7 +252,7 @@ class MathDataModule(PromptDataModule):
     def _generated(self, problem: Problem) -> Prompt:
         right = worked(problem, self.arithmetic)
         assert right is not None, "generate() gives problems with a value only"
-        return Prompt(self._instructed(problem.text), {"gold": str(right.value)})
+        return self._prompt(problem.text, {"gold": str(right.value)})
 
     def _distinct(self, stage: str) -> list[Problem]:
         """The first ``val_size`` or ``test_size`` different problems of the split."""
@@ -246,8 +267,9 @@ class MathDataModule(PromptDataModule):
             f"different {stage} problems; lower it or widen its ranges"
         )
 
-    def _instructed(self, problem: str) -> str:
-        return f"{problem} {self.instruction}".strip()
+    def _prompt(self, problem: str, extra: Mapping[str, str], where: str = "") -> Prompt:
+        text = f"{problem} {self.instruction}".strip()
+        return Prompt(text, extra, where, {"problem": problem})
 
     # ----- problems of files
 
@@ -273,12 +295,34 @@ class MathDataModule(PromptDataModule):
                 *(len(found["train_file"]) - len(unseen), len(found["train_file"]), source),
             )
         found["train_file"] = unseen
+        self._solutions = {row.where: row.solution for row in unseen if row.solution}
         return {
-            name: [
-                Prompt(self._instructed(row.problem), {"gold": row.gold}, row.where) for row in rows
-            ]
+            name: [self._prompt(row.problem, {"gold": row.gold}, row.where) for row in rows]
             for name, rows in found.items()
         }
+
+    def _demonstration_of_file(self, index: int, misleading: bool) -> tuple[Prompt, str]:
+        source = self.files["train_file"].file
+        if misleading:
+            raise Refused(
+                f"data.train_file={source} has no misleading solutions; set "
+                "warm_start.misleading_fraction to 0"
+            )
+        prompts = self._from_files["train_file"]
+        worked = [prompt for prompt in prompts if prompt.where in self._solutions]
+        if not worked:
+            raise Refused(
+                f"data.train_file={source} has no worked solutions to learn from; set warm_start "
+                "to null and give model.policy.model"
+            )
+        prompt = self.shuffled(worked, index)
+        solution, gold = self._solutions[prompt.where], prompt.extra["gold"]
+        if self.answer_in == "box":
+            boxed = last_boxed(solution) is not None
+            return prompt, solution if boxed else f"{solution}\nThe answer is \\boxed{{{gold}}}."
+        if self.answer_in == "hash":
+            return prompt, f"{solution}\n#### {gold}"
+        return prompt, f"{solution}\nThe answer is {gold}."
 
     def _load(self, name: str) -> list[_Row]:
         """Problems and golds of a file."""
@@ -290,7 +334,7 @@ class MathDataModule(PromptDataModule):
         for where, row in found:
             problem, golds = read_problem(row, where)
             if len(golds) == 1:
-                rows.append(_Row(problem, golds[0], where))
+                rows.append(_Row(problem, golds[0], where, worked_solution(row)))
             else:
                 dropped["several answers" if golds else "no answer"] += 1
         if dropped:
@@ -301,10 +345,13 @@ class MathDataModule(PromptDataModule):
             )
         if not rows:
             raise ValueError(f"data.{name}={source} holds no problem with one answer; give another")
+        what = "not read as mathematics"
+        if self.answer_in == "number":
+            what = "no decimal number, which data.answer_in=number asks for"
         unread = [
-            f"{row.where}: the answer {row.gold[-80:]!r} is not read as mathematics"
+            f"{row.where}: the answer {row.gold[-80:]!r} is {what}"
             for row in rows
-            if not readable(row.gold)
+            if not (is_decimal if self.answer_in == "number" else readable)(row.gold)
         ]
         warn_of_unscorable(f"data.{name}", source, unread, len(rows))
         return rows
@@ -339,6 +386,32 @@ def _gold(answer: str) -> str:
     if _SCIENTIFIC.fullmatch(answer):
         return number_text(Decimal(answer)) or answer
     return answer
+
+
+def worked_solution(row: Row) -> str:
+    """The worked solution in a row, without GSM8K's ``#### 42`` and ``<<6*7=42>>``, or nothing."""
+    answer, solution = row.get("answer"), row.get("solution")
+    if isinstance(answer, str) and "####" in answer:
+        solution = answer.rpartition("####")[0]
+    text = solution if isinstance(solution, str) else ""
+    return _plain(re.sub(r"<<[^<>]*>>", "", text)).strip()
+
+
+def answer_of(response: str, answer_in: AnswerIn) -> str | None:
+    """What a response gives as its answer; None = nothing."""
+    if answer_in == "box":
+        return last_boxed(response)
+    if answer_in == "hash":
+        _, found, end = response.rpartition("####")
+        return end.strip().partition("\n")[0] if found else None
+    number = last_number(response)
+    return None if number is None else f"{number:f}"
+
+
+def is_decimal(gold: str) -> bool:
+    """Whether the gold is a number that can be written as a decimal."""
+    form = normal_form(gold)
+    return isinstance(form, Fraction) and (10**MAX_CHARS * form).denominator == 1
 
 
 def readable(gold: str) -> bool:

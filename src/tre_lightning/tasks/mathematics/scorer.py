@@ -125,7 +125,14 @@ class MathScorer:
             RuntimeError: if no worker comes up, with the reason.
         """
         _check(responses, golds)
-        answers = [last_boxed(response) for response in responses]
+        return self.score_answers([last_boxed(response) for response in responses], golds)
+
+    def score_answers(self, answers: Sequence[str | None], golds: Sequence[str]) -> list[float]:
+        """Score answers that were taken out of their responses; None, no answer, scores 0.0.
+
+        Raises:
+            RuntimeError: if no worker comes up, with the reason.
+        """
         scores = [0.0] * len(answers)
         undecided: dict[tuple[str, str], list[int]] = {}
         for i, (answer, gold) in enumerate(zip(answers, golds, strict=True)):

@@ -158,7 +158,7 @@ class WalkDataModule(PromptDataModule):
             ]
         )
 
-    def demonstration(self, index: int, misleading: bool) -> tuple[str, str]:
+    def demonstration(self, index: int, misleading: bool) -> tuple[Prompt, str]:
         """Prompt and worked response number ``index`` for supervised training.
 
         A misleading one is sound, but one of its steps has a size that the prompt does not give.
@@ -166,7 +166,7 @@ class WalkDataModule(PromptDataModule):
         rng = random.Random(derived_seed("walk_demonstration", self.seed, index))
         walk = generate_walk(self.walks, "train", index, self.seed)
         stray = below(rng, self.walks.steps) if misleading else None
-        return self._prompt(walk).text, random_steps(self.walks, walk, rng, stray)
+        return self._prompt(walk), random_steps(self.walks, walk, rng, stray)
 
     def vocabulary(self) -> list[str]:
         """Every word of the prompts and walks."""
@@ -177,4 +177,6 @@ class WalkDataModule(PromptDataModule):
 
     def _prompt(self, walk: Walk) -> Prompt:
         sizes = " ".join(f"+-{size}" for size in walk.sizes)
-        return Prompt(f"{walk.start} with {sizes} in #{self.walks.steps} :", {"walk": walk})
+        steps = str(self.walks.steps)
+        fields = {"start": str(walk.start), "sizes": sizes, "steps": steps}
+        return Prompt(f"{walk.start} with {sizes} in #{steps} :", {"walk": walk}, fields=fields)

@@ -1,8 +1,8 @@
 """Arithmetic in English, made by seed: bare sums, differences and products, and short stories.
 
-A fact, such as ``6 + 2``, belongs to one split (train 80 %, val 10 %, test 10 %), whatever the words
-around it and, in sums and products, whatever its order. Every step of a question is a fact of the
-question's split: what is held out is in no training question, nor a step of one.
+A fact, such as ``6 + 2``, belongs to one split (train 80 %, val 10 %, test 10 %), whatever the
+words around it and, in sums and products, whatever its order. Every step of a question is a fact of
+the question's split: what is held out is in no training question, nor a step of one.
 """
 
 import operator

@@ -1,4 +1,4 @@
-"""Word problems for a small pretrained model: arithmetic in English, made by seed, scored exactly."""
+"""Word problems for a small pretrained model: arithmetic in English, made by seed."""
 
 import random
 from collections.abc import Sequence
@@ -81,7 +81,7 @@ class WordProblemsDataModule(PromptDataModule):
         """The last number of each response, None without one."""
         return [last_number(response) for response in responses]
 
-    def demonstration(self, index: int, misleading: bool) -> tuple[str, str]:
+    def demonstration(self, index: int, misleading: bool) -> tuple[Prompt, str]:
         """Prompt and worked response number ``index``, ``6 + 2 = 8, 8 * 3 = 24.``.
 
         A misleading one has a step of another kind than the problem asks for.
@@ -89,7 +89,7 @@ class WordProblemsDataModule(PromptDataModule):
         rng = random.Random(derived_seed("word_problem_demonstration", self.seed, index))
         problem = generate(self.problems, "train", index, self.seed)
         steps = mistaken(problem, rng) if misleading else problem.steps
-        return problem.text, ", ".join(step.text for step in steps) + "."
+        return self._prompt(problem), ", ".join(step.text for step in steps) + "."
 
     def _prompt(self, problem: Problem) -> Prompt:
-        return Prompt(problem.text, {"problem": problem})
+        return Prompt(problem.text, {"problem": problem}, fields={"question": problem.text})
