@@ -135,8 +135,8 @@ def _check_made_of(directory: Path, source: dict[str, str]) -> None:
         return
     other = "something else" if not isinstance(found, dict) else found.get("source")
     raise ValueError(
-        f"out={directory} holds {other}, not {source['source']}; give another directory with --out, "
-        "or delete this one"
+        f"out={directory} holds {other}, not {source['source']}; give another directory with "
+        "--out, or delete this one"
     )
 
 

@@ -45,7 +45,7 @@ def check_can_convert(source: str) -> None:
     path = Path(source)
     if path.is_dir():
         raise ValueError(
-            f"{source} is a directory; if it holds a model, give it as --model.policy.model {source}"
+            f"{source} is a directory; if it holds a model, give --model.policy.model {source}"
         )
     if not is_gguf(source):
         return
@@ -105,8 +105,8 @@ def convert(source: str, directory: Path) -> PreTrainedModel:
     same_words = load_tokenizer(str(directory))(_TRIED_TEXT)["input_ids"] == words
     if not (same_words and torch.equal(_logits(written, ids), wanted)):
         raise ValueError(
-            f"{source} is another model when it is read back; transformers {transformers.__version__} "
-            "cannot write it, give another file"
+            f"{source} is another model when it is read back: transformers "
+            f"{transformers.__version__} cannot write it; give another file"
         )
     assert isinstance(written, PreTrainedModel)
     return written
@@ -122,8 +122,8 @@ def _load_gguf(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         model = AutoModelForCausalLM.from_pretrained(str(path.parent), **options)
     except Exception as error:  # a file may be wrong in any way
         raise ValueError(
-            f"{source} could not be read ({type(error).__name__}: {str(error).strip()[:200]}); give "
-            "a whole GGUF file of a causal language model with its tokenizer"
+            f"{source} could not be read ({type(error).__name__}: {str(error).strip()[:200]}); "
+            "give a whole GGUF file of a causal language model with its tokenizer"
         ) from error
     # Its weights are plain numbers by now, and whoever loads it is not to take them for blocks.
     model.hf_quantizer, model.is_quantized = None, False
