@@ -74,6 +74,16 @@ def test_it_is_trained_resumed_tested_and_exported(
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2
 
 
+def test_a_warm_start_changes_a_pretrained_model_little(tmp_path: Path) -> None:
+    start = small_models.save(tmp_path / "start")
+    flags = [*SHORT, "--trainer.max_epochs=1", "--warm_start.steps=2", "--warm_start.batch_size=2"]
+    main(words(start, tmp_path / "run", *flags, f"--warm_start.cache_dir={tmp_path}/warm"))
+    (warm,) = (tmp_path / "warm").glob("*/model")
+    before = small_models.model().model.embed_tokens.weight
+    moved = AutoModelForCausalLM.from_pretrained(warm).model.embed_tokens.weight - before
+    assert 0.0 < float(moved.detach().abs().max()) < 2 * 2e-5 + 1e-7  # two steps of AdamW
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not REAL.exists(), reason="make runs/models/smollm2")
 def test_the_real_model_learns(tmp_path: Path) -> None:
