@@ -3,12 +3,14 @@
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import MinPLogitsWarper
 
 from tre_lightning.entropy import (
     check_region,
@@ -30,7 +32,10 @@ def softmax(row: Sequence[float]) -> list[float]:
 
 
 def brute_region(
-    row: Sequence[float], top_k: int | None = None, top_p: float | None = None
+    row: Sequence[float],
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
 ) -> list[int]:
     """Token ids by falling logit, the lower id first; tokens at -inf are left out."""
     order = sorted((-z, i) for i, z in enumerate(row) if z > -INF)
@@ -38,16 +43,21 @@ def brute_region(
     if top_k is not None:
         return ids[:top_k]
     p, size, mass = softmax(row), 0, 0.0
+    if min_p is not None:
+        return [i for i in ids if p[i] >= min_p * max(p)]
     while mass < top_p and size < len(ids):
         mass += p[ids[size]]
         size += 1
     return ids[:size]
 
 
-def assume_no_rounding(row: Sequence[float], top_p: float | None = None, **_: int) -> None:
-    """Leave out a nucleus whose mass comes so close to ``top_p`` that rounding decides."""
-    masses = itertools.accumulate(sorted(softmax(row), reverse=True))
-    assume(top_p is None or min(abs(mass - top_p) for mass in masses) > 1e-5)
+def assume_no_rounding(
+    row: Sequence[float], top_p: float | None = None, min_p: float | None = None, **_: int
+) -> None:
+    """Leave out a region whose edge comes so close to a token that rounding decides."""
+    p = sorted(softmax(row), reverse=True)
+    assume(top_p is None or min(abs(mass - top_p) for mass in itertools.accumulate(p)) > 1e-5)
+    assume(min_p is None or min(abs(x / p[0] - min_p) for x in p) > 1e-5)
 
 
 def brute_entropy(row: Sequence[float], region: Sequence[int]) -> float:
@@ -74,6 +84,7 @@ rows = st.one_of(
 regions = st.one_of(
     st.fixed_dictionaries({"top_k": st.integers(1, 14)}),
     st.fixed_dictionaries({"top_p": st.floats(0.01, 0.999)}),
+    st.fixed_dictionaries({"min_p": st.floats(1e-4, 0.999)}),
 )
 
 
@@ -127,6 +138,9 @@ def test_the_nucleus_includes_the_token_that_crosses(top_p: float, ids: list[int
         ({"top_p": 0.45}, [1, 3]),
         ({"top_p": 0.85}, [0, 1, 3]),
         ({"top_p": 0.95}, [0, 1, 2, 3]),
+        ({"min_p": 0.999999}, [1, 3]),  # equally probable tokens enter together
+        ({"min_p": 0.26}, [1, 3]),
+        ({"min_p": 0.24}, [0, 1, 2, 3]),
     ],
 )
 def test_ties_go_to_the_lower_token_id(region: dict[str, float], ids: list[int]) -> None:
@@ -138,6 +152,46 @@ def test_rows_with_and_without_ties_do_not_mix() -> None:
     logits = torch.tensor([[[3.0, 2.0, 1.0, 0.0], [0.0, 1.0, 1.0, 1.0]], [[1.0] * 4, [0, 3, 1, 2]]])
     mask = trust_region_mask(logits, top_k=2)
     assert [[ids_of(row) for row in page] for page in mask] == [[[0, 1], [1, 2]], [[0, 1], [1, 3]]]
+
+
+@pytest.mark.parametrize(
+    ("min_p", "kept"),
+    [(0.9, [0.5]), (0.61, [0.5]), (0.59, [0.5, 0.3]), (0.21, [0.5, 0.3]), (0.19, [0.5, 0.3, 0.1])],
+)
+def test_min_p_is_a_fraction_of_the_largest_probability(min_p: float, kept: list[float]) -> None:
+    p = [0.04, 0.3, 0.1, 0.5, 0.06]
+    logits = torch.tensor(p).log() + 3.0
+    assert ids_of(trust_region_mask(logits, min_p=min_p)) == sorted(p.index(x) for x in kept)
+    stats = entropy_stats(logits, min_p=min_p)
+    assert stats.size.item() == len(kept)
+    assert stats.tail_mass.item() == pytest.approx(1 - sum(kept), abs=1e-6)
+    plain = -sum(x / sum(kept) * math.log(x / sum(kept)) for x in kept)
+    scale = math.log(5) / math.log(len(kept)) if len(kept) > 1 else 0.0
+    value = trust_region_entropy(logits, min_p=min_p)
+    assert value.item() == pytest.approx(scale * plain, abs=1e-6)
+
+
+@pytest.mark.parametrize("gap", [0.5, 0.25, 8.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_token_at_the_edge_of_min_p_is_in(gap: float, dtype: torch.dtype) -> None:
+    logits = torch.tensor([0.0, -gap, -gap, -gap - 0.25, -INF], dtype=dtype)
+    assert ids_of(trust_region_mask(logits, min_p=math.exp(-gap))) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("min_p", [1 - 1e-16, 1e-300, 5e-324])
+def test_min_p_at_the_ends_of_its_range(min_p: float) -> None:
+    logits = torch.tensor([[7e4, 3.0, -INF, -7e4], [-300.0, -310.0, -620.0, -305.0]])
+    ids = [ids_of(row) for row in trust_region_mask(logits, min_p=min_p)]
+    assert ids == ([[0], [0]] if min_p > 0.5 else [[0], [0, 1, 2, 3]])
+    assert trust_region_entropy(logits, min_p=min_p).isfinite().all()
+
+
+@given(rows, st.floats(1e-4, 0.999))
+def test_min_p_is_that_of_min_p_sampling(row: list[float], min_p: float) -> None:
+    assume_no_rounding(row, min_p=min_p)
+    logits = torch.tensor([row])
+    left = MinPLogitsWarper(min_p)(torch.zeros(1, 1, dtype=torch.long), logits) > -INF
+    assert torch.equal(trust_region_mask(logits, min_p=min_p), left)
 
 
 @given(rows, regions)
@@ -231,7 +285,7 @@ def test_nuclei_of_3000_tokens_equal_brute_force(top_p: float) -> None:
 def test_a_single_row_needs_no_batch_axis() -> None:
     torch.manual_seed(0)
     logits = torch.randn(500)
-    for region in ({"top_k": 3}, {"top_p": 0.95}):
+    for region in ({"top_k": 3}, {"top_p": 0.95}, {"min_p": 0.1}):
         one = trust_region_entropy(logits, **region)
         assert one.shape == ()
         batched = trust_region_entropy(logits[None, None], **region)
@@ -261,7 +315,7 @@ def test_uniform_logits_give_log_v_whatever_the_region(
     logits = torch.full((vocabulary,), level)
     top_k = data.draw(st.integers(2, vocabulary + 2))
     top_p = data.draw(st.floats(1.01 / vocabulary, 0.999))
-    for region in ({"top_k": top_k}, {"top_p": top_p}):
+    for region in ({"top_k": top_k}, {"top_p": top_p}, {"min_p": top_p}):
         value = trust_region_entropy(logits, **region).item()
         assert value == pytest.approx(math.log(vocabulary), rel=1e-5)
 
@@ -291,7 +345,7 @@ def test_top_k_of_the_whole_vocabulary_is_the_full_entropy(top_k: int) -> None:
 # --- edges of the input ---
 
 
-@pytest.mark.parametrize("region", [{"top_k": 1}, {"top_p": 0.9}])
+@pytest.mark.parametrize("region", [{"top_k": 1}, {"top_p": 0.9}, {"min_p": 0.5}])
 @pytest.mark.parametrize("rescale", [True, False])
 def test_a_region_of_one_token_is_exactly_0_with_a_finite_zero_gradient(
     region: dict[str, float], rescale: bool
@@ -314,7 +368,7 @@ def test_every_float_type_with_impossible_tokens_gives_finite_float32(dtype: tor
     logits[1, ::2] = -INF
     logits[2] = 0.0
     logits[3, 0] = 6e4  # near the largest float16
-    for region in ({"top_k": 2}, {"top_k": 200}, {"top_p": 0.99}):
+    for region in ({"top_k": 2}, {"top_k": 200}, {"top_p": 0.99}, {"min_p": 1e-5}):
         leaf = logits.clone().requires_grad_()
         value = trust_region_entropy(leaf, **region)
         assert value.dtype == torch.float32
@@ -338,7 +392,9 @@ def test_float64_stays() -> None:
     assert full_entropy(logits).dtype == stats.region.dtype == torch.float64
 
 
-@pytest.mark.parametrize("region", [{"top_k": k} for k in (1, 2, 3, 4)] + [{"top_p": 0.9}])
+@pytest.mark.parametrize(
+    "region", [{"top_k": k} for k in (1, 2, 3, 4)] + [{"top_p": 0.9}, {"min_p": 0.3}]
+)
 @pytest.mark.parametrize("bad", [[math.nan, 1.0, 2.0, 2.0], [-INF] * 4])
 def test_an_undefined_row_gives_nan_and_leaves_the_others_alone(
     bad: list[float], region: dict[str, float]
@@ -359,35 +415,41 @@ def test_an_undefined_row_gives_nan_and_leaves_the_others_alone(
 
 
 def test_no_rows_give_no_values() -> None:
-    for region in ({"top_k": 2}, {"top_p": 0.9}):
+    for region in ({"top_k": 2}, {"top_p": 0.9}, {"min_p": 0.3}):
         assert trust_region_entropy(torch.zeros(0, 3, 100), **region).shape == (0, 3)
 
 
 @pytest.mark.parametrize(
-    ("top_k", "top_p", "message"),
+    ("region", "message"),
     [
-        (None, None, "exactly one of top_k and top_p"),
-        (2, 0.9, "exactly one of top_k and top_p"),
-        (0, None, "top_k=0 must be at least 1"),
-        (-3, None, "top_k=-3 must be at least 1"),
-        (None, 0.0, r"top_p=0\.0 must lie between 0 and 1"),
-        (None, 1.0, r"top_p=1\.0 must lie between 0 and 1"),
-        (None, -0.5, r"top_p=-0\.5 must lie between 0 and 1"),
-        (None, math.nan, "top_p=nan must lie between 0 and 1"),
+        ({}, "exactly one of top_k, top_p and min_p"),
+        ({"top_k": 2, "top_p": 0.9}, "exactly one .*, not top_k=2, top_p=0.9, min_p=None"),
+        ({"top_k": 2, "min_p": 0.1}, "exactly one .*, not top_k=2, top_p=None, min_p=0.1"),
+        ({"top_p": 0.9, "min_p": 0.1}, "exactly one .*, not top_k=None, top_p=0.9, min_p=0.1"),
+        ({"top_k": 2, "top_p": 0.9, "min_p": 0.1}, "exactly one of top_k, top_p and min_p"),
+        ({"top_k": 0}, "top_k=0 must be at least 1"),
+        ({"top_k": -3}, "top_k=-3 must be at least 1"),
+        *(
+            ({name: value}, rf"{name}={value} must lie between 0 and 1")
+            for name in ("top_p", "min_p")
+            for value in (0.0, 1.0, -0.5, math.nan)
+        ),
     ],
 )
-def test_a_bad_region_is_refused(top_k: int | None, top_p: float | None, message: str) -> None:
+def test_a_bad_region_is_refused(region: dict[str, Any], message: str) -> None:
     for function in (trust_region_entropy, trust_region_mask, entropy_stats):
         with pytest.raises(ValueError, match=message):
-            function(torch.zeros(3), top_k=top_k, top_p=top_p)
+            function(torch.zeros(3), **region)
     with pytest.raises(ValueError, match=message):
-        check_region(top_k, top_p)
+        check_region(**region)
 
 
 # --- gradient ---
 
 
-@pytest.mark.parametrize("region", [{"top_k": 4}, {"top_p": 0.8}, {"top_p": 0.995}])
+@pytest.mark.parametrize(
+    "region", [{"top_k": 4}, {"top_p": 0.8}, {"top_p": 0.995}, {"min_p": 0.05}]
+)
 @pytest.mark.parametrize("rescale", [True, False])
 def test_gradient_is_that_of_the_region_alone(region: dict[str, float], rescale: bool) -> None:
     torch.manual_seed(0)
@@ -410,7 +472,7 @@ def test_gradient_is_that_of_the_region_alone(region: dict[str, float], rescale:
         assert gradient == pytest.approx(expected, rel=1e-6, abs=1e-12)
 
 
-@pytest.mark.parametrize("region", [{"top_k": 3}, {"top_p": 0.9}])
+@pytest.mark.parametrize("region", [{"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.35}])
 def test_gradcheck(region: dict[str, float]) -> None:
     torch.manual_seed(0)
     # Well separated, so that the small steps do not change the region.

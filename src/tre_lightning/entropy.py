@@ -6,7 +6,8 @@ reaches the tail accumulates ("cumulative tail risk"). TRE raises entropy only i
 A of plausible tokens:
 
 * region A: the ``top_k`` most probable tokens (TRE-K), or the smallest nucleus whose mass reaches
-  ``top_p``, the token that crosses it included (TRE-P);
+  ``top_p``, the token that crosses it included (TRE-P), or, ours beyond the paper, the tokens at
+  least ``min_p`` times as probable as the most probable one (min-p, arXiv 2407.01082);
 * q = softmax of the logits over A alone, H = -sum_A q log q;
 * scaled by log|V| / log|A|, so that a uniform q scores log|V| whatever |A|; 0 where |A| = 1.
 
@@ -14,10 +15,10 @@ The region is a constant of the gradient: dH/dz_i = -q_i (log q_i + H) inside A,
 and 0 outside.
 
 Deviations from the paper's code: the nucleus is exact (theirs stops at 256 tokens), and ties at its
-edge go to the lower token id. With ``top_k: 1`` a region of one token has entropy 0 and no gradient
-here; theirs gives -log max p. Tokens with a logit of -inf do not exist: they are never in A. |V| is
-the size of the last axis, masked tokens included, so that the scale does not vary by position. A
-row with NaN, or with nothing but -inf, gives NaN.
+edge go to the lower token id (at the edge of ``min_p`` all are in). With ``top_k: 1`` a region of
+one token has entropy 0 and no gradient here; theirs gives -log max p. Tokens with a logit of -inf
+do not exist: they are never in A. |V| is the size of the last axis, masked tokens included, so that
+the scale does not vary by position. A row with NaN, or with nothing but -inf, gives NaN.
 
 All functions take logits ``[..., V]`` in any float dtype, compute in float32 (float64 stays) and
 return ``[...]`` in nats.
@@ -35,27 +36,28 @@ _FIRST_LOOK = 64  # sorted head of the vocabulary; only rows whose nucleus is wi
 
 @dataclass(frozen=True)
 class Region:
-    """The tokens that an entropy is taken over: ``top_k``, ``top_p``, or with neither all.
+    """The tokens that an entropy is taken over: by ``top_k``, ``top_p`` or ``min_p``, else all.
 
     Raises:
-        ValueError: if both are given, or one is out of range.
+        ValueError: if more than one is given, or one is out of range.
 
     Example:
         >>> Region(top_p=0.99), Region().whole
-        (Region(top_k=None, top_p=0.99), True)
+        (Region(top_k=None, top_p=0.99, min_p=None), True)
     """
 
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
 
     def __post_init__(self) -> None:
         if not self.whole:
-            check_region(self.top_k, self.top_p)
+            check_region(self.top_k, self.top_p, self.min_p)
 
     @property
     def whole(self) -> bool:
         """Whether the region is the whole vocabulary."""
-        return self.top_k is None and self.top_p is None
+        return self.top_k is None and self.top_p is None and self.min_p is None
 
 
 class EntropyStats(NamedTuple):
@@ -70,26 +72,36 @@ class EntropyStats(NamedTuple):
 
 
 def trust_region_entropy(
-    logits: Tensor, *, top_k: int | None = None, top_p: float | None = None, rescale: bool = True
+    logits: Tensor,
+    *,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    rescale: bool = True,
 ) -> Tensor:
     """Entropy inside the trust region, ``[..., V] -> [...]`` nats; ``rescale`` applies the scale.
 
     Raises:
-        ValueError: unless exactly one of ``top_k`` (>= 1) and ``top_p`` (in (0, 1)) is given.
+        ValueError: unless exactly one of ``top_k`` (>= 1), ``top_p`` and ``min_p`` (in (0, 1)) is
+            given.
 
     Example:
         >>> logits = torch.tensor([2.0, 2.0, 0.0, -1.0])
         >>> trust_region_entropy(logits, top_k=2)  # log 2, times log 4 / log 2
         tensor(1.3863)
     """
-    size, mask = _region(logits, top_k, top_p)
+    size, mask = _region(logits, top_k, top_p, min_p)
     z = _upcast(logits)
     entropy = _entropy(z.masked_fill(~mask, -math.inf))
     return entropy * _scale(size, z) if rescale else entropy
 
 
 def trust_region_mask(
-    logits: Tensor, *, top_k: int | None = None, top_p: float | None = None
+    logits: Tensor,
+    *,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
 ) -> Tensor:
     """The region A, ``[..., V] -> [..., V]`` bool. Same arguments and errors as the entropy.
 
@@ -97,7 +109,7 @@ def trust_region_mask(
         >>> trust_region_mask(torch.tensor([2.0, 2.0, 0.0, -1.0]), top_p=0.95)
         tensor([ True,  True,  True, False])
     """
-    return _region(logits, top_k, top_p)[1]
+    return _region(logits, top_k, top_p, min_p)[1]
 
 
 def full_entropy(logits: Tensor) -> Tensor:
@@ -119,10 +131,14 @@ def entropy_of_tokens(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def entropy_stats(
-    logits: Tensor, *, top_k: int | None = None, top_p: float | None = None
+    logits: Tensor,
+    *,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
 ) -> EntropyStats:
     """All that the diagnostics show, from one search for the region; no gradient."""
-    size, mask = _region(logits, top_k, top_p)
+    size, mask = _region(logits, top_k, top_p, min_p)
     z = _upcast(logits)
     log_p = z.log_softmax(-1).clamp_(min=torch.finfo(torch.float32).min)
     p = log_p.exp()
@@ -135,27 +151,45 @@ def entropy_stats(
     return EntropyStats(full, region, region * scale, scale, size, tail_mass)
 
 
-def check_region(top_k: int | None, top_p: float | None, owner: str = "") -> None:
-    """Raise ValueError unless exactly one of ``top_k`` >= 1 and 0 < ``top_p`` < 1 is given.
+def check_region(
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    *,
+    owner: str = "",
+) -> None:
+    """Raise ValueError unless exactly one of the three is given, and lies in its range.
 
-    ``owner`` is where the two are options, for the message.
+    ``top_k`` is at least 1, ``top_p`` and ``min_p`` lie in (0, 1). ``owner`` is where they are
+    options, for the message.
     """
-    if (top_k is None) == (top_p is None):
+    if sum(value is not None for value in (top_k, top_p, min_p)) != 1:
         raise ValueError(
-            f"{owner and owner + ': '}give exactly one of top_k and top_p, not top_k={top_k}, "
-            f"top_p={top_p}"
+            f"{owner and owner + ': '}give exactly one of top_k, top_p and min_p and null for the "
+            f"others, not top_k={top_k}, top_p={top_p}, min_p={min_p}"
         )
     dot = owner and owner + "."
     if top_k is not None and not top_k >= 1:
         raise ValueError(f"{dot}top_k={top_k} must be at least 1 token")
-    if top_p is not None and not 0.0 < top_p < 1.0:
-        raise ValueError(f"{dot}top_p={top_p} must lie between 0 and 1, both excluded")
+    for name, value in (("top_p", top_p), ("min_p", min_p)):
+        if value is not None and not 0.0 < value < 1.0:
+            raise ValueError(f"{dot}{name}={value} must lie between 0 and 1, both excluded")
 
 
-def _region(logits: Tensor, top_k: int | None, top_p: float | None) -> tuple[Tensor, Tensor]:
+def min_p_threshold(peak: Tensor, min_p: float) -> Tensor:
+    """The least logit of a token that is ``min_p`` times as probable as that at ``peak``."""
+    return peak + math.log(min_p)
+
+
+def _region(
+    logits: Tensor, top_k: int | None, top_p: float | None, min_p: float | None
+) -> tuple[Tensor, Tensor]:
     """Size ``[...]`` and mask ``[..., V]`` of the region: the ``size`` largest logits."""
-    check_region(top_k, top_p)
+    check_region(top_k, top_p, min_p)
     z = _upcast(logits.detach())
+    if min_p is not None:
+        mask = (z >= min_p_threshold(z.amax(-1, keepdim=True), min_p)) & (z > -math.inf)
+        return mask.sum(-1), mask
     size, threshold = _top_k(z, top_k) if top_k is not None else _nucleus(z, top_p or 0.0)
     mask = z >= threshold
     crowded = mask.sum(-1) > size  # more tokens tie at the edge than have a place

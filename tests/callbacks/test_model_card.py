@@ -123,6 +123,8 @@ def test_terms_are_described_by_coefficient_and_region() -> None:
     assert (
         describe(TrustRegionEntropy(0.5, top_p=0.9)) == "TrustRegionEntropy (coef 0.5, top_p 0.9)"
     )
+    minimal = TrustRegionEntropy(0.5, min_p=0.1)
+    assert describe(minimal) == "TrustRegionEntropy (coef 0.5, min_p 0.1)"
     schedule = LinearSchedule(0.02, 0.0, 50)
     assert describe(EntropyBonus(schedule)) == (
         "EntropyBonus (coef LinearSchedule(start=0.02, end=0.0, iterations=50), whole vocabulary)"

@@ -33,7 +33,7 @@ def tre(**init_args: Any) -> dict[str, Any]:
     return {"trainer.callbacks": [spec]}
 
 
-ONE = "give exactly one of top_k and top_p"
+ONE = "give exactly one of top_k, top_p and min_p"
 
 # Flags of the tiny run, and words of the message; {dir} is a directory.
 REFUSED_FLAGS = [
@@ -103,8 +103,21 @@ REFUSED: dict[str, tuple[list[str], Mapping[str, Any], list[str]]] = {
     "top_k and top_p": ([], tre(top_k=2, top_p=0.9), [ONE, "top_k=2", "top_p=0.9"]),
     "neither": ([], tre(), [ONE, "top_k=None", "top_p=None"]),
     "top_p above 1": ([], tre(top_p=1.5), ["top_p=1.5", "between 0 and 1"]),
+    "top_k and min_p": ([], tre(top_k=2, min_p=0.1), [ONE, "top_k=2", "min_p=0.1"]),
+    "top_p and min_p": ([], tre(top_p=0.9, min_p=0.1), [ONE, "top_p=0.9", "min_p=0.1"]),
+    "min_p 0": ([], tre(min_p=0), ["tre", "min_p=0", "between 0 and 1"]),
     "top_k 0": ([], tre(top_k=0), ["top_k=0", "at least 1"]),
     "diagnostics": ([], {"model.diagnostics": {"top_k": 2, "top_p": 0.9}}, [ONE]),
+    "two regions of the diagnostics": (
+        [],
+        {"model.diagnostics": {"min_p": 0.1}},
+        ["model.diagnostics", ONE, "top_p=0.99", "min_p=0.1"],
+    ),
+    "min_p of the diagnostics": (
+        [],
+        {"model.diagnostics": {"top_p": None, "min_p": 1.0}},
+        ["model.diagnostics.min_p=1.0", "between 0 and 1"],
+    ),
     "names": ([], {"trainer.callbacks": [runs.TRE, runs.TRE]}, ["2 methods", "'tre'", "own name"]),
     "other size": (
         ["--ckpt_path={ckpt}"],

@@ -363,7 +363,7 @@ NEEDED: dict[str, dict[str, Any]] = {"TrustRegionEntropy": {"top_k": 2}}
 @pytest.mark.parametrize("kind", [k for k in OWN_METHODS if k is not Method])
 def test_a_number_that_is_none_is_refused_by_its_method(kind: type[Method]) -> None:
     for name, _, bad in numbers(kind):
-        needed = {} if name in ("top_k", "top_p") else NEEDED.get(kind.__name__, {})
+        needed = {} if name in ("top_k", "top_p", "min_p") else NEEDED.get(kind.__name__, {})
         with pytest.raises(ValueError, match=rf"^trainer\.callbacks {kind.__name__}\[\w+\]\.\w+="):
             kind(**needed, **{name: bad})
     schedule = LinearSchedule(-1.0, 0.0, 3)

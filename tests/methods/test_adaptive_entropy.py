@@ -56,6 +56,13 @@ def test_coefficient_by_hand() -> None:
     assert term.logged() == {"entropy": pytest.approx(0.125), "next_coef": pytest.approx(0.01)}
 
 
+def test_a_lower_bound_holds_the_coefficient() -> None:
+    term = AdaptiveEntropy(coef=0.004, target=0.25, delta=0.002, min_coef=0.003)
+    # Above the target it is off all the same; below it acts at once with the bound.
+    means = (0.5, 0.5, 0.5, 0.125, 0.125)
+    assert follow(term, *means) == pytest.approx([0.0, 0.0, 0.0, 0.003, 0.005])
+
+
 def test_a_limit_holds_the_coefficient() -> None:
     term = AdaptiveEntropy(coef=0.003, target=0.25, delta=0.002, max_coef=0.006)
     found = follow(term, 0.125, 0.125, 0.125, 0.125, 0.5, 0.125)

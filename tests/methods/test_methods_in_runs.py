@@ -74,6 +74,25 @@ def siren(logged: Curves) -> None:
     assert any(gaps)
 
 
+def repo(logged: Curves) -> None:
+    entropies = logged["loss/repo_entropy"]
+    assert logged["loss/repo_target"] == [entropies[0]] * runs.ITERATIONS
+    assert max(entropies[1:]) < entropies[0]
+    same(logged["loss/repo_zeta"], [0.02, 0.04, 0.05, 0.05])
+
+
+def positive_advantage(logged: Curves) -> None:
+    same(logged["loss/positive_advantage_weight"], [0.5, 0.4, 0.3, 0.2])
+    same(logged["policy/active_fraction"], [1.0] * runs.ITERATIONS)
+
+
+def entrocraft(logged: Curves) -> None:
+    same(logged["loss/entrocraft_low"], [2.0, 1.5, 1.0, 1.0])
+    same(logged["loss/entrocraft_high"], [3.0] * runs.ITERATIONS)
+    assert min(logged["loss/entrocraft_entropy"]) > 3.0
+    assert all(0.0 < fraction < 1.0 for fraction in logged["policy/active_fraction"])
+
+
 def active(fraction: float) -> Callable[[Curves], None]:
     def check(logged: Curves) -> None:
         # 16 responses of at most 8 tokens in 2 minibatches: rounding is less than 1 token in 8.
@@ -89,14 +108,14 @@ def ignore(logged: Curves) -> None: ...
 class Case:
     """A method with options by which it acts in the tiny run.
 
-    ``off`` makes it plain PPO. ``tags`` are what it logs beyond what plain PPO does; of a
-    ``term`` the loss and its coefficients besides. ``layout``: whether micro-batches may be
-    compared by the weights.
+    ``off`` makes it plain PPO, if anything does. ``tags`` are what it logs beyond what plain PPO
+    does; of a ``term`` the loss and its coefficients besides. ``layout``: whether micro-batches may
+    be compared by the weights.
     """
 
     kind: str
     options: Mapping[str, Any]
-    off: Mapping[str, Any] = field(default_factory=lambda: {"coef": 0.0})
+    off: Mapping[str, Any] | None = field(default_factory=lambda: {"coef": 0.0})
     tags: tuple[str, ...] = ()
     term: bool = True
     stateful: bool = False
@@ -119,6 +138,7 @@ FORKING: dict[str, Any] = {"off": {"fraction": 1.0}, **WEIGHTS}
 SIREN_TAGS = ("loss/{}_anchor", "loss/{}_entropy")
 CASES = {
     "tre": Case("TrustRegionEntropy", {"top_p": 0.9, "coef": SCHEDULE}, curves=tre),
+    "tre_min_p": Case("TrustRegionEntropy", {"min_p": 0.5, "coef": 0.05}),
     "tre_of_behaviour": Case(
         "TrustRegionEntropy", {"top_k": 3, "coef": 0.05, "region_of": "behaviour"}
     ),
@@ -152,6 +172,43 @@ CASES = {
         curves=active(0.9),
         **WEIGHTS,
     ),
+    # Before those that shape advantages too, as it replaces them.
+    "weighted_reinforce": Case(
+        "WeightedReinforce", {"positive": 0.3, "threshold": 0.05}, off=None, term=False
+    ),
+    "repo": Case(
+        "REPO",
+        {"zeta": 0.02},
+        off={"zeta": 0.0},
+        tags=("loss/{}_zeta", "loss/{}_entropy", "loss/{}_target"),
+        term=False,
+        stateful=True,
+        curves=repo,
+    ),
+    "positive_advantage": Case(
+        "PositiveAdvantageReweighting",
+        {"weight": 0.5, "target": 9.0, "step": 0.1},
+        off={"weight": 1.0, "target": None},
+        tags=(*ACTIVE, "loss/{}_weight", "loss/{}_entropy"),
+        term=False,
+        stateful=True,
+        curves=positive_advantage,
+    ),
+    "entrocraft": Case(  # all of the tiny run lies above the band
+        "Entrocraft",
+        {
+            "low": {
+                "class_path": "tre_lightning.methods.LinearSchedule",
+                "init_args": {"start": 2.0, "end": 1.0, "iterations": 2},
+            },
+            "high": 3.0,
+        },
+        off={"low": 0.0, "high": 100.0},
+        tags=(*ACTIVE, "loss/{}_low", "loss/{}_high", "loss/{}_entropy"),
+        term=False,
+        curves=entrocraft,
+    ),
+    "lp_reg": Case("LpReg", {"coef": 50.0, "min_p": 0.5, "fraction": 0.5}),
     "entropy_advantage": Case("EntropyAdvantage", {"alpha": 0.4}, off={"alpha": 0.0}, term=False),
     "forking_tokens": Case("ForkingTokens", {"fraction": 0.2}, curves=active(0.2), **FORKING),
     "forking_selected": Case(
@@ -234,8 +291,10 @@ def test_micro_batches_change_nothing(name: str, alone: Path, tmp_path: Path) ->
     assert runs.distance(runs.weights(small), runs.weights(alone, "iteration=2")) < 1e-6
 
 
+@pytest.mark.parametrize("name", [n for n in CASES if CASES[n].off is not None], scope="module")
 def test_switched_off_it_is_plain_ppo(name: str, plain: Path, tmp_path: Path) -> None:
     case = CASES[name]
+    assert case.off is not None
     off = train(tmp_path / "off", case.spec(name, **case.off), epochs=1)
     assert runs.distance(runs.weights(off), runs.weights(plain, "iteration=2")) == 0.0
     if case.kind == "ForkingTokens":

@@ -34,7 +34,7 @@ def test_gradient_of_given_tokens() -> None:
     assert torch.autograd.gradcheck(lambda z: entropy_of_tokens(z, ids)[0], logits)
 
 
-@pytest.mark.parametrize("region", [{"top_k": 2}, {"top_p": 0.85}])
+@pytest.mark.parametrize("region", [{"top_k": 2}, {"top_p": 0.85}, {"min_p": 0.2}])
 @pytest.mark.parametrize("owner", ["behaviour", "reference"])
 def test_the_region_is_its_owners(owner: str, region: dict[str, Any]) -> None:
     torch.manual_seed(0)
@@ -91,6 +91,18 @@ def test_the_region_follows_its_schedule() -> None:
     nucleus = TrustRegionEntropy(top_p=LinearSchedule(0.9, 0.5, 2))
     nucleus.iteration = 1
     assert nucleus.region.top_p == pytest.approx(0.7)
+    relative = TrustRegionEntropy(min_p=LinearSchedule(0.1, 0.02, 4))
+    relative.iteration = 2
+    assert relative.region.min_p == pytest.approx(0.06)
+
+
+def test_min_p_by_hand() -> None:
+    term = TrustRegionEntropy(min_p=0.15)  # 0.075 of the first row, 0.144 of the second
+    out = outputs(term, torch.tensor([P, SURE]).log())
+    scale = math.log(5) / math.log(3)
+    expected = [-entropy(0.5, 0.3, 0.1) * scale, 0.0]
+    assert term.per_token(out, batches.tokens(2)).tolist() == pytest.approx(expected, rel=1e-5)
+    assert term.scale(out).tolist() == pytest.approx([scale, 0.0])
 
 
 def test_a_nucleus_does_not_shrink_below_its_least_size() -> None:
@@ -99,6 +111,9 @@ def test_a_nucleus_does_not_shrink_below_its_least_size() -> None:
     loss = term.per_token(out, batches.tokens(2))
     # .5 + .3 reach .75 with two tokens, .96 with one: both become the top three.
     expected = [-entropy(0.5, 0.3, 0.1), -entropy(0.96, 0.02, 0.01)]
+    assert loss.tolist() == pytest.approx(expected, rel=1e-5)
+    relative = TrustRegionEntropy(min_p=0.5, min_size=3, rescale=False)
+    loss = relative.per_token(outputs(relative, torch.tensor([P, SURE]).log()), batches.tokens(2))
     assert loss.tolist() == pytest.approx(expected, rel=1e-5)
     wide = TrustRegionEntropy(top_p=0.95, min_size=3)  # .5 + .3 + .1 + .06: four tokens
     out = outputs(wide, torch.tensor([P]).log())

@@ -39,7 +39,8 @@ from tre_lightning.ops.scan import scan
 
 INF = math.inf
 WHOLE, TOP_K, TOP_P = Region(), Region(top_k=3), Region(top_p=0.8)
-REGIONS = pytest.mark.parametrize("region", [WHOLE, TOP_K, TOP_P], ids=str)
+MIN_P = Region(min_p=0.25)
+REGIONS = pytest.mark.parametrize("region", [WHOLE, TOP_K, TOP_P, MIN_P], ids=str)
 TEMPERATURES = pytest.mark.parametrize("temperature", [1.0, 0.7])
 ROUNDING = {"rtol": 0.0, "atol": 1e-9}  # of float64
 
@@ -194,6 +195,9 @@ def entropy_of(weights: Sequence[float]) -> float:
         ({"top_p": 0.55}, [0.5, 0.3], 0.2),
         ({"top_p": 0.85}, [0.5, 0.3, 0.1], 0.1),
         ({"top_p": 0.95}, P, 0.0),
+        ({"min_p": 0.61}, [0.5], 0.5),
+        ({"min_p": 0.59}, [0.5, 0.3], 0.2),
+        ({"min_p": 0.19}, P, 0.0),  # both of 0.1
         ({}, P, 0.0),
     ],
 )
@@ -233,7 +237,7 @@ def test_gradient_by_hand(temperature: float) -> None:
     assert gradient[0].tolist() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("region", [Region(top_k=1), Region(top_p=0.4)], ids=str)
+@pytest.mark.parametrize("region", [Region(top_k=1), Region(top_p=0.4), Region(min_p=0.9)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_a_region_of_one_token_has_entropy_and_gradient_0(
     region: Region, dtype: torch.dtype
@@ -261,7 +265,7 @@ def test_any_number_of_axes_and_any_strides(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     logits = torch.randn(9, *shape, dtype=torch.float64).movedim(0, -1)
     labels = torch.randint(9, shape)
-    assert_like_reference(logits, labels, [WHOLE, TOP_K, TOP_P])
+    assert_like_reference(logits, labels, [WHOLE, TOP_K, TOP_P, MIN_P])
     hidden = torch.randn(5, *shape, dtype=torch.float64).movedim(0, -1)
     weight = torch.randn(5, 9, dtype=torch.float64).T
     fused = fused_linear_token_stats(hidden, weight, labels, [TOP_P], memory=1)
@@ -272,7 +276,7 @@ def test_any_number_of_axes_and_any_strides(shape: tuple[int, ...]) -> None:
 def test_many_tokens_and_any_strides() -> None:
     torch.manual_seed(0)
     logits = torch.randn(2560, 3, dtype=torch.float64).T
-    assert_like_reference(logits, torch.tensor([5, 0, 2559]), [WHOLE, TOP_K, TOP_P])
+    assert_like_reference(logits, torch.tensor([5, 0, 2559]), [WHOLE, TOP_K, TOP_P, MIN_P])
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
@@ -339,7 +343,7 @@ def test_gradient_of_the_loss_inside_equals_its_differences(
             assert gradient.view(-1)[i].item() == pytest.approx(difference, rel=1e-5, abs=1e-7)
 
 
-@pytest.mark.parametrize("region", [WHOLE, Region(top_k=300), TOP_P], ids=str)
+@pytest.mark.parametrize("region", [WHOLE, Region(top_k=300), TOP_P, Region(min_p=0.03)], ids=str)
 @TEMPERATURES
 def test_gradients_of_wide_regions(region: Region, temperature: float) -> None:
     *leaves, labels = operands(6, 5, 700, spread=0.5)
@@ -418,6 +422,9 @@ class Case:
         if self.region.top_p is not None:
             masses = z.softmax(-1).cumsum(-1)
             assume(float((masses - self.region.top_p).abs().min()) > margin)
+        if self.region.min_p is not None:
+            gaps = z - z[:, :1] - math.log(self.region.min_p)
+            assume(float(gaps.abs().min()) > margin)
         theirs = reference(self.logits, self.labels, [self.region], self.temperature)
         size = theirs.entropies[self.region].size.unsqueeze(1)
         gap = z.gather(1, size - 1) - z.gather(1, size.clamp(max=z.shape[1] - 1))
@@ -442,6 +449,7 @@ def cases(draw: st.DrawFn) -> Case:
             st.integers(1, 20).map(lambda k: Region(top_k=k)),
             st.integers(1, 600).map(lambda k: Region(top_k=k)),
             st.floats(0.01, 0.999).map(lambda p: Region(top_p=p)),
+            st.floats(1e-4, 0.999).map(lambda p: Region(min_p=p)),
         )
     )
     kinds = draw(st.lists(st.sampled_from(list(ROWS)), min_size=1, max_size=4))
@@ -502,7 +510,7 @@ def test_lower_precision_costs_no_more_than_float32s_rounding(
     assert_same(d_mine.double(), d_theirs, rtol=once, atol=slack)
 
 
-@pytest.mark.parametrize("region", [WHOLE, TOP_K, Region(top_k=300), TOP_P], ids=str)
+@pytest.mark.parametrize("region", [WHOLE, TOP_K, Region(top_k=300), TOP_P, MIN_P], ids=str)
 @pytest.mark.parametrize("shape", [(3000, 400), (110, 20_000)])
 def test_more_logits_than_are_worked_on_at_once(region: Region, shape: tuple[int, int]) -> None:
     assert shape[0] * shape[1] > 2**20
@@ -523,7 +531,8 @@ def test_sizes_around_those_that_are_looked_for(vocabulary: int) -> None:
     p = logits.softmax(-1)[0, order]
     for size in (15, 16, 17, 18, 127, 128, 129, 130, 255, 256, 257):
         top_p = float(p[:size].sum() - p[size - 1] / 2)
-        for region in (Region(top_p=top_p), Region(top_k=size)):
+        min_p = math.exp(-1e-3 * (size - 0.5))
+        for region in (Region(top_p=top_p), Region(top_k=size), Region(min_p=min_p)):
             assert assert_mask(logits, region).size.item() == size
             assert_like_reference(logits, torch.tensor([0]), [region])
 
@@ -604,8 +613,32 @@ def test_zero_and_minus_zero_tie(dtype: torch.dtype, region: Region) -> None:
 def test_regions_of_tied_tokens_alone(vocabulary: int) -> None:
     logits = torch.zeros(2, vocabulary, dtype=torch.float64)
     logits[1, vocabulary // 2 :] = 1.0
-    for region in (Region(top_k=1), Region(top_k=17), Region(top_k=290), Region(top_p=0.317)):
+    for region in (
+        Region(top_k=1),
+        Region(top_k=17),
+        Region(top_k=290),
+        Region(top_p=0.317),
+        Region(min_p=0.9),
+    ):
         assert_mask(logits, region)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [2, 30, 400])
+@pytest.mark.parametrize("vocabulary", [450, 3500])
+def test_all_tokens_that_tie_at_the_edge_of_min_p_are_in(
+    vocabulary: int, count: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tied = torch.randperm(vocabulary, generator=generator)[:count]
+    logits = row_with(vocabulary, dict.fromkeys(tied.tolist(), 2.0), dtype=dtype)
+    logits[0, tied[0]] = 2.5
+    for region in (Region(min_p=math.exp(-0.5)), Region(min_p=0.01)):
+        rows = region_rows(logits, region)
+        assert rows.size.item() == count
+        assert rows.last.item() == vocabulary - 1
+        assert support(logits, region) == [sorted(tied.tolist())]
+    assert region_rows(logits, Region(min_p=math.exp(-0.49))).size.item() == 1
 
 
 # --- top_p out of reach ---
@@ -634,7 +667,7 @@ def test_top_p_out_of_reach_by_rounding(vocabulary: int, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("vocabulary", [9, 700, 4100])
 def test_an_undefined_row_is_nan_and_leaves_the_others_alone(bad: str, vocabulary: int) -> None:
     torch.manual_seed(0)
-    regions = [WHOLE, Region(top_k=2), Region(top_k=300), TOP_P]
+    regions = [WHOLE, Region(top_k=2), Region(top_k=300), TOP_P, MIN_P, Region(min_p=1e-9)]
     good = torch.randn(4, vocabulary)
     good[3] *= 8
     rows = good.clone()
@@ -661,7 +694,7 @@ def test_an_undefined_row_is_nan_and_leaves_the_others_alone(bad: str, vocabular
             assert torch.equal(mine[others], theirs[others])
 
 
-@pytest.mark.parametrize("region", [WHOLE, TOP_K, Region(top_k=300), TOP_P], ids=str)
+@pytest.mark.parametrize("region", [WHOLE, TOP_K, Region(top_k=300), TOP_P, MIN_P], ids=str)
 def test_a_label_at_minus_infinity(region: Region) -> None:
     torch.manual_seed(0)
     logits = torch.randn(2, 700, dtype=torch.float64)
@@ -680,6 +713,7 @@ def test_a_label_at_minus_infinity(region: Region) -> None:
 @TEMPERATURES
 def test_several_regions_equal_one_at_a_time(temperature: float) -> None:
     regions = [Region(), Region(top_k=2), Region(top_k=300), Region(top_p=0.9), Region(top_p=0.1)]
+    regions += [Region(min_p=0.5), Region(min_p=1e-4)]
     *leaves, labels = operands(7, 5, 700)
     hidden, weight, bias = leaves
     options = {"bias": bias, "temperature": temperature, "memory": 3 * 700 * 8}
@@ -858,6 +892,7 @@ COUNT, WIDTH, VOCABULARY, CHUNK = 2048, 32, 4096, 512
         (Region(top_k=8), 1.0),
         (Region(top_p=0.5), 8.0),  # a narrow nucleus
         (Region(top_p=0.9), 1.0),  # a wide one
+        (Region(min_p=0.01), 1.0),
     ],
     ids=str,
 )
@@ -1022,12 +1057,17 @@ def test_a_bad_temperature_is_refused(temperature: float) -> None:
 @pytest.mark.parametrize(
     ("region", "message"),
     [
-        ({"top_k": 2, "top_p": 0.9}, r"exactly one of top_k and top_p, not top_k=2, top_p=0\.9"),
+        ({"top_k": 2, "top_p": 0.9}, r"exactly one of .*, not top_k=2, top_p=0\.9, min_p=None"),
+        ({"top_k": 2, "min_p": 0.9}, r"exactly one of .*, not top_k=2, top_p=None, min_p=0\.9"),
+        ({"top_p": 0.8, "min_p": 0.9}, r"exactly one of .*, not top_k=None, top_p=0\.8, min_p"),
         ({"top_k": 0}, "top_k=0 must be at least 1"),
         ({"top_k": -1}, "top_k=-1 must be at least 1"),
         ({"top_p": 0.0}, r"top_p=0\.0 must lie between 0 and 1"),
         ({"top_p": 1.0}, r"top_p=1\.0 must lie between 0 and 1"),
         ({"top_p": math.nan}, "top_p=nan must lie between 0 and 1"),
+        ({"min_p": 0.0}, r"min_p=0\.0 must lie between 0 and 1"),
+        ({"min_p": 1.0}, r"min_p=1\.0 must lie between 0 and 1"),
+        ({"min_p": math.nan}, "min_p=nan must lie between 0 and 1"),
     ],
 )
 def test_a_bad_region_is_refused(region: dict[str, Any], message: str) -> None:

@@ -35,7 +35,7 @@ kernels = pytest.mark.skipif(
 SIZES = (1, 63, 64, 65, 1000, 5003)
 KINDS = [(1.0, torch.float32), (0.7, torch.float32), (0.7, torch.bfloat16), (1.0, torch.float16)]
 # The nucleus of a flat row of SIZES does not end where rounding decides.
-NUCLEUS, TOP_K = Region(top_p=0.9003), Region(top_k=300)
+NUCLEUS, TOP_K, MIN_P = Region(top_p=0.9003), Region(top_k=300), Region(min_p=0.0503)
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_summary_of_logits_far_from_zero(rows: ModuleType) -> None:
         (5003, 1.0, torch.float32),
     ],
 )
-@pytest.mark.parametrize("region", [NUCLEUS, TOP_K])
+@pytest.mark.parametrize("region", [NUCLEUS, TOP_K, MIN_P])
 def test_wide_regions(
     rows: ModuleType, region: Region, size: int, temperature: float, dtype: torch.dtype
 ) -> None:
@@ -156,18 +156,37 @@ def test_ties_enter_by_token_id(rows: ModuleType, region: Region, dtype: torch.d
 
 
 @kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_tokens_that_tie_at_the_edge_of_min_p_enter_together(
+    rows: ModuleType, dtype: torch.dtype
+) -> None:
+    """All of 700 tokens tie, half of them as -0; then 350 at -4 lie at the edge, the rest below."""
+    logits = torch.zeros(2, 700, dtype=dtype, device=DEVICE)
+    logits[0, 1::2] = -0.0
+    logits[1, ::2], logits[1, 1::2] = -4.0, -4.25
+    logits[1, 0] = 0.0
+    found = find_wide(rows, logits, Region(min_p=math.exp(-4.0)))
+    assert found.size.tolist() == [700, 350]
+    assert found.last.tolist() == [699, 699]
+    tail = 350 * math.exp(-4.25)
+    close(found.tail_mass, torch.tensor([0.0, tail / (tail + 1 + 349 * math.exp(-4.0))]))
+    close(found.entropy[0], torch.tensor(math.log(700)))
+
+
+@kernels
 def test_tokens_at_minus_infinity_are_in_no_region(rows: ModuleType) -> None:
     """With fewer tokens than top_k, and where rounding keeps the mass under top_p."""
     logits = torch.full((2, 700), -math.inf, device=DEVICE)
     logits[0, ::7] = -300.0
     logits[1, ::7] = torch.linspace(-1.0, 1.0, 100, device=DEVICE)
-    for region in (Region(top_k=500), Region(top_p=1.0 - 1e-12)):
+    for region in (Region(top_k=500), Region(top_p=1.0 - 1e-12), Region(min_p=0.1)):
         summary = rows.summarise(logits, 1.0)
         # A norm that is a little too large, for want of worse rounding.
         summary = summary._replace(log_norm=summary.log_norm + 1e-3)
         found = find_wide(rows, logits, region, summary)
         assert found.size.tolist() == [100, 100]
-        assert found.threshold.tolist() == [-300.0, -1.0]
+        if region.min_p is None:
+            assert found.threshold.tolist() == [-300.0, -1.0]
         assert found.last.tolist() == [699, 699]
         close(found.mass, torch.ones(2))
         close(found.entropy[0], torch.tensor(math.log(100)))
@@ -253,19 +272,20 @@ def test_the_same_through_scan(
     if CUDA:
         assert scan_module._backend(logits) is rows
     labels = torch.tensor([5, 0, 7, 5002, 1], device=DEVICE)
-    regions = [NUCLEUS, Region(top_k=20), Region()]
+    regions = [NUCLEUS, Region(top_k=20), Region(), MIN_P]
     slopes = torch.linspace(0.5, 1.5, 5, device=DEVICE)
     monkeypatch.setattr(scan_module, "_backend", lambda logits: rows)
     found = scan_module.scan(logits, labels, regions, temperature)
     got = torch.full_like(logits, 7.0)
-    scan_module.d_logits(logits, labels, found, slopes, [slopes] * 3, temperature, got)
+    scan_module.d_logits(logits, labels, found, slopes, [slopes] * 4, temperature, got)
     monkeypatch.setattr(scan_module, "_backend", lambda logits: torch_rows)
     exact = logits.double()
     expected = scan_module.scan(exact, labels, regions, temperature)
     wanted = torch.empty_like(exact)
-    many = [slopes.double()] * 3
+    many = [slopes.double()] * 4
     scan_module.d_logits(exact, labels, expected, many[0], many, temperature, wanted)
-    assert set(expected.regions[0].wide.tolist()) == {True, False}
+    for region in (expected.regions[0], expected.regions[3]):
+        assert set(region.wide.tolist()) == {True, False}
     for part, same in zip(found.regions, expected.regions, strict=True):
         assert part.size.equal(same.size)
         assert part.wide.equal(same.wide)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from tre_lightning.ops import Region
 from tre_lightning.policy.actor_critic import PolicyArgs, head_input, load_language_model
 from tre_lightning.policy.head import HeadOptions, head_loss, head_outputs, plain_head
 
-REGIONS = (Region(), Region(top_k=3), Region(top_k=1), Region(top_p=0.9))
+REGIONS = (Region(), Region(top_k=3), Region(top_k=1), Region(top_p=0.9), Region(min_p=0.4))
 MEMORY = 4 * 50 * 8  # four rows of the fixtures' vocabulary in float64
 TIGHT = {"rtol": 1e-9, "atol": 1e-9}
 
@@ -197,7 +198,7 @@ def by_hand(logits: Tensor, labels: Tensor) -> PolicyOutputs:
             stats = entropy_stats(logits, top_k=50)
             entropies[region] = stats._replace(region=full, scaled=full)
             continue
-        kind = {"top_k": region.top_k, "top_p": region.top_p}
+        kind = asdict(region)
         entropies[region] = entropy_stats(logits, **kind)._replace(
             region=trust_region_entropy(logits, **kind, rescale=False),
             scaled=trust_region_entropy(logits, **kind),

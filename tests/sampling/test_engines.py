@@ -358,6 +358,10 @@ def test_continuous_batching_that_cannot_work_is_refused(monkeypatch: pytest.Mon
     [
         ("engine=sglang", "engine"),
         ("max_importance_weight=0.5", r"rollout.max_importance_weight=0.5 must be at least 1"),
+        ("min_importance_weight=1.5", r"rollout.min_importance_weight=1.5 must lie in (0, 1]"),
+        ("min_importance_weight=0", r"rollout.min_importance_weight=0.0 must lie in (0, 1]"),
+        ("importance_correction=drop", "importance_correction"),
+        ("importance_correction=mask", r"rollout.importance_correction=mask needs bounds"),
         ("vllm.gpu_memory_utilization=1.5", "rollout.vllm.gpu_memory_utilization=1.5 must lie in"),
         ("vllm.max_model_len=0", "rollout.vllm.max_model_len=0 must be at least 1"),
     ],
@@ -371,10 +375,42 @@ def test_options_that_cannot_work_are_refused(
 # --- the correction ---
 
 
-def test_importance_weights_are_truncated_ratios() -> None:
-    p = torch.tensor([[0.2, 0.6, 0.4, 1.0]]).log()
-    q = torch.tensor([[0.4, 0.4, 0.1, 1.0]]).log()
-    assert importance_weights(p, q, 2.0).tolist() == [[pytest.approx(w) for w in (0.5, 1.5, 2, 1)]]
+@pytest.mark.parametrize(
+    ("options", "weights"),
+    [
+        ({"max": 2.0}, [0.5, 1.5, 2.0, 1.0]),
+        ({"min": 0.75}, [0.75, 1.5, 4.0, 1.0]),
+        ({"max": 2.0, "min": 0.75}, [0.75, 1.5, 2.0, 1.0]),
+        ({"max": 2.0, "how": "mask"}, [0.5, 1.5, 0.0, 1.0]),
+        ({"min": 0.75, "how": "mask"}, [0.0, 1.5, 4.0, 1.0]),
+        ({"max": 2.0, "min": 0.75, "how": "mask"}, [0.0, 1.5, 0.0, 1.0]),
+        # The geometric mean is the fourth root of .5 x 1.5 x 4 = 3, which is 1.316.
+        ({"max": 1.32, "how": "mask_response"}, [0.5, 1.5, 4.0, 1.0]),
+        ({"max": 1.31, "how": "mask_response"}, [0.0] * 4),
+        ({"max": 2.0, "min": 1.0, "how": "mask_response"}, [0.5, 1.5, 4.0, 1.0]),
+    ],
+)
+def test_importance_weights_by_hand(options: dict[str, Any], weights: list[float]) -> None:
+    # The second row has a token less, and what stands at its padding does not count.
+    p = torch.tensor([[0.2, 0.6, 0.4, 1.0], [0.3, 0.3, 0.3, 0.9]]).log()
+    q = torch.tensor([[0.4, 0.4, 0.1, 1.0], [0.3, 0.3, 0.3, 1e-9]]).log()
+    mask = torch.tensor([[True] * 4, [True, True, True, False]])
+    args = RolloutArgs(
+        max_importance_weight=options.get("max"),
+        min_importance_weight=options.get("min"),
+        importance_correction=options.get("how", "truncate"),
+    )
+    found = importance_weights(p, q, mask, args)
+    assert found[0].tolist() == pytest.approx(weights)
+    assert found[1, :3].tolist() == pytest.approx([1.0] * 3)
+
+
+def test_a_response_below_the_smallest_weight_is_masked() -> None:
+    p, q = torch.tensor([[0.2, 0.3]]).log(), torch.tensor([[0.4, 0.3]]).log()  # sqrt(.5) = .707
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    for least, weights in ((0.7, [[0.5, 1.0]]), (0.71, [[0.0, 0.0]])):
+        args = RolloutArgs(min_importance_weight=least, importance_correction="mask_response")
+        torch.testing.assert_close(importance_weights(p, q, mask, args), torch.tensor(weights))
 
 
 # Of the four responses to a prompt, by the row.
@@ -408,8 +444,8 @@ def test_weights_correct_the_policy_loss_and_mismatch_is_logged(
 ) -> None:
     batches: list[TrainingBatch] = []
 
-    def noting(batch: TrainingBatch, max_weight: float | None) -> TrainingBatch:
-        batches.append(corrected(batch, max_weight))
+    def noting(batch: TrainingBatch, how: RolloutArgs) -> TrainingBatch:
+        batches.append(corrected(batch, how))
         return batches[-1]
 
     monkeypatch.setattr(ppo, "make_engine", lambda args: Biased())

@@ -1,5 +1,6 @@
 """What stands around every prompt: system message, template, examples, response prefix."""
 
+import copy
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -247,6 +248,19 @@ def test_other_wording_is_other_prompts(tmp_path: Path) -> None:
     assert len(prints) == 4
 
 
+def test_held_out_prompts_among_the_examples_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    held_out = words(val_size=5, test_size=6).heldout_prompts("val")["val"]
+    rows = [{"question": p.text, "response": "1"} for p in (held_out[1], held_out[3])]
+    rows.append({"question": "What is 1 + 1?", "response": "2"})
+    data = words(val_size=5, test_size=6, **wording(tmp_path, "Q: {{question}}", rows))
+    with caplog.at_level("WARNING"):
+        data.check(smol())
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert said.startswith("2 of 5 prompts of val are examples of data.few_shot_file=")
+
+
 # ----- demonstrations
 
 
@@ -392,6 +406,36 @@ def test_a_prefix_is_graded_with_the_response(smol_dir: Path, tmp_path: Path) ->
     for record in records:
         assert all(response.startswith("It is") for response in record["responses"])
         assert record["prompt"].endswith(MODEL_ASKED)
+
+
+def test_a_pretrained_model_warms_up_on_the_solutions_of_a_file(
+    smol_dir: Path, tmp_path: Path, refusal: runs.Said
+) -> None:
+    rows = [
+        {"question": f"{i} + 1?", "answer": f"It is <<{i}>>{i + 1}.\n#### {i + 1}"} for i in (2, 3)
+    ]
+    file, held_out = (
+        write_jsonl(tmp_path / name, rows[i:]) for i, name in ((0, "a.jsonl"), (1, "b.jsonl"))
+    )
+    options = {"train_file": file, "eval_file": held_out, "batch_size": 2, "workers": 1}
+    options |= {"iterations_per_epoch": 1, "system": None, "response_prefix": "It is"}
+    changes: dict[str, Any] = {
+        "data": {"class_path": "tre_lightning.tasks.GSM8KDataModule", "init_args": options},
+        "model.policy": {"model": str(smol_dir)},
+        "model.rollout": {"num_responses": 2, "max_new_tokens": 4},
+        "trainer.max_epochs": 1,
+    }
+    warm_start = {"steps": 2, "batch_size": 2, "cache_dir": str(tmp_path / "cache")}
+    misled = {**changes, "warm_start": {**warm_start, "misleading_fraction": 1.0}}
+    line = refusal(runs.run, tmp_path / "misled", changes=misled)
+    assert "set warm_start.misleading_fraction to 0" in line
+    changes["warm_start"] = {**warm_start, "misleading_fraction": 0.0}
+    run = runs.run(tmp_path / "run", changes=changes)
+    assert run.model.iteration == 1
+    wrong = {**changes, "data": copy.deepcopy(changes["data"])}
+    wrong["data"]["init_args"]["response_prefix"] = "So"
+    line = refusal(runs.run, tmp_path / "wrong", changes=wrong)
+    assert "data.response_prefix='So' does not begin" in line
 
 
 def test_a_right_prefix_scores() -> None:

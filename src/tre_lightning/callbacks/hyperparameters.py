@@ -44,6 +44,7 @@ def hyperparameters(module: PPOModule, trainer: Trainer) -> dict[str, Value | No
         "method.coef": coef if isinstance(coef, int | float) else None,  # not a schedule
         "method.top_k": regions[0].top_k if regions else None,
         "method.top_p": regions[0].top_p if regions else None,
+        "method.min_p": regions[0].min_p if regions else None,
         "seed": module.seed,
     }
     for group in ("rollout", "ppo", "optim"):

@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
@@ -10,7 +11,7 @@ from huggingface_hub import ModelCardData
 from tre_lightning.methods import LossTerm, Method
 from tre_lightning.ops import Region
 
-_SHOWN_OTHERWISE = {"coef", "top_k", "top_p", "name"}
+_SHOWN_OTHERWISE = {"coef", "top_k", "top_p", "min_p", "name"}
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
 
 
@@ -115,6 +116,5 @@ def describe(method: Method) -> str:
 
 
 def _region(region: Region) -> str:
-    if region.whole:
-        return "whole vocabulary"
-    return f"top_p {region.top_p}" if region.top_k is None else f"top_k {region.top_k}"
+    given = (f"{name} {value}" for name, value in asdict(region).items() if value is not None)
+    return ", ".join(given) or "whole vocabulary"

@@ -67,7 +67,9 @@ def check_run(
     Raises:
         ValueError: naming the field, its value and the fix.
     """
-    find_methods(trainer.callbacks)  # type: ignore[attr-defined]
+    methods = find_methods(trainer.callbacks)  # type: ignore[attr-defined]
+    for method in methods:
+        method.check(module, methods)
     check_states(trainer.callbacks)  # type: ignore[attr-defined]
     check_trainer(trainer)
     check_batches(module, data, trainer.world_size)

@@ -756,7 +756,8 @@ class PPOCLI(_CLI):
                 module, data, self.trainer, policy, saved, makes_tokenizer=bool(self.warm_start)
             )
             if self.only_prints:
-                print_prompts(data, str(self.subcommand), self.options.print_prompts)
+                if self.trainer.is_global_zero:
+                    print_prompts(data, str(self.subcommand), self.options.print_prompts)
                 raise SystemExit(0)
             if self.subcommand == "fit" and self.resumed_iteration is not None:
                 check_resumed(module, data, self.trainer, self.resumed_run)

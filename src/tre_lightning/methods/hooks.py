@@ -6,6 +6,7 @@ hooks in the order in which an iteration flows; each hook has a default that cha
 ====================  =====================================================  ====================
 hook                  when                                                   on
 ====================  =====================================================  ====================
+``check``             before any work                                        module and methods
 ``observe``           the policy that sampled is evaluated                   tokens of some rows
 ``adapt``             the rollout is scored, before the first update         the global rollout
 ``shape_advantages``  after that, in the order of the callbacks              the global rollout
@@ -61,6 +62,16 @@ class LinearSchedule:
         """The value at a PPO iteration."""
         done = min(iteration / self.iterations, 1.0)
         return self.start + (self.end - self.start) * done
+
+
+def value_at(value: float | LinearSchedule, iteration: int) -> float:
+    """A number that may follow a schedule, at a PPO iteration."""
+    return value.at(iteration) if isinstance(value, LinearSchedule) else value
+
+
+def ends_of(value: float | LinearSchedule) -> tuple[float, float]:
+    """Its first and last value."""
+    return (value.start, value.end) if isinstance(value, LinearSchedule) else (value, value)
 
 
 @dataclass(frozen=True)
@@ -157,13 +168,19 @@ class Method(Callback):
         """
         return None
 
+    def check(self, module: LightningModule, methods: Sequence["Method"]) -> None:
+        """Raise ValueError where it cannot work with the module's options and the run's methods.
+
+        Called before any work.
+        """
+
     def logged(self) -> Mapping[str, float]:
         """Numbers of its own, logged as ``loss/<name>_<key>`` every iteration."""
         return {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse methods whose names clash."""
-        find_methods(trainer.callbacks)  # type: ignore[attr-defined]
+        """Refuse methods whose names clash, and a run that this one cannot work in."""
+        self.check(pl_module, find_methods(trainer.callbacks))  # type: ignore[attr-defined]
 
 
 class LossTerm(Method, ABC):
@@ -189,8 +206,7 @@ class LossTerm(Method, ABC):
     def __init__(self, name: str, coef: float | LinearSchedule) -> None:
         """``coef`` 0 switches the term off; its log is ``loss/<name>``."""
         super().__init__(name)
-        ends = (coef.start, coef.end) if isinstance(coef, LinearSchedule) else (coef,)
-        if not all(value >= 0.0 for value in ends):
+        if not all(value >= 0.0 for value in ends_of(coef)):
             raise ValueError(
                 f"{self.where}.coef={coef} must be 0 (off) or positive; use a number >= 0"
             )
@@ -198,7 +214,7 @@ class LossTerm(Method, ABC):
 
     def coef_at(self, iteration: int) -> float:
         """The coefficient at a PPO iteration; a controller's own once ``adapt`` has run."""
-        return self.coef.at(iteration) if isinstance(self.coef, LinearSchedule) else self.coef
+        return value_at(self.coef, iteration)
 
     @abstractmethod
     def per_token(self, outputs: PolicyOutputs, tokens: Tokens) -> Tensor:

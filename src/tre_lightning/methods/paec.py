@@ -67,7 +67,7 @@ class PAEC(LossTerm):
             name: name in the logs.
         """
         super().__init__(name, coef)
-        check_region(None, top_p, self.where)
+        check_region(top_p=top_p, owner=self.where)
         check_fraction(f"{self.where}.fraction", fraction, "coef=0 switches it off")
         if not 0.0 <= mix <= 1.0:
             raise ValueError(f"{self.where}.mix={mix} must lie in [0, 1]; 0.5 weighs both alike")

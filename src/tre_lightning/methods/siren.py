@@ -69,7 +69,7 @@ class SIREN(LossTerm):
             name: name in the logs.
         """
         super().__init__(name, coef)
-        check_region(None, top_p, self.where)
+        check_region(top_p=top_p, owner=self.where)
         check_fraction(f"{self.where}.fraction", fraction, "coef=0 switches it off")
         one_of(f"{self.where}.within", within, get_args(Within))
         self.region = Region(top_p=top_p)

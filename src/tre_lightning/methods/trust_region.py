@@ -2,9 +2,11 @@
 
 Ours beyond the paper, off by default: the region may be that of the policy that sampled or of the
 initial policy instead of the current one's (``region_of``), its size and the coefficient may follow
-a schedule, and a nucleus may be kept from shrinking below some tokens (``min_size``).
+a schedule, it may be that of min-p sampling (``min_p``, TRE-min-p), and a nucleus or min-p region
+may be kept from shrinking below some tokens (``min_size``).
 """
 
+from dataclasses import asdict
 from typing import Literal, get_args
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from tre_lightning.common.validation import at_least, one_of
 from tre_lightning.entropy import Region, check_region, entropy_of_tokens, trust_region_mask
-from tre_lightning.methods.hooks import LinearSchedule, LossTerm, Tokens
+from tre_lightning.methods.hooks import LinearSchedule, LossTerm, Tokens, ends_of, value_at
 from tre_lightning.ops import PolicyOutputs
 
 Owner = Literal["current", "behaviour", "reference"]
@@ -26,39 +28,43 @@ class TrustRegionEntropy(LossTerm):
         coef: float | LinearSchedule = 0.001,
         top_k: int | LinearSchedule | None = None,
         top_p: float | LinearSchedule | None = None,
+        min_p: float | LinearSchedule | None = None,
         rescale: bool = True,
         region_of: Owner = "current",
         max_size: int = 64,
         min_size: int = 1,
         name: str = "tre",
     ) -> None:
-        """Exactly one of ``top_k`` and ``top_p`` names the region.
+        """Exactly one of ``top_k``, ``top_p`` and ``min_p`` names the region.
 
         Args:
             coef: coefficient of the entropy, >= 0 (paper: 0.001), or a schedule over iterations.
             top_k: the region is this many most probable tokens (paper: 2), or a schedule, rounded.
             top_p: the region is the smallest nucleus of this mass (paper: 0.99), or a schedule.
+            min_p: the region is the tokens at least this many times as probable as the most
+                probable one, in (0, 1) (min-p sampling: 0.05 to 0.1), or a schedule.
             rescale: multiply the entropy by log|V| / log|A|.
             region_of: the policy that defines the region: the ``current`` one (the paper), the
                 ``behaviour`` policy that sampled, or the ``reference``, the initial policy. The
                 latter two need the logits in every update, and the reference a second model.
             max_size: most tokens kept of a region that is not the current policy's.
-            min_size: least tokens of a nucleus; a smaller one is replaced by the top ``min_size``,
-                so that positions where the policy is sure count too.
+            min_size: least tokens of a nucleus or min-p region; a smaller one is replaced by the
+                top ``min_size``, so that positions where the policy is sure count too.
             name: name in the logs.
         """
         super().__init__(name, coef)
         one_of(f"{self.where}.region_of", region_of, get_args(Owner))
         at_least(f"{self.where}.max_size", max_size, 1)
         at_least(f"{self.where}.min_size", min_size, 1)
-        for end in ("start", "end"):
-            check_region(_tokens(_end(top_k, end)), _end(top_p, end), self.where)
-        if min_size > 1 and (top_p is None or region_of != "current"):
+        sizes = (_ends(size) for size in (top_k, top_p, min_p))
+        for tokens, mass, least in zip(*sizes, strict=True):
+            check_region(_tokens(tokens), mass, least, owner=self.where)
+        if min_size > 1 and (top_k is not None or region_of != "current"):
             raise ValueError(
-                f"{self.where}.min_size={min_size} is for the nucleus of the current policy; "
-                "give top_p and region_of: current, or leave it at 1"
+                f"{self.where}.min_size={min_size} is for a nucleus or min-p region of the current "
+                "policy; give top_p or min_p and region_of: current, or leave it at 1"
             )
-        self.top_k, self.top_p = top_k, top_p
+        self.top_k, self.top_p, self.min_p = top_k, top_p, min_p
         self.rescale = rescale
         self.region_of = region_of
         self.max_size = max_size
@@ -69,11 +75,13 @@ class TrustRegionEntropy(LossTerm):
     @property
     def region(self) -> Region:
         """The region of this iteration."""
-        return Region(_tokens(_at(self.top_k, self.iteration)), _at(self.top_p, self.iteration))
+        sizes = (self.top_k, self.top_p, self.min_p)
+        now = [None if size is None else value_at(size, self.iteration) for size in sizes]
+        return Region(_tokens(now[0]), now[1], now[2])
 
     @property
     def regions(self) -> tuple[Region, ...]:  # type: ignore[override]
-        """The region, and the top-k region that replaces a nucleus below ``min_size``."""
+        """The region, and the top-k region that replaces one below ``min_size``."""
         if self.region_of != "current":
             return ()
         return (self.region,) if self.min_size == 1 else (self.region, Region(top_k=self.min_size))
@@ -85,7 +93,7 @@ class TrustRegionEntropy(LossTerm):
         seen = reference if self.region_of == "reference" else outputs
         assert seen is not None and seen.logits is not None
         region = self.region
-        mask = trust_region_mask(seen.logits, top_k=region.top_k, top_p=region.top_p)
+        mask = trust_region_mask(seen.logits, **asdict(region))
         kept = seen.logits.float().masked_fill(~mask, -torch.inf)
         width = min(self.max_size, kept.shape[-1])
         if region.top_k is not None:
@@ -120,13 +128,9 @@ class TrustRegionEntropy(LossTerm):
         return value
 
 
-def _at(value: float | LinearSchedule | None, iteration: int) -> float | None:
-    return value.at(iteration) if isinstance(value, LinearSchedule) else value
-
-
 def _tokens(value: float | None) -> int | None:
     return None if value is None else round(value)
 
 
-def _end(value: float | LinearSchedule | None, end: str) -> float | None:
-    return getattr(value, end) if isinstance(value, LinearSchedule) else value
+def _ends(value: float | LinearSchedule | None) -> tuple[float | None, float | None]:
+    return (None, None) if value is None else ends_of(value)

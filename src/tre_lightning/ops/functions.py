@@ -76,6 +76,7 @@ def logprobs_and_entropy(
     *,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
     temperature: float = 1.0,
     reuse_logits: bool = False,
 ) -> LogprobsAndEntropy:
@@ -85,7 +86,9 @@ def logprobs_and_entropy(
         logits: ``[..., V]``, any float dtype.
         labels: ``[...]`` token ids.
         top_k: the region is this many most probable tokens.
-        top_p: the region is the smallest nucleus of this mass; with neither it is the vocabulary.
+        top_p: the region is the smallest nucleus of this mass.
+        min_p: the region is the tokens at least this many times as probable as the most probable
+            one; without any of the three it is the vocabulary.
         temperature: the logits are divided by it.
         reuse_logits: the backward pass overwrites the logits with their gradient instead of
             allocating one; only where nothing else needs them, and for one backward pass.
@@ -93,7 +96,7 @@ def logprobs_and_entropy(
     Raises:
         ValueError: for shapes, labels, region or temperature that cannot be.
     """
-    region = Region(top_k, top_p)
+    region = Region(top_k, top_p, min_p)
     stats = token_stats(logits, labels, [region], temperature, reuse_logits=reuse_logits)
     return _named(stats, region)
 
@@ -106,6 +109,7 @@ def fused_linear_logprobs_and_entropy(
     bias: Tensor | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
     temperature: float = 1.0,
     memory: int = MEMORY,
 ) -> LogprobsAndEntropy:
@@ -118,6 +122,7 @@ def fused_linear_logprobs_and_entropy(
         bias: ``[V]``.
         top_k: as in :func:`logprobs_and_entropy`.
         top_p: as in :func:`logprobs_and_entropy`.
+        min_p: as in :func:`logprobs_and_entropy`.
         temperature: as in :func:`logprobs_and_entropy`.
         memory: bytes of logits held at a time.
 
@@ -131,7 +136,7 @@ def fused_linear_logprobs_and_entropy(
         >>> out.entropy[0, 0]  # a uniform region scores log 100, whatever its size
         tensor(4.6052)
     """
-    region = Region(top_k, top_p)
+    region = Region(top_k, top_p, min_p)
     stats = fused_linear_token_stats(
         hidden, weight, labels, [region], bias=bias, temperature=temperature, memory=memory
     )

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tre_lightning.entropy import Region
+from tre_lightning.entropy import Region, min_p_threshold
 
 BLOCK = 64  # tokens of one maximum
 _SPARE = 8  # blocks looked at beyond the tokens wanted: where more tie, the whole row is read
@@ -39,7 +39,7 @@ class RegionRows(NamedTuple):
     size: Tensor  # [N] int64, |A|; 0 where the row has NaN or nothing but -inf
     mass: Tensor  # [N], probability of A
     tail_mass: Tensor  # [N], probability outside A
-    threshold: Tensor  # [N], the smallest logit in A
+    threshold: Tensor  # [N], the smallest logit in A, or a number between it and those outside
     last: Tensor  # [N] int64, the last token id at the threshold that is in A; V - 1 = all of them
     ids: Tensor  # [N, K] int64, the tokens of A padded with its first, unless ``wide``
     wide: Tensor  # [N] bool, whether only threshold and last tell which tokens are in A
@@ -110,17 +110,26 @@ def find(
         out.tail_mass[defined] = 0.0
         out.threshold.fill_(-math.inf)
         return out
-    largest_p = (summary.block_max.amax(1) - values).exp()
+    least_size = _least_size(summary, region)
     left = (values.abs() < math.inf).nonzero().squeeze(1)
     for look in looks:
-        # So many tokens hold top_p at best if each is as probable as the first.
-        may = look * largest_p[left] > (region.top_p or 0.0) - _ROUNDING
+        may = look >= least_size[left]
         pieces = batches(left[may], min(vocabulary, (look + _SPARE) * BLOCK))
         rest = [_look(logits, temperature, summary, region, look, rows, out) for rows in pieces]
         left = torch.cat([left[~may], *rest])
     if len(left):
         read(logits, temperature, summary, region, left, out)
     return out
+
+
+def _least_size(summary: Summary, region: Region) -> Tensor:
+    """A number of tokens that no region is smaller than, ``[N]``, without a look at the logits."""
+    peak = summary.block_max.amax(1)
+    if region.min_p is not None:
+        inside = summary.block_max >= min_p_threshold(peak, region.min_p).unsqueeze(1)
+        return inside.sum(1)
+    # top_p takes fewest tokens where each is as probable as the first.
+    return ((region.top_p or 0.0) - _ROUNDING) / (peak - summary.log_norm).exp()
 
 
 def batches(rows: Tensor, width: int) -> tuple[Tensor, ...]:
@@ -160,6 +169,9 @@ def _look(
         crossing = (reached < region.top_p).sum(1, keepdim=True) + 1
         # With every token at hand, rounding alone can leave top_p out of reach.
         size = crossing.minimum(size) if look == vocabulary else crossing
+    elif region.min_p is not None:
+        peak = summary.block_max.index_select(0, rows).amax(1, keepdim=True)
+        size = (values >= min_p_threshold(peak, region.min_p)).sum(1, keepdim=True)
     done = size <= look
     edge = values.gather(1, (size - 1).clamp(max=look - 1))
     beyond = values.gather(1, size.clamp(max=values.shape[1] - 1))

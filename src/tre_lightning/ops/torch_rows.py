@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tre_lightning.entropy import Region
+from tre_lightning.entropy import Region, min_p_threshold
 from tre_lightning.ops.region import BLOCK, STEP, RegionRows, Summary, batches, compute_dtype
 
 _BINS, _BINS_A_NAT = 4096, 64  # the last bin takes all that lies lower
@@ -51,8 +51,8 @@ def read(
 ) -> None:
     """Fill in the regions of some rows from all their logits.
 
-    The logits fall into bins by their distance from the largest; the bin in which the region ends
-    is sorted.
+    To find the edge of ``top_k`` and ``top_p``, the logits fall into bins by their distance from
+    the largest; the bin in which the region ends is sorted.
     """
     parts = batches(rows, 3 * logits.shape[1] // 2)  # several buffers, of float64 and int64 too
     size = len(parts[0]), logits.shape[1]
@@ -172,8 +172,33 @@ def _read_batch(
     if temperature != 1.0:
         x.div_(temperature)
     torch.softmax(x, 1, out=p)
-    weight.copy_(p if region.top_p else x > -math.inf)
     peak = summary.block_max.index_select(0, rows).amax(1, keepdim=True)
+    if region.min_p is not None:
+        threshold = min_p_threshold(peak, region.min_p).squeeze(1)
+        last = torch.full_like(rows, x.shape[1] - 1)
+    else:
+        threshold, last = _edge(region, peak, x, p, spare, weight, bins)
+    inside = _mask(x, threshold, last, spare)
+    size = inside.sum(1)
+    held_inside = inside.mul_(p).sum(1)
+    held_outside = p.sub_(inside).sum(1)
+    return threshold, last, size, held_inside, held_outside, _dot(inside, x)
+
+
+def _edge(
+    region: Region,
+    peak: Tensor,
+    x: Tensor,
+    p: Tensor,
+    spare: Tensor,
+    weight: Tensor,
+    bins: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Threshold and last ``[n]`` of a top k or nucleus; the last three arguments are overwritten.
+
+    ``peak`` ``[n, 1]`` is the largest of each row of ``x``, and p its softmax, ``[n, V]``.
+    """
+    weight.copy_(p if region.top_p else x > -math.inf)
     torch.sub(peak, x, out=spare)
     bins.copy_(spare.mul_(_BINS_A_NAT).clamp_(max=_BINS - 1))
     held = weight.new_zeros(len(x), _BINS).scatter_add_(1, bins, weight)
@@ -198,12 +223,7 @@ def _read_batch(
     end = first + place
     threshold = values[end]
     more_tie = (place + 1 < count) & (values[(end + 1).clamp(max=len(values) - 1)] == threshold)
-    last = torch.where(more_tie, ids[end], x.shape[1] - 1)
-    inside = _mask(x, threshold, last, spare)
-    size = inside.sum(1)
-    held_inside = inside.mul_(p).sum(1)
-    held_outside = p.sub_(inside).sum(1)
-    return threshold, last, size, held_inside, held_outside, _dot(inside, x)
+    return threshold, torch.where(more_tie, ids[end], x.shape[1] - 1)
 
 
 def _mask(x: Tensor, threshold: Tensor, last: Tensor, mask: Tensor) -> Tensor:

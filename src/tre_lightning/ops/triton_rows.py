@@ -20,7 +20,7 @@ import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 from torch import Tensor
 
-from tre_lightning.entropy import Region
+from tre_lightning.entropy import Region, min_p_threshold
 from tre_lightning.ops import torch_rows
 from tre_lightning.ops.region import BLOCK, RegionRows, Summary, as_computed
 
@@ -87,14 +87,18 @@ def read(
 ) -> None:
     """Fill in the regions of some rows from all their logits.
 
-    The smallest logit of a region is found four bits of its float at a time, from the top: each
-    pass over the row takes the mass, or the number of tokens, above 16 thresholds. That is 4
-    passes for bfloat16, 5 for float16 and 8 for float32, and one more for the tokens that tie.
+    The smallest logit of a nucleus or top k is found four bits of its float at a time, from the
+    top: each pass over the row takes the mass, or the number of tokens, above 16 thresholds. That
+    is 4 passes for bfloat16, 5 for float16 and 8 for float32, and one more for the tokens that tie.
+    Of min_p the threshold is known, and one pass is all.
     """
     if logits.dtype == torch.float64:
         torch_rows.read(logits, temperature, summary, region, rows, out)
         return
     wanted = region.top_p or float(region.top_k or 0)
+    if region.min_p is not None:
+        peak = summary.block_max.index_select(0, rows).amax(1)
+        out.threshold[rows] = min_p_threshold(peak, region.min_p)
     with torch.cuda.device_of(logits):
         _read[(len(rows),)](
             logits,
@@ -112,6 +116,7 @@ def read(
             out.threshold,
             out.last,
             NUCLEUS=region.top_p is not None,
+            SEARCH=region.min_p is None,
             UNUSED=_UNUSED_BITS[logits.dtype],
             LOOP=_LOOP,
             num_warps=8,
@@ -300,17 +305,21 @@ def _read(
     threshold,
     last,
     NUCLEUS: tl.constexpr,
+    SEARCH: tl.constexpr,
     UNUSED: tl.constexpr,
     LOOP: tl.constexpr,
 ):
-    """The region of one row: the largest key such that the tokens at or above it are enough."""
+    """The region of one row: what lies at or above its threshold, or above its edge.
+
+    The edge is the largest key such that the tokens at or above it are enough.
+    """
     row = tl.load(rows + tl.program_id(0))
     logits += row * stride
     norm = tl.load(log_norm + row)
     goal = tl.load(wanted)
     above = goal * 0.0  # mass, or tokens, known to lie above the region's smallest logit
     low = tl.full((), -(1 << (31 - UNUSED)), tl.int64)
-    LEVELS: tl.constexpr = (32 - UNUSED + 3) // 4
+    LEVELS: tl.constexpr = (32 - UNUSED + 3) // 4 if SEARCH else 0
     SPAN: tl.constexpr = 16 * LOOP
     for level in range(LEVELS):
         shift = 4 * (LEVELS - 1 - level)
@@ -337,6 +346,8 @@ def _read(
     edge = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
     if UNUSED != 0:
         edge = edge * inverse
+    if not SEARCH:
+        edge = tl.load(threshold + row)
     p_edge = tl.exp(edge - norm)
     weight_edge = p_edge.to(tl.float64) if NUCLEUS else goal * 0.0 + 1.0
     # Tokens at the edge weigh the same, so that their mass tells how many have a place.
@@ -353,12 +364,17 @@ def _read(
         ids = start + tl.arange(0, LOOP)
         x, key = _load(logits, ids, vocabulary, inverse, UNUSED)
         p = tl.exp(x - norm)
-        inside = key > key_edge
+        if SEARCH:
+            inside = key > key_edge
+            outside = key < key_edge
+        else:  # no token waits for a place
+            inside = x >= edge
+            outside = x < edge
         over += inside.to(tl.int32)
         mass_over += tl.where(inside, p, 0.0)
-        mass_under += tl.where(key < key_edge, p, 0.0)
+        mass_under += tl.where(outside, p, 0.0)
         moment += tl.where(inside, p * (x - norm), 0.0)
-        ties = (key == key_edge).to(tl.int32)
+        ties = (inside == outside).to(tl.int32)
         place = tied + tl.cumsum(ties, axis=0)
         end = tl.maximum(end, tl.where((ties > 0) & (place == places), ids, -1))
         tied += tl.sum(ties, axis=0)

@@ -7,7 +7,7 @@ capping, scaled logits) and for a loss term that asks for the logits. *Reference
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -118,9 +118,9 @@ def _reference(logits: Tensor, labels: Tensor, regions: Sequence[Region]) -> Pol
             none = torch.zeros_like(full)
             size = torch.full_like(labels, logits.shape[-1])
             return EntropyStats(full.detach(), full, full, none + 1.0, size, none.detach())
-        top_k, top_p = region.top_k, region.top_p
-        found = entropy_stats(logits, top_k=top_k, top_p=top_p)
-        inside = trust_region_entropy(logits, top_k=top_k, top_p=top_p, rescale=False)
+        kind = asdict(region)
+        found = entropy_stats(logits, **kind)
+        inside = trust_region_entropy(logits, **kind, rescale=False)
         return found._replace(region=inside, scaled=inside * found.scale)
 
     return PolicyOutputs(label_logprobs(logits, labels), {r: stats(r) for r in regions})

@@ -6,6 +6,7 @@ from typing import Literal, TypeAlias, get_args
 from tre_lightning.common.validation import at_least, one_of, options, positive
 
 EngineName: TypeAlias = Literal["in_process", "continuous_batching", "vllm"]
+Correction: TypeAlias = Literal["truncate", "mask", "mask_response"]
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,14 @@ class RolloutArgs:
         engine: the sampler: ``in_process`` = this package's own sampler, ``continuous_batching`` =
             that of transformers, ``vllm`` = vLLM on the training's GPU.
         vllm: options of that engine.
-        max_importance_weight: each token's policy loss is multiplied by min(p / q, this), >= 1,
-            with p the probability by the policy that is trained, before the update, and q the one
-            by the engine that sampled; none = no correction.
+        max_importance_weight: each token's policy loss is multiplied by p / q, with p the
+            probability by the policy that is trained, before the update, and q the one by the
+            engine that sampled; this is the largest weight, >= 1; none = no largest, and without a
+            smallest too no correction.
+        min_importance_weight: the smallest weight, above 0 and at most 1; none = no smallest.
+        importance_correction: what is done with weights beyond these: ``truncate`` = the bound
+            instead, ``mask`` = 0 at the token, ``mask_response`` = 0 at all tokens of a response
+            whose weights' geometric mean lies beyond, the others untouched.
     """
 
     num_responses: int = 8
@@ -57,6 +63,8 @@ class RolloutArgs:
     engine: EngineName = "in_process"
     vllm: VLLMArgs = VLLMArgs()
     max_importance_weight: float | None = None
+    min_importance_weight: float | None = None
+    importance_correction: Correction = "truncate"
 
     def __post_init__(self) -> None:
         at_least("model.rollout.num_responses", self.num_responses, 1)
@@ -69,6 +77,21 @@ class RolloutArgs:
         object.__setattr__(self, "vllm", options(VLLMArgs, self.vllm))
         if self.max_importance_weight is not None:
             at_least("model.rollout.max_importance_weight", self.max_importance_weight, 1)
+        least = self.min_importance_weight
+        if least is not None and not 0.0 < least <= 1.0:
+            raise ValueError(f"model.rollout.min_importance_weight={least} must lie in (0, 1]")
+        how = self.importance_correction
+        one_of("model.rollout.importance_correction", how, get_args(Correction))
+        if how != "truncate" and not self.corrects:
+            raise ValueError(
+                f"model.rollout.importance_correction={how} needs bounds; give "
+                "model.rollout.max_importance_weight, min_importance_weight or both"
+            )
+
+    @property
+    def corrects(self) -> bool:
+        """Whether the mismatch of sampler and trainer is corrected."""
+        return self.max_importance_weight is not None or self.min_importance_weight is not None
 
 
 @dataclass(frozen=True)

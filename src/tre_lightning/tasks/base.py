@@ -238,8 +238,8 @@ class PromptDataModule(LightningDataModule, ABC):
         """Use this tokenizer; refuse data that cannot be read and prompts that are too long."""
         self.use(tokenizer)
         files = self.file_prompts()
-        some = next((listed[0] for listed in files.values() if listed), None)
-        self._check_wording(tokenizer, some or self.train_prompt(0))
+        first = next((listed[0] for listed in files.values() if listed), None)
+        self._check_wording(tokenizer, first or self.train_prompt(0))
         if self.long_prompts == "drop":
             if not files:
                 raise ValueError(
@@ -254,7 +254,8 @@ class PromptDataModule(LightningDataModule, ABC):
             texts_of_all += repr(self.wording)
         self.fingerprint = hashlib.blake2b(texts_of_all.encode(), digest_size=8).hexdigest()
         for stage in ("val", "test"):
-            for held_out in self.heldout_prompts(stage).values():
+            for name, held_out in self.heldout_prompts(stage).items():
+                self._warn_of_examples(name, held_out)
                 prompts += held_out
         for listed in files.values():
             prompts += listed
@@ -407,6 +408,17 @@ class PromptDataModule(LightningDataModule, ABC):
         end = int(self._known.eos_token_id)
         return [(p, [*a, end]) for p, a in zip(asked, answered, strict=True)]
 
+    def _warn_of_examples(self, name: str, prompts: Sequence[Prompt]) -> None:
+        """Warn of held-out prompts whose answer an example gives."""
+        asked = {m["content"] for m in self.wording.examples if m["role"] == "user"}
+        last = (self._conversation(prompt).messages[-1]["content"] for prompt in prompts if asked)
+        if given := sum(content in asked for content in last):
+            _log.warning(
+                "%d of %d prompts of %s are examples of data.few_shot_file=%s, which gives their "
+                "answers; take other examples",
+                *(given, len(prompts), name, self.few_shot_file),
+            )
+
     def _check_wording(self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> None:
         """Refuse what this task's prompts or this tokenizer's chat template cannot give."""
         wording, system = self.wording, self.wording.system
@@ -419,12 +431,14 @@ class PromptDataModule(LightningDataModule, ABC):
                     "has none; give a tokenizer with one, or put the text into data.template_file"
                 )
             return
+        if system == DEFAULT and not wording.examples:
+            return
         examples = f"data.few_shot_file={self.few_shot_file}"
         try:
             text = self.render(prompt)
         except ValueError as error:
-            option = given if system != DEFAULT else examples if wording.examples else None
-            raise ValueError(f"{option}: {error}" if option else str(error)) from error
+            option = examples if system == DEFAULT else given
+            raise ValueError(f"{option}: {error}") from error
         shown = [(given, system)] if system not in (None, DEFAULT) else []
         shown += [(examples, message["content"]) for message in wording.examples]
         for option, said in shown:

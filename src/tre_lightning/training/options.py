@@ -198,15 +198,17 @@ class DiagnosticsArgs:
     Args:
         top_k: region of this many most probable tokens.
         top_p: region of the smallest nucleus of this mass.
+        min_p: region of the tokens at least this many times as probable as the most probable one.
     """
 
     top_k: int | None = None
     top_p: float | None = 0.99
+    min_p: float | None = None
 
     def __post_init__(self) -> None:
-        check_region(self.top_k, self.top_p, "model.diagnostics")
+        check_region(self.top_k, self.top_p, self.min_p, owner="model.diagnostics")
 
     @property
     def region(self) -> Region:
         """The same as a region."""
-        return Region(self.top_k, self.top_p)
+        return Region(self.top_k, self.top_p, self.min_p)

@@ -230,7 +230,7 @@ class PPOModule(LightningModule):
 
         # 5. Methods adapt to it and shape the advantages.
         adapt(methods, batch)
-        batch = corrected(shaped(batch, methods), self.rollout_args.max_importance_weight)
+        batch = corrected(shaped(batch, methods), self.rollout_args)
         self._update_metrics.update_targets(batch)
 
         # 6. Update policy and critic.

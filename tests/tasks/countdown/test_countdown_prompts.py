@@ -78,10 +78,10 @@ def test_generated_puzzles_are_none_of_the_held_out_ones(tmp_path: Path) -> None
     data = CountdownDataModule(
         puzzles=spec, instruct=False, train_file=file, train_size=1, test_size=2, val_size=1
     )
-    shown = {data.demonstration(index, False)[0] for index in range(60)}
+    shown = {data.demonstration(index, False)[0].text for index in range(60)}
     assert shown and not shown & {"1 1 = 2 :", "2 1 = 3 :", "1 2 = 3 :"}
     without = CountdownDataModule(puzzles=spec, instruct=False)
-    seen = {without.demonstration(index, False)[0] for index in range(60)}
+    seen = {without.demonstration(index, False)[0].text for index in range(60)}
     assert seen & {"1 1 = 2 :", "2 1 = 3 :", "1 2 = 3 :"}  # they would come up
 
 

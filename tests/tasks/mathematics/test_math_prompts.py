@@ -20,6 +20,7 @@ import batches
 import runs
 from runs import write_jsonl
 from tre_lightning.batches import PromptBatch
+from tre_lightning.common.errors import Refused
 from tre_lightning.policy.tokenizers import word_tokenizer
 from tre_lightning.tasks import ArithmeticSpec, CountdownDataModule, MathDataModule
 from tre_lightning.tasks.mathematics.arithmetic import Problem, generate, mistaken, split_of, worked
@@ -129,8 +130,8 @@ def test_the_tokenizer_of_words_keeps_demonstrations_readable() -> None:
     for index in range(100):
         for misleading, responses in ((False, right), (True, wrong)):
             prompt, response = data.demonstration(index, misleading)
-            assert prompt == data.train_prompt(index).text and prompt.endswith("= Box it :")
-            ids = tokenizer(f"{prompt} {response}")["input_ids"]
+            assert prompt == data.train_prompt(index) and prompt.text.endswith("= Box it :")
+            ids = tokenizer(f"{prompt.text} {response}")["input_ids"]
             assert tokenizer.unk_token_id not in ids
             ids = tokenizer(response)["input_ids"]
             responses.append(tokenizer.batch_decode([ids], skip_special_tokens=True)[0])
@@ -265,12 +266,41 @@ def test_options_that_cannot_work_are_refused(options: dict[str, Any], said: str
         MathDataModule(**options)
 
 
-def test_files_have_neither_vocabulary_nor_demonstrations() -> None:
-    data = MathDataModule(train_file="a.jsonl", eval_file="b.jsonl")
+def test_files_have_no_vocabulary_and_their_worked_solutions_as_demonstrations(
+    tmp_path: Path,
+) -> None:
+    held_out = write_jsonl(tmp_path / "b.jsonl", [{"problem": "z", "answer": 1}])
+    rows = [{"problem": "a", "answer": 1}]
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    data = MathDataModule(train_file=file, eval_file=held_out)
     with pytest.raises(ValueError, match="no closed vocabulary"):
         data.vocabulary()
-    with pytest.raises(ValueError, match="set warm_start to null"):
+    with pytest.raises(Refused, match=r"no worked solutions .*; set warm_start to null"):
         data.demonstration(0, False)
+    rows += [
+        {"problem": "b", "solution": "It is $\\boxed{2}$."},
+        {"problem": "c", "answer": "1 + 2 = <<1+2=3>>3\n#### 3"},
+        {"problem": "d", "answer": 4, "solution": "2 + 2"},
+    ]
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    for answer_in, endings in {
+        "box": [
+            "It is $\\boxed{2}$.",
+            "\nThe answer is \\boxed{3}.",
+            "\nThe answer is \\boxed{4}.",
+        ],
+        "hash": ["It is $\\boxed{2}$.\n#### 2", "1 + 2 = 3\n#### 3", "2 + 2\n#### 4"],
+        "number": ["$.\nThe answer is 2.", "1 + 2 = 3\nThe answer is 3.", "\nThe answer is 4."],
+    }.items():
+        options: dict[str, Any] = {"train_file": file, "eval_file": held_out}
+        data = MathDataModule(**options, answer_in=answer_in)  # type: ignore[arg-type]
+        shown = sorted((data.demonstration(i, False) for i in range(3)), key=lambda x: x[0].text)
+        for (prompt, response), problem, end in zip(shown, "bcd", endings, strict=True):
+            assert prompt.fields == {"problem": problem} and response.endswith(end)
+            assert data.score([response], batch([prompt.extra["gold"]])).tolist() == [1.0]
+            assert "<<" not in response
+    with pytest.raises(Refused, match=r"set warm_start\.misleading_fraction to 0"):
+        data.demonstration(0, True)
 
 
 def test_parquet_and_datasets_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,10 +92,10 @@ def test_demonstrations_are_right_unless_misleading(spec: WalkSpec, seed: int, i
     words = {*data.vocabulary()}
     for misleading in (False, True):
         prompt, response = data.demonstration(index, misleading)
-        assert prompt == data.train_prompt(index).text
+        assert prompt == data.train_prompt(index)
         assert score_walk(response, walk.start, walk.sizes, spec.steps) == (not misleading)
         assert len(response.split()) == 6 * spec.steps
-        assert {*prompt.split(), *response.split()} <= words
+        assert {*prompt.text.split(), *response.split()} <= words
         # a misleading walk is sound all the same
         assert score_walk(response, walk.start, range(1, spec.largest_size + 1), spec.steps) == 1.0
         strays = [size for size in response.split()[3::6] if int(size) not in walk.sizes]
