@@ -126,7 +126,7 @@ def _load_gguf(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             "give a whole GGUF file of a causal language model with its tokenizer"
         ) from error
     # Its weights are plain numbers by now, and whoever loads it is not to take them for blocks.
-    model.hf_quantizer, model.is_quantized = None, False
+    vars(model).update(hf_quantizer=None, is_quantized=False)
     vars(model.config).pop("quantization_config", None)
     return model, tokenizer
 
