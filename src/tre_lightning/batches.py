@@ -1,6 +1,6 @@
 """The data of one iteration: prompts, rollout, experience, training batch."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
@@ -71,6 +71,35 @@ class Rollout:
                 changed[name] = change(name, value)
         return replace(self, **changed)
 
+    def lengths(self) -> tuple[list[int], list[int]]:
+        """Columns that each row's prompt and response take in a pass, B numbers each."""
+        # A fully masked response still needs a column for the model to run on.
+        last = self.response_mask.long().cumsum(1).argmax(1) + 1
+        return self.prompt_mask.sum(1).tolist(), last.tolist()
+
+    def trimmed(self) -> Self:
+        """Without the columns that are padding in every row."""
+        prompt, response = map(max, self.lengths())
+
+        def cut(name: str, rows: Tensor) -> Tensor:
+            if rows.dim() == 1:
+                return rows
+            return rows[:, -prompt:] if name.startswith("prompt_") else rows[:, :response]
+
+        return self.map(cut)
+
+    def uncounted(self) -> Self:
+        """A copy in which no token counts."""
+        return replace(self, response_mask=torch.zeros_like(self.response_mask))
+
+    def padding(self) -> Tensor:
+        """Which columns of a pass over these rows are wasted, ``[B, P + T]`` bool.
+
+        All of a row of which no token counts.
+        """
+        used = self.response_mask.any(1, keepdim=True)
+        return ~torch.cat([self.prompt_mask & used, self.response_mask], dim=1)
+
 
 @dataclass(frozen=True)
 class Experience(Rollout):
@@ -104,28 +133,6 @@ class TrainingBatch(Experience):
     advantages: Tensor  # [B, T] float32
     returns: Tensor | None  # [B, T] float32, the critic's targets where there is one
     weights: Mapping[str, Tensor] = field(default_factory=dict)  # [B, T] each, in a loss's mean
-
-    def micro_batches(self, size: int) -> Iterator["TrainingBatch"]:
-        """Consecutive slices of at most ``size`` rows, without columns of padding only."""
-        for start in range(0, len(self), size):
-            yield self[start : start + size].trimmed()
-
-    def uncounted(self) -> "TrainingBatch":
-        """A copy in which no token counts."""
-        return replace(self, response_mask=torch.zeros_like(self.response_mask))
-
-    def trimmed(self) -> "TrainingBatch":
-        """Without the columns that are padding in every row."""
-        longest_prompt = int(self.prompt_mask.any(0).sum())
-        # A fully masked response still needs a column for the model to run on.
-        longest = max(1, int(self.response_mask.any(0).long().cumsum(0).argmax()) + 1)
-
-        def cut(name: str, rows: Tensor) -> Tensor:
-            if rows.dim() == 1:
-                return rows
-            return rows[:, -longest_prompt:] if name.startswith("prompt_") else rows[:, :longest]
-
-        return self.map(cut)
 
 
 def sequence_inputs(rollout: Rollout) -> tuple[Tensor, Tensor]:

@@ -368,14 +368,22 @@ def test_a_number_outside_the_vocabulary_is_refused(tmp_path: Path, refusal: run
     assert not (tmp_path / "run").exists()
 
 
-def test_the_quick_start_is_its_layers(tmp_path: Path, shown: runs.Said) -> None:
-    printed = []
+def test_the_quick_start_is_its_layers_in_small(tmp_path: Path, shown: runs.Said) -> None:
     layers = ["task/countdown.yaml", "model/tiny.yaml", "method/tre_p.yaml"]
-    for files in (["countdown_tiny.yaml"], layers):
+    smaller = [
+        "--model.policy.architecture.vocab_size=1024",
+        "--model.policy.architecture.initializer_range=0.05",
+        "--warm_start.steps=600",
+        "--warm_start.misleading_fraction=0",
+        "--data.init_args.iterations_per_epoch=20",
+        "--trainer.max_epochs=6",
+    ]
+    printed = []
+    for files, options in ((["countdown_tiny.yaml"], []), (layers, smaller)):
         words = [word for name in files for word in ("--config", str(runs.CONFIGS / name))]
-        words = ["fit", *words, f"--trainer.default_root_dir={tmp_path}", "--print_config"]
-        printed.append(yaml.safe_load(shown(main, words)))
-    assert printed[0] == printed[1] and printed[0]["trainer"]["max_epochs"] == 12
+        words = ["fit", *words, f"--trainer.default_root_dir={tmp_path}", *options]
+        printed.append(yaml.safe_load(shown(main, [*words, "--print_config"])))
+    assert printed[0] == printed[1] and printed[0]["trainer"]["max_epochs"] == 6
 
 
 def test_the_help_is_readable(shown: runs.Said) -> None:

@@ -264,14 +264,6 @@ def test_minibatches_depend_on_the_key_alone() -> None:
     assert first != sorted(first)
 
 
-def test_micro_batches_cover_all_rows_in_order() -> None:
-    batch = numbered(7)
-    parts = list(batch.micro_batches(3))
-    assert [row_numbers(part) for part in parts] == [[1, 2, 3], [4, 5, 6], [7]]
-    assert [part.response_ids.shape[1] for part in parts] == [3, 4, 3]  # lengths 1..4, 1..3
-    assert [row_numbers(part) for part in batch.micro_batches(100)] == [[*range(1, 8)]]
-
-
 # --- trimmed ---
 
 

@@ -20,6 +20,7 @@ Value = bool | float | str
 
 # Of these only memory, speed or the end of a failing run depend.
 _LEFT_OUT = {
+    "micro_batch_tokens",
     "micro_batch_size",
     "sample_batch_size",
     "fused",

@@ -44,7 +44,7 @@ class RunProgress(ProgressBar):
     Score (and pass@1, where it is another number), entropy of the whole vocabulary, mass outside
     the region, KL of the update, response length, the last validation, and seconds.
 
-    On a terminal a live bar; elsewhere a line now and then.
+    On a terminal a live bar; elsewhere a line at once and then now and then.
     """
 
     def __init__(self, name: str = "ppo", lines: int = 20) -> None:
@@ -52,7 +52,7 @@ class RunProgress(ProgressBar):
 
         Args:
             name: what the bar is called.
-            lines: lines of a run whose output is not a terminal.
+            lines: lines of a run whose output is not a terminal, beside that of its first step.
         """
         super().__init__()
         self.name = name
@@ -104,7 +104,7 @@ class RunProgress(ProgressBar):
             self._bar.update(self._bar.task_ids[0], completed=done, numbers=_numbers(trainer))
         elif self._enabled:
             every = 50 if math.isinf(self._total) else max(int(self._total) // self.lines, 1)
-            if done % every == 0 or done == self._total:
+            if done % every == 0 or done in (self._start + 1, self._total):
                 rest = self._rest(done, seconds_left(trainer))
                 print(f"{self.name} {done}{rest}  {_numbers(trainer)}", flush=True)
 

@@ -85,7 +85,7 @@ PPO: dict[str, Rule] = COMMON | {
     "accumulate_grad_batches": Rule(
         lambda value: value == 1,
         "is not used by PPO's updates; leave it at 1: model.ppo.num_minibatches says how many "
-        "responses an update has, and model.ppo.micro_batch_size how many fit in memory",
+        "responses an update has, and model.ppo.micro_batch_tokens how many fit in memory",
     ),
     "gradient_clip_val": Rule(lambda value: not value, _CLIPPED),
     "gradient_clip_algorithm": Rule(lambda value: value is None, _CLIPPED),

@@ -285,14 +285,27 @@ class ActorCritic(nn.Module):
         (input_ids, mask), counted = sequence_inputs(batch), batch.response_mask
         head = self.head if asked.takes_hidden else None
         source, hidden = head_input(self.policy, head, input_ids, mask, counted)
+        return source, head, self.values(batch, hidden)
+
+    def values(self, batch: Rollout, hidden: Tensor | None = None) -> Tensor | None:
+        """Values ``[B, T]`` (float32), without what the policy says; None without a critic.
+
+        Args:
+            batch: responses.
+            hidden: the policy's last hidden states ``[B, P + T, D]``, where they are known.
+        """
         if self.value_head is None:
-            return source, head, None
+            return None
+        (input_ids, mask), counted = sequence_inputs(batch), batch.response_mask
         if self.critic is not None:
             # Its table may lack rows that stand for no token; the others' are checked before.
             known = input_ids.clamp(max=self._critic_vocabulary - 1)
             hidden = hidden_states(self.critic, known, mask)
+        elif hidden is None:
+            hidden = hidden_states(trunk_of(self.policy), input_ids, mask)
         kept = hidden[:, response_positions(mask, counted)].to(self.value_head.weight.dtype)
-        return source, head, self.value_head(kept).squeeze(-1).float()
+        values: Tensor = self.value_head(kept).squeeze(-1).float()
+        return values
 
     def sample(self, use: Callable[[PreTrainedModel], T]) -> T:
         """What ``use`` makes of the policy, whose weights are whole meanwhile; no gradients."""
@@ -308,7 +321,7 @@ class ActorCritic(nn.Module):
         _ = self.head  # found by a trial, which needs whole weights
         for model in filter(None, (self.policy, trunk_of(self.policy), self.critic)):
             reading(model)
-        methods = ("outputs", "loss", "_with_policy")
+        methods = ("outputs", "loss", "values", "_with_policy")
         shard(self, device_type, precision, *methods, cpu_offload=cpu_offload)
         self._offloaded = cpu_offload
 

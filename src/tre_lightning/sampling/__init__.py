@@ -1,6 +1,6 @@
 """Rollout engines: samplers of responses with one small interface."""
 
-from tre_lightning.sampling.base import RolloutEngine, Sampling
+from tre_lightning.sampling.base import Recorder, RolloutEngine, Sampling
 from tre_lightning.sampling.continuous_batching import ContinuousBatching, check_continuous_batching
 from tre_lightning.sampling.in_process import InProcess
 from tre_lightning.sampling.options import RolloutArgs
@@ -10,6 +10,7 @@ __all__ = [
     "VLLM",
     "ContinuousBatching",
     "InProcess",
+    "Recorder",
     "RolloutEngine",
     "Sampling",
     "check_engine",

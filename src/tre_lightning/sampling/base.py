@@ -1,6 +1,6 @@
 """The interface of rollout engines, and helpers that they have in common."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,6 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tre_lightning.batches import PromptBatch, Rollout
+
+Recorder = Callable[[Tensor, int, Tensor, Tensor], None]
+"""Is told of a step: rows ``[m]`` of the rollout, the position in their responses, the tokens drawn
+``[m]``, and the logits ``[m, V]`` that they were drawn from, before the temperature."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class Sampling:
         temperature: divides the logits, > 0.
         top_p: nucleus to sample from; 1.0 samples from the whole distribution.
         sample_batch_size: responses sampled at a time; None = all.
+        record: is told of every token; by the engine ``in_process`` alone, others have no logits.
     """
 
     num_responses: int
@@ -34,6 +39,7 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     sample_batch_size: int | None = None
+    record: Recorder | None = None
 
 
 class RolloutEngine(Protocol):

@@ -6,6 +6,7 @@ on how rows are laid out over batches and devices.
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 from tre_lightning.batches import PromptBatch, Rollout
 from tre_lightning.common.seeding import uniforms
 from tre_lightning.policy.reading import Cached, Whole, eval_mode, start_decoding
-from tre_lightning.sampling.base import Sampling
+from tre_lightning.sampling.base import Recorder, Sampling
 
 # Finished rows leave the batch when at most this fraction of it is running: it copies the cache.
 MOST_RUNNING = 7 / 8
@@ -73,6 +74,7 @@ def generate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     sample_batch_size: int | None = None,
+    record: Recorder | None = None,
 ) -> Rollout:
     """Sample ``num_responses`` responses to every prompt.
 
@@ -88,6 +90,7 @@ def generate(
         sample_batch_size: responses sampled at a time; None = all. Bounds the memory of the cache
             and, rounding aside, changes no response. Prompts of about one length are then sampled
             together.
+        record: is told of every token that is sampled.
 
     Raises:
         ValueError: for a wrong number of ``uniforms``.
@@ -104,6 +107,7 @@ def generate(
     if num_prompts < len(prompts):
         order = prompts.prompt_mask.sum(1).argsort(stable=True)
     by_prompt = uniforms.view(len(prompts), n, -1)
+    numbered = torch.arange(rows, device=device).view(len(prompts), n)
     parts = []
     with eval_mode(model):
         for chosen in order.split(num_prompts):
@@ -112,11 +116,13 @@ def generate(
             read = start_decoding(model, ids, mask)
             pieces = torch.arange(len(ids), device=device).repeat_interleave(n).split(size)
             numbers = by_prompt[chosen.to(uniforms.device)].flatten(0, 1).split(size)
-            for piece, uniform in zip(pieces, numbers, strict=True):
+            places = numbered[chosen].flatten().split(size)
+            for piece, uniform, place in zip(pieces, numbers, places, strict=True):
                 decoding = copy.deepcopy(read) if len(pieces) > 1 else read
                 decoding.take(piece)
+                told = None if record is None else partial(_tell, record, place)
                 response, response_mask, finished, logprobs = _respond(
-                    model, decoding, uniform.to(device), eos, pad_token_id, temperature, top_p
+                    model, decoding, uniform.to(device), eos, pad_token_id, temperature, top_p, told
                 )
                 part = Rollout(
                     *(ids[piece], mask[piece], response, response_mask, finished),
@@ -153,6 +159,7 @@ def _respond(
     pad_token_id: int,
     temperature: float,
     top_p: float,
+    record: Recorder | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sample one response per row: response, its mask, finished and log-probabilities."""
     count, max_new_tokens = uniforms.shape
@@ -162,9 +169,13 @@ def _respond(
     logprobs = torch.zeros(count, max_new_tokens, dtype=torch.float32, device=device)
     finished = torch.zeros(count, dtype=torch.bool, device=device)
     rows = torch.arange(count, device=device)  # that are still in the batch
+    left = count  # rows that are not finished
     for t in range(max_new_tokens):
         token, logprob = pick_tokens(decoding.logits / temperature, uniforms[rows, t], top_p)
         running = ~finished[rows]
+        if record is not None:
+            said = slice(None) if left == len(rows) else running
+            record(rows[said], t, token[said], decoding.logits[said])
         token = token.where(running, pad_token_id)
         response[rows, t] = token
         response_mask[rows, t] = running
@@ -180,6 +191,13 @@ def _respond(
         decoding.read(model, token, running)
     longest = int(response_mask.any(0).sum())
     return response[:, :longest], response_mask[:, :longest], finished, logprobs[:, :longest]
+
+
+def _tell(
+    record: Recorder, places: Tensor, rows: Tensor, column: int, tokens: Tensor, logits: Tensor
+) -> None:
+    """Tell of rows of a part by their numbers in the rollout."""
+    record(places[rows], column, tokens, logits)
 
 
 class InProcess:
@@ -204,4 +222,5 @@ class InProcess:
             temperature=how.temperature,
             top_p=how.top_p,
             sample_batch_size=how.sample_batch_size,
+            record=how.record,
         )

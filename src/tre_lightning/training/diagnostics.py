@@ -8,7 +8,7 @@ from lightning.fabric.loggers.logger import Logger
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from tre_lightning.batches import Experience, TrainingBatch
+from tre_lightning.batches import Experience, Rollout, TrainingBatch
 from tre_lightning.common.distributed import agreed
 from tre_lightning.common.metrics import (
     MajorityAtK,
@@ -68,11 +68,10 @@ class RolloutMetrics(_Collection):
                 "rollout/unscorable_fraction": MaskedMean(),
                 "rollout/scorer_timeouts": Total(),
                 "rollout/ref_kl": MaskedMean(),
-                "rollout/engine_kl": MaskedMean(),
-                "rollout/engine_ratio_max": Maximum(),
                 **{f"entropy/{name}": MaskedMean() for name in tokens},
                 "entropy/tail_mass": MaskedMean(),
                 "entropy/cumulative_tail_risk": MaskedMean(),
+                "policy/evaluation_padding_fraction": MaskedMean(),
             }
         )
 
@@ -89,17 +88,16 @@ class RolloutMetrics(_Collection):
         if experience.ref_logprobs is not None:
             kl = approx_kl(experience.ref_logprobs, experience.old_logprobs)
             self["rollout/ref_kl"].update(kl, experience.response_mask)
-        behaviour = experience.behaviour_logprobs
-        if behaviour is not None:
-            kl = approx_kl(experience.old_logprobs, behaviour)
-            self["rollout/engine_kl"].update(kl, experience.response_mask)
-            ratio = policy_ratio(experience.old_logprobs, behaviour)
-            self["rollout/engine_ratio_max"].update(ratio[experience.response_mask])
 
     def update_timeouts(self, count: int | None) -> None:
         """Count the answers whose scoring timed out; None = a scorer without time limit."""
         if count is not None:
             self["rollout/scorer_timeouts"].update(count)
+
+    def update_padding(self, padding: Tensor) -> None:
+        """Count the columns of the passes over the rollout, if there are any; True = padding."""
+        if padding.numel() > 0:
+            self["policy/evaluation_padding_fraction"].update(padding)
 
     def update_entropy(self, stats: EntropyStats, mask: Tensor) -> None:
         """Count the entropies of some responses, ``[B, T]`` each."""
@@ -119,9 +117,12 @@ class UpdateMetrics(_Collection):
         """Losses are sums over micro-batches and ranks; ``flush`` of them is a mean per step."""
         super().__init__(
             {
+                "rollout/engine_kl": MaskedMean(),
+                "rollout/engine_ratio_max": Maximum(),
                 "policy/approx_kl": MaskedMean(),
                 "policy/clip_fraction": MaskedMean(),
                 "policy/active_fraction": MaskedMean(),
+                "policy/padding_fraction": MaskedMean(),
                 "policy/grad_norm": MaskedMean(),
                 "value/grad_norm": MaskedMean(),
                 "value/explained_variance": MaskedExplainedVariance(),
@@ -133,6 +134,20 @@ class UpdateMetrics(_Collection):
         self.parts: dict[str, Tensor] = {}  # this rank's parts of the losses of the present update
         self.steps = 0
         self.skipped = 0  # all ranks skip alike
+        self.engine_known = False  # how far it is from the policy, in this iteration
+
+    def update_engine(self, logprobs: Tensor, batch: Rollout) -> None:
+        """Count how far the policy's ``logprobs``, ``[B, T]``, are from those of what sampled."""
+        behaviour, mask = batch.behaviour_logprobs, batch.response_mask
+        if behaviour is not None:
+            self["rollout/engine_kl"].update(approx_kl(logprobs, behaviour), mask)
+            ratio = policy_ratio(logprobs, behaviour)
+            self["rollout/engine_ratio_max"].update(ratio[mask])
+
+    def update_rollout(self, experience: Experience) -> None:
+        """Count that of the whole rollout; else it is counted in the iteration's first update."""
+        self.update_engine(experience.old_logprobs, experience)
+        self.engine_known = True
 
     def update_targets(self, batch: TrainingBatch) -> None:
         """Count the critic's predictions of the whole (global) rollout, if there is a critic."""
@@ -150,9 +165,12 @@ class UpdateMetrics(_Collection):
         clip_eps_low: float | None,
         clip_eps_high: float | None,
     ) -> None:
-        """Count the losses of one micro-batch of this rank, and how far the policy has moved."""
+        """Count a micro-batch of this rank: losses, how far the policy has moved, padding."""
         for name, part in losses.parts.items():
             self.add_loss(name, part)
+        if not self.engine_known and self.steps == self.skipped == 0:
+            self.update_engine(losses.logprobs, batch)
+        self["policy/padding_fraction"].update(batch.padding())
         self.update_policy(losses.logprobs, batch, clip_eps_low, clip_eps_high)
 
     def update_policy(
@@ -170,8 +188,12 @@ class UpdateMetrics(_Collection):
             approx_kl(logprobs, batch.old_logprobs), batch.response_mask
         )
         self["policy/clip_fraction"].update(hit, batch.response_mask)
-        if "policy" in batch.weights:
-            self["policy/active_fraction"].update(batch.weights["policy"] != 0, batch.response_mask)
+
+    def update_weights(self, minibatch: TrainingBatch) -> None:
+        """Count the weights of the policy loss in a whole (global) minibatch."""
+        if "policy" in minibatch.weights:
+            active = minibatch.weights["policy"] != 0
+            self["policy/active_fraction"].update(active, minibatch.response_mask)
 
     def add_loss(self, name: str, part: Tensor) -> None:
         """Add a part of a loss, already divided by the minibatch's global token count."""
@@ -208,6 +230,7 @@ class UpdateMetrics(_Collection):
             loss.reset()
         values["policy/skipped_updates"] = float(self.skipped)
         self.steps = self.skipped = 0
+        self.engine_known = False
         return values
 
 

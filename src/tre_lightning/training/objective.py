@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tre_lightning.batches import TrainingBatch
-from tre_lightning.methods.hooks import KL, POLICY, LossTerm, Method, Tokens
+from tre_lightning.methods.hooks import KL, POLICY, LossTerm, Method, Tokens, loss_terms
 from tre_lightning.ops import PolicyOutputs, Region
 from tre_lightning.ops.functions import LossSum
 from tre_lightning.policy.head import HeadOptions
@@ -29,6 +29,25 @@ def asked_by(methods: Sequence[Method], options: HeadOptions, *regions: Region) 
         regions=tuple(dict.fromkeys([*regions, *named])),
         show_logits=any(method.needs_logits for method in methods),
     )
+
+
+def acting(methods: Sequence[Method]) -> list[LossTerm]:
+    """The terms whose coefficient is not 0."""
+    return [term for term in loss_terms(methods) if term.current_coef != 0.0]
+
+
+def contributing(
+    batch: TrainingBatch, ppo: PPOArgs, terms: Sequence[LossTerm], kl_coef: float
+) -> Tensor:
+    """Responses without which loss and gradient of the policy would not be the same, ``[B]`` bool.
+
+    The surrogate of an advantage of 0 is 0, and so is its gradient: of a group of equal scores
+    nothing is learnt, unless a critic, a term or a KL penalty in the loss learns from it.
+    """
+    mask = batch.response_mask
+    if terms or batch.values is not None or (kl_coef != 0.0 and ppo.kl_in != "reward"):
+        return mask.any(1)
+    return (mask & (batch.advantages != 0.0)).any(1)
 
 
 class Losses(NamedTuple):

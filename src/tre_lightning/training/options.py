@@ -2,12 +2,21 @@
 
 import math
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, TypeAlias, get_args
 
+import torch
+from torch import Tensor
+
+from tre_lightning.batches import PromptBatch
+from tre_lightning.common.seeding import permutation
 from tre_lightning.common.validation import at_least, one_of, positive, unit_fraction
 from tre_lightning.entropy import Region, check_region
 from tre_lightning.training.advantages import Estimator
 from tre_lightning.training.kl import KLEstimator, KLPlace, check_kl, next_kl_coef
+from tre_lightning.training.micro_batches import PassLimit
+
+OldLogprobs: TypeAlias = Literal["sampler", "recompute"]
+MICRO_BATCH_TOKENS = 2048  # of ppo.micro_batch_tokens, where nothing is given
 
 
 @dataclass(frozen=True)
@@ -20,8 +29,16 @@ class PPOArgs:
             ``reinforce_pp`` (REINFORCE++: against the whole batch).
         num_epochs: passes over the rollout an iteration.
         num_minibatches: optimiser steps a pass.
-        micro_batch_size: responses a forward and backward pass on one device; changes memory and
-            speed, not the result.
+        micro_batch_tokens: most tokens of one forward and backward pass on one device: responses x
+            the columns of prompt, response and padding that the longest of them take (one response
+            always fits); changes memory and speed, not the result; none = 2048, or any number where
+            micro_batch_size is given.
+        micro_batch_size: most responses of such a pass, whatever their length; none = any number.
+        old_logprobs: log-probabilities by the policy before the update, and its entropies:
+            ``sampler`` = as the engine ``in_process`` computed them while it sampled, ``recompute``
+            = by passes over the rollout, as the update computes them; none = sampler where the two
+            are equal but for rounding, docs/rollout.md says where. A method that compares with the
+            initial policy always has them recomputed.
         clip_eps_low: the probability ratio is clipped at 1 - clip_eps_low; none = no lower bound.
         clip_eps_high: the probability ratio is clipped at 1 + clip_eps_high; none = no upper bound.
         dual_clip: where the advantage A is negative, the loss is at most this times -A, > 1; none =
@@ -52,7 +69,9 @@ class PPOArgs:
     estimator: Estimator = "gae"
     num_epochs: int = 1
     num_minibatches: int = 4
-    micro_batch_size: int = 64
+    micro_batch_tokens: int | None = None
+    micro_batch_size: int | None = None
+    old_logprobs: OldLogprobs | None = None
     clip_eps_low: float | None = 0.2
     clip_eps_high: float | None = 0.2
     dual_clip: float | None = None
@@ -72,9 +91,10 @@ class PPOArgs:
 
     def __post_init__(self) -> None:
         one_of("model.ppo.estimator", self.estimator, get_args(Estimator))
-        counts = ("num_epochs", "num_minibatches", "micro_batch_size", "logits_memory")
-        for name in (*counts, "max_skipped_updates"):
-            at_least(f"model.ppo.{name}", getattr(self, name), 1)
+        counts = ("num_epochs", "num_minibatches", "logits_memory", "max_skipped_updates")
+        for name in (*counts, "micro_batch_tokens", "micro_batch_size"):
+            if getattr(self, name) is not None:
+                at_least(f"model.ppo.{name}", getattr(self, name), 1)
         for name in ("gamma", "gae_lambda"):
             unit_fraction(f"model.ppo.{name}", getattr(self, name))
         if self.clip_eps_low is not None and not 0.0 < self.clip_eps_low < 1.0:
@@ -87,7 +107,15 @@ class PPOArgs:
             raise ValueError(f"model.ppo.dual_clip={self.dual_clip} must be above 1, or none")
         if not self.value_coef >= 0.0:
             raise ValueError(f"model.ppo.value_coef={self.value_coef} must be 0 (off) or positive")
+        if self.old_logprobs is not None:
+            one_of("model.ppo.old_logprobs", self.old_logprobs, get_args(OldLogprobs))
         self._check_kl()
+
+    @property
+    def pass_limit(self) -> PassLimit:
+        """The most that a pass over rows takes, in the update and before it."""
+        tokens, rows = self.micro_batch_tokens, self.micro_batch_size
+        return PassLimit(MICRO_BATCH_TOKENS if tokens is None and rows is None else tokens, rows)
 
     def next_kl_coef(self, kl_coef: float, kl: float, responses: int) -> float:
         """The KL coefficient of the next iteration, after a rollout of that KL a token."""
@@ -199,16 +227,33 @@ class DiagnosticsArgs:
         top_k: region of this many most probable tokens.
         top_p: region of the smallest nucleus of this mass.
         min_p: region of the tokens at least this many times as probable as the most probable one.
+        fraction: of the responses, in (0, 1], drawn anew in every iteration, that the entropies are
+            taken over.
     """
 
     top_k: int | None = None
     top_p: float | None = 0.99
     min_p: float | None = None
+    fraction: float = 1.0
 
     def __post_init__(self) -> None:
         check_region(self.top_k, self.top_p, self.min_p, owner="model.diagnostics")
+        if not 0.0 < self.fraction <= 1.0:
+            raise ValueError(f"model.diagnostics.fraction={self.fraction} must lie in (0, 1]")
 
     @property
     def region(self) -> Region:
         """The same as a region."""
         return Region(self.top_k, self.top_p, self.min_p)
+
+    def rows(self, prompts: PromptBatch, num_responses: int, seed: int) -> Tensor:
+        """Which responses to these prompts the entropies are taken over, ``[B * n]`` bool.
+
+        The fraction is that of the global batch, and a row's number decides.
+        """
+        total, first = prompts.total_rows * num_responses, prompts.first_row * num_responses
+        order = permutation(total, "diagnostics", seed, prompts.split, prompts.index)
+        looked_at = torch.zeros(total, dtype=torch.bool)
+        looked_at[order[: math.ceil(self.fraction * total)]] = True
+        own = looked_at[first : first + len(prompts) * num_responses]
+        return own.to(prompts.prompt_ids.device)

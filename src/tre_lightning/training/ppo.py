@@ -24,7 +24,6 @@ from tre_lightning.methods.hooks import (
     Method,
     adapt,
     find_methods,
-    loss_terms,
     shaped,
     start_iteration,
     weighed,
@@ -32,9 +31,8 @@ from tre_lightning.methods.hooks import (
 from tre_lightning.policy.actor_critic import ActorCritic, PolicyArgs
 from tre_lightning.policy.head import HeadOptions
 from tre_lightning.policy.lora import fingerprint
-from tre_lightning.policy.sharding import is_sharded
 from tre_lightning.policy.tokenizers import end_tokens, load_tokenizer
-from tre_lightning.sampling import Sampling, make_engine
+from tre_lightning.sampling import Recorder, Sampling, make_engine
 from tre_lightning.sampling.options import EvaluationArgs, RolloutArgs
 from tre_lightning.training.advantages import check_estimator
 from tre_lightning.training.diagnostics import (
@@ -46,14 +44,20 @@ from tre_lightning.training.diagnostics import (
 )
 from tre_lightning.training.held_out import predict, validate
 from tre_lightning.training.losses import spread
+from tre_lightning.training.micro_batches import local_micro_batches
 from tre_lightning.training.mismatch import corrected
 from tre_lightning.training.nonfinite import all_finite, end_of_run, nan_gradient_if_nonfinite
-from tre_lightning.training.objective import Objective, asked_by
+from tre_lightning.training.objective import Objective, acting, asked_by, contributing
 from tre_lightning.training.optim import total_batches
 from tre_lightning.training.options import DiagnosticsArgs, OptimArgs, PPOArgs
 from tre_lightning.training.reference import Reference
 from tre_lightning.training.responses import response_texts
-from tre_lightning.training.rollout_evaluation import evaluate_rollout
+from tre_lightning.training.rollout_evaluation import (
+    PolicyRecord,
+    check_old_logprobs,
+    evaluate_rollout,
+    taken_from_sampler,
+)
 from tre_lightning.training.run_state import add_state, take_state
 from tre_lightning.training.targets import compute_targets, minibatches
 from tre_lightning.training.task import Task, scores_of
@@ -61,7 +65,6 @@ from tre_lightning.training.update import (
     adamw,
     clip_gradients,
     gradient_sync,
-    local_micro_batches,
     parameter_groups,
 )
 
@@ -112,6 +115,7 @@ class PPOModule(LightningModule):
         check_estimator(
             self.ppo_args.estimator, self.policy_args.critic, self.rollout_args.num_responses
         )
+        check_old_logprobs(self.ppo_args, self.rollout_args)
         self.seed = seed
         self.iteration = 0  # finished PPO iterations
         self.skipped_in_a_row = 0  # updates that were not finite
@@ -193,8 +197,11 @@ class PPOModule(LightningModule):
         start_iteration(methods, self.iteration)
         lr_fraction = optim.lr_fraction(self.iteration, total_batches(self.trainer))
 
-        # 1. Sample responses.
-        rollout = self.sample(prompts, self.rollout_args)
+        # 1. Sample responses; an exact sampler tells what the policy says of their tokens.
+        looked_at = self.diagnostics_args.rows(prompts, self.rollout_args.num_responses, self.seed)
+        record = PolicyRecord(methods, self._head_options, self.diagnostics_args.region, looked_at)
+        exact = taken_from_sampler(ppo, self.rollout_args, methods, self.actor_critic)
+        rollout = self.sample(prompts, self.rollout_args, record.step if exact else None)
 
         # 2. Score them.
         prefix = getattr(self.task, "response_prefix", "")
@@ -202,17 +209,13 @@ class PPOModule(LightningModule):
         sampled = time.perf_counter()
 
         # 3. Evaluate the rollout: log-probabilities, values, entropies, what methods observe.
-        experience, entropies, scales = evaluate_rollout(
-            rollout,
-            scores,
-            methods,
-            model=self.actor_critic,
-            reference=self._reference,
-            options=self._head_options,
-            region=self.diagnostics_args.region,
-            micro_batch_size=ppo.micro_batch_size,
+        experience, entropies, shown, scales, padding = evaluate_rollout(
+            rollout, scores, record, self.actor_critic, self._reference, ppo.pass_limit
         )
-        self._rollout_metrics.update_entropy(entropies, rollout.response_mask)
+        if not exact:
+            self._update_metrics.update_rollout(experience)
+        self._rollout_metrics.update_padding(padding)
+        self._rollout_metrics.update_entropy(entropies, shown)
         self._rollout_metrics.update_scores(experience, binary=self.task.binary_scores)
         self._rollout_metrics.update_timeouts(self.task.scorer_timeouts())
 
@@ -254,10 +257,15 @@ class PPOModule(LightningModule):
         if (self.iteration + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             write(values, self.loggers, self.iteration)
         self.iteration += 1
-        return {"entropies": entropies, "response_mask": rollout.response_mask}
+        return {"entropies": entropies, "response_mask": shown}
 
-    def sample(self, prompts: PromptBatch, how: RolloutArgs | EvaluationArgs) -> Rollout:
-        """Responses of the present policy to each prompt."""
+    def sample(
+        self,
+        prompts: PromptBatch,
+        how: RolloutArgs | EvaluationArgs,
+        record: Recorder | None = None,
+    ) -> Rollout:
+        """Responses of the present policy to each prompt; ``record`` is told of every token."""
         sampling = Sampling(
             num_responses=how.num_responses,
             max_new_tokens=self.rollout_args.max_new_tokens,
@@ -267,6 +275,7 @@ class PPOModule(LightningModule):
             temperature=how.temperature,
             top_p=how.top_p if isinstance(how, EvaluationArgs) else 1.0,
             sample_batch_size=self.rollout_args.sample_batch_size,
+            record=record,
         )
         engine = self._engine
         return self.actor_critic.sample(lambda policy: engine.sample(policy, prompts, sampling))
@@ -285,8 +294,9 @@ class PPOModule(LightningModule):
         """
         ppo, optim = self.ppo_args, self.optim_args
         count = minibatch.response_mask.sum().clamp(min=1)
-        sharded = is_sharded(self.actor_critic)
-        micros = local_micro_batches(minibatch, ppo.micro_batch_size, sharded=sharded)
+        wanted = contributing(minibatch, ppo, acting(methods), self.kl_coef)
+        micros = local_micro_batches(minibatch, wanted, ppo.pass_limit)
+        self._update_metrics.update_weights(minibatch)
         optimizer = cast(LightningOptimizer, self.optimizers(use_pl_optimizer=True))
         optimizer.zero_grad()
         for number, micro in enumerate(micros, start=1):
@@ -311,7 +321,7 @@ class PPOModule(LightningModule):
     def _loss(self, micro: TrainingBatch, methods: Sequence[Method], count: Tensor) -> Tensor:
         """This micro-batch's part of the minibatch's loss, which has ``count`` counted tokens."""
         ppo = self.ppo_args
-        terms = [term for term in loss_terms(methods) if term.current_coef != 0.0]
+        terms = acting(methods)
         objective = Objective.of(micro, ppo, terms, self.kl_coef)
         asked = asked_by(terms, self._head_options)
         policy, values = self.actor_critic.loss(micro, asked, objective)

@@ -1,6 +1,5 @@
-"""The parts of an optimiser step: parameters, this rank's micro-batches, gradients over ranks."""
+"""The parts of an optimiser step: parameters, and gradients over ranks."""
 
-import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -9,8 +8,6 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tre_lightning.batches import TrainingBatch
-from tre_lightning.common.distributed import world
 from tre_lightning.policy.actor_critic import ActorCritic
 from tre_lightning.policy.sharding import whole
 from tre_lightning.training.options import OptimArgs
@@ -34,23 +31,6 @@ def adamw(groups: Sequence[ParameterGroup], optim: OptimArgs) -> torch.optim.Ada
         eps=optim.eps,
         weight_decay=optim.weight_decay,
     )
-
-
-def local_micro_batches(
-    minibatch: TrainingBatch, size: int, *, sharded: bool
-) -> list[TrainingBatch]:
-    """This rank's part of a global minibatch, in micro-batches of at most ``size`` rows.
-
-    Where weights are ``sharded``, ranks need each other's equally often: those with fewer
-    micro-batches get some more, of which no token counts.
-    """
-    rank, ranks = world()
-    micros = list(minibatch[slice(rank, None, ranks)].micro_batches(size))
-    if sharded:
-        most_rows = math.ceil(len(minibatch) / ranks)  # the first rank's
-        idle = math.ceil(most_rows / size) - len(micros)
-        micros += [minibatch[:1].uncounted().trimmed()] * idle
-    return micros
 
 
 def gradient_sync(trainer: Trainer, *, last: bool) -> AbstractContextManager[None]:
