@@ -43,6 +43,10 @@ CONFIGS = ROOT / "configs"
 
 ITERATIONS = 4  # PPO iterations of the tiny run
 STEPS_AN_ITERATION = 4  # optimiser steps: num_epochs x num_minibatches
+# Of weights that are equal but for rounding. Llama's norms compute in float32 where all else is
+# float64, in the backward pass too: a sum of the gradients of rows that share a prompt rounds there
+# otherwise than each of them.
+ROUNDING = 1e-5
 CLOCKS = ("rollout/seconds", "policy/update_seconds")  # all that equal runs may differ in
 
 # A process numbers its event files, and TensorBoard reads those of one second in the order of their

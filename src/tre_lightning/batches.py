@@ -77,6 +77,14 @@ class Rollout:
         last = self.response_mask.long().cumsum(1).argmax(1) + 1
         return self.prompt_mask.sum(1).tolist(), last.tolist()
 
+    def prompts(self) -> list[int]:
+        """A number for each row's prompt, equal where prompts are."""
+        if not len(self):
+            return []
+        shown = self.prompt_ids.where(self.prompt_mask, -1)
+        found: list[int] = shown.unique(dim=0, return_inverse=True)[1].tolist()
+        return found
+
     def trimmed(self) -> Self:
         """Without the columns that are padding in every row."""
         prompt, response = map(max, self.lengths())
@@ -92,13 +100,14 @@ class Rollout:
         """A copy in which no token counts."""
         return replace(self, response_mask=torch.zeros_like(self.response_mask))
 
-    def padding(self) -> Tensor:
+    def padding(self, *, packed: bool = False) -> Tensor:
         """Which columns of a pass over these rows are wasted, ``[B, P + T]`` bool.
 
-        All of a row of which no token counts.
+        All of a row of which no token counts; none where rows are computed ``packed``.
         """
         used = self.response_mask.any(1, keepdim=True)
-        return ~torch.cat([self.prompt_mask & used, self.response_mask], dim=1)
+        wasted = ~torch.cat([self.prompt_mask & used, self.response_mask], dim=1)
+        return wasted & ~(used.any() & packed)
 
 
 @dataclass(frozen=True)

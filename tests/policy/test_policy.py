@@ -27,9 +27,9 @@ from tre_lightning.policy.actor_critic import (
     head_input,
     load_language_model,
     parameter_shapes,
-    response_positions,
 )
 from tre_lightning.policy.head import HeadOptions, label_logprobs
+from tre_lightning.policy.reading import before
 from tre_lightning.policy.tokenizers import end_tokens, load_tokenizer, word_tokenizer
 from tre_lightning.sampling.in_process import generate
 from tre_lightning.training.losses import spread
@@ -122,8 +122,9 @@ def test_only_counted_tokens_reach_the_head(
     torch.testing.assert_close(outputs.logprobs, every[counted][:, 0])
 
 
-def test_response_positions_are_the_predecessors() -> None:
-    assert response_positions(torch.ones(2, 7), torch.ones(2, 3)).tolist() == [3, 4, 5]
+def test_what_stands_before_a_counted_token_predicts_it() -> None:
+    counted = torch.tensor([[True, True, False], [True, False, False]])
+    assert before(counted, 2).int().tolist() == [[0, 1, 1, 0, 0], [0, 1, 0, 0, 0]]
 
 
 def test_sequence_inputs_put_the_response_behind_the_prompt(rollout: Rollout) -> None:

@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 from batches import training_batch
 from tre_lightning.batches import Rollout, TrainingBatch
 from tre_lightning.training import micro_batches
-from tre_lightning.training.micro_batches import PASS_TOKENS, PassLimit, local_micro_batches, plan
+from tre_lightning.training.micro_batches import (
+    PASS_TOKENS,
+    PassLimit,
+    local_micro_batches,
+    packed_plan,
+    plan,
+)
 
 Lengths = Sequence[int]
 
@@ -138,6 +144,64 @@ def test_little_is_padding_where_lengths_are_those_of_real_runs() -> None:
         assert 1 - (sum(responses) + sum(prompts)) / computed <= 0.1
 
 
+# --- plan of packed rows ---
+
+
+def tokens(rows: Sequence[int], prompts: Lengths, responses: Lengths, named: Lengths) -> int:
+    """Of a packed pass: each prompt once."""
+    once = {named[row]: prompts[row] for row in rows}
+    return sum(once.values()) + sum(responses[row] for row in rows)
+
+
+def test_packed_rows_of_one_prompt_share_a_pass() -> None:
+    named = [0, 1, 2, 0, 1, 2]
+    # 10 + 2 x 4 tokens a prompt; with every second one of the second prompt 14 more.
+    assert packed_plan([10] * 6, [4] * 6, named, PassLimit(tokens=36)) == [[[0, 3, 1, 4], [2, 5]]]
+    assert packed_plan([10] * 6, [4] * 6, named, PassLimit(tokens=35)) == [[[0, 3], [1, 4], [2, 5]]]
+    assert packed_plan([10] * 6, [4] * 6, named, PassLimit(rows=3)) == [[[0, 3], [1, 4], [2, 5]]]
+    assert packed_plan([10] * 6, [4] * 6, named, PassLimit()) == [[[0, 3, 1, 4, 2, 5]]]
+
+
+def test_more_rows_of_a_prompt_than_fit_are_cut() -> None:
+    assert packed_plan([10] * 4, [4] * 4, [7] * 4, PassLimit(tokens=18)) == [[[0, 1], [2, 3]]]
+    assert packed_plan([10] * 3, [9] * 3, [7] * 3, PassLimit(tokens=5)) == [[[0], [1], [2]]]
+
+
+def test_ranks_share_the_prompts_and_cut_one_where_they_must() -> None:
+    named = [0, 0, 1, 1]
+    assert packed_plan([10] * 4, [4] * 4, named, PassLimit(), 2) == [[[0, 1]], [[2, 3]]]
+    assert packed_plan([10] * 4, [40] * 4, [0] * 4, PassLimit(), 2) == [[[0, 1]], [[2, 3]]]
+    # 12 + 1 + 1 tokens and 12 + 1 + 1: a cut inside a prompt would be no better.
+    assert packed_plan([12] * 5, [1] * 5, [0, 0, 1, 1, 1], PassLimit(), 2) == [
+        [[0, 1]],
+        [[2, 3, 4]],
+    ]
+    assert packed_plan([1], [9], [0], PassLimit(), 2) == [[[]], [[0]]]
+    assert packed_plan([], [], [], PassLimit(), 2) == [[], []]
+
+
+@given(lengths, limits, st.integers(1, 5), st.integers(1, 8))
+def test_packed_rows_once_within_the_limits_in_equally_many_passes(
+    rows: list[tuple[int, int]], limit: PassLimit, ranks: int, prompt_count: int
+) -> None:
+    named = [row % prompt_count for row in range(len(rows))]
+    prompts = [rows[name][0] for name in named]
+    responses = [response for _, response in rows]
+    shares = packed_plan(prompts, responses, named, limit, ranks)
+    assert sorted(row for share in shares for part in share for row in part) == [*range(len(rows))]
+    assert len({len(share) for share in shares}) == 1
+    for part in [part for share in shares for part in share if part]:
+        assert limit.rows is None or len(part) <= limit.rows
+        used = tokens(part, prompts, responses, named)
+        assert limit.tokens is None or len(part) == 1 or used <= limit.tokens
+    work = [
+        tokens([row for part in share for row in part], prompts, responses, named)
+        for share in shares
+    ]
+    longest = max(map(sum, zip(prompts, responses, strict=True)))
+    assert max(work) <= sum(work) / ranks + 2 * longest + max(prompts)
+
+
 # --- of a minibatch ---
 
 
@@ -190,4 +254,6 @@ def test_padding_is_what_no_token_stands_in() -> None:
     rollout = Rollout(prompts.long(), prompts, responses.long(), responses, responses[:, 0])
     expected = [[1, 0, 0, 0, 0], [0, 0, 0, 1, 1], [1, 1, 1, 1, 1]]  # the last one does not count
     assert rollout.padding().long().tolist() == expected
+    assert not rollout.padding(packed=True).any()  # there is none of it then
+    assert rollout[2:].padding(packed=True).all()  # a row for a rank without one
     assert rollout.lengths() == ([1, 2, 2], [3, 1, 1])

@@ -241,6 +241,19 @@ def numbered(rows: int) -> TrainingBatch:
     return targets(experience(lengths, [float(i + 1) for i in range(rows)]))
 
 
+def test_minibatches_by_prompt_hold_all_its_responses() -> None:
+    batch = numbered(12)
+    parts = [row_numbers(part) for part in minibatches(batch, 2, "key", together=3)]
+    groups = [[*range(first, first + 3)] for first in (1, 4, 7, 10)]
+    assert [len(part) for part in parts] == [6, 6]
+    found = [part[start : start + 3] for part in parts for start in (0, 3)]
+    assert sorted(found) == groups
+    others = [row_numbers(p) for n in range(9) for p in minibatches(batch, 4, n, together=3)]
+    assert len({tuple(part) for part in others[::4]}) > 1  # shuffled
+    again = [row_numbers(part) for part in minibatches(batch, 2, "key", together=3)]
+    assert again == parts
+
+
 @pytest.mark.parametrize(("rows", "number"), [(12, 4), (10, 4), (5, 1), (3, 3)])
 def test_minibatches_hold_every_row_once(rows: int, number: int) -> None:
     parts = [row_numbers(part) for part in minibatches(numbered(rows), number, "key", 1)]

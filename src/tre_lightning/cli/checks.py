@@ -275,6 +275,12 @@ def check_batches(module: PPOModule, data: PromptDataModule, devices: int) -> No
             f"{data.batch_size} x model.rollout.num_responses={responses} responses on "
             f"{devices} device(s): every minibatch needs one for each; lower it"
         )
+    if module.ppo_args.minibatches_by == "prompt" and data.batch_size < minibatches:
+        raise ValueError(
+            f"model.ppo.num_minibatches={minibatches} is too many for data.batch_size="
+            f"{data.batch_size} prompts with model.ppo.minibatches_by=prompt: every minibatch "
+            "needs one; lower it, or give minibatches_by=response"
+        )
 
 
 def expected_shapes(policy: PolicyArgs, config: PreTrainedConfig) -> dict[str, list[int]]:

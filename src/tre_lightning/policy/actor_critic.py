@@ -35,7 +35,8 @@ from tre_lightning.policy.head import (
     plain_head,
 )
 from tre_lightning.policy.lora import LoraArgs, add_adapters, has_adapters, merged_state_dict
-from tre_lightning.policy.reading import hidden_states, is_noisy, laid_out, reading, takes, trunk_of
+from tre_lightning.policy.packing import recomputing
+from tre_lightning.policy.reading import Layout, before, is_noisy, laid_out, reading, trunk_of
 from tre_lightning.policy.sharding import (
     gathered_layers,
     is_sharded,
@@ -200,6 +201,12 @@ class ActorCritic(nn.Module):
             self._head.append(plain_head(self.policy))
         return self._head[0]
 
+    @property
+    def packs(self) -> bool:
+        """Whether rows are computed side by side, without padding and a common prompt once."""
+        models = filter(None, (self.policy, trunk_of(self.policy), self.critic))
+        return all(reading(model).packed for model in models)
+
     @classmethod
     def load(cls, args: PolicyArgs, seed: int = 0) -> "ActorCritic":
         """Read the policy and its critic; ``seed`` is that of adapters.
@@ -282,30 +289,34 @@ class ActorCritic(nn.Module):
 
         As :func:`tre_lightning.policy.head.head_outputs` takes the first two.
         """
-        (input_ids, mask), counted = sequence_inputs(batch), batch.response_mask
+        (ids, mask), counted = sequence_inputs(batch), batch.response_mask
         head = self.head if asked.takes_hidden else None
-        source, hidden = head_input(self.policy, head, input_ids, mask, counted)
-        return source, head, self.values(batch, hidden)
+        source, hidden = head_input(self.policy, head, ids, mask, counted)
+        return source, head, self._values(batch, hidden)
 
-    def values(self, batch: Rollout, hidden: Tensor | None = None) -> Tensor | None:
-        """Values ``[B, T]`` (float32), without what the policy says; None without a critic.
+    def values(self, batch: Rollout) -> Tensor | None:
+        """Values ``[B, T]`` (float32), without what the policy says; None without a critic."""
+        return self._values(batch)
 
-        Args:
-            batch: responses.
-            hidden: the policy's last hidden states ``[B, P + T, D]``, where they are known.
+    def _values(self, batch: Rollout, hidden: Tensor | None = None) -> Tensor | None:
+        """The same; ``hidden``: the policy's last hidden states ``[n, D]``, where they are known.
+
+        Apart, as a sharded model frees its weights after ``values``.
         """
         if self.value_head is None:
             return None
-        (input_ids, mask), counted = sequence_inputs(batch), batch.response_mask
+        (ids, mask), counted = sequence_inputs(batch), batch.response_mask
         if self.critic is not None:
             # Its table may lack rows that stand for no token; the others' are checked before.
-            known = input_ids.clamp(max=self._critic_vocabulary - 1)
-            hidden = hidden_states(self.critic, known, mask)
+            known = ids.clamp(max=self._critic_vocabulary - 1)
+            hidden = _layout(self.critic, known, mask, counted).hidden_states(self.critic)
         elif hidden is None:
-            hidden = hidden_states(trunk_of(self.policy), input_ids, mask)
-        kept = hidden[:, response_positions(mask, counted)].to(self.value_head.weight.dtype)
-        values: Tensor = self.value_head(kept).squeeze(-1).float()
-        return values
+            trunk = trunk_of(self.policy)
+            hidden = _layout(trunk, ids, mask, counted).hidden_states(trunk)
+        values: Tensor = (
+            self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
+        )
+        return values.new_zeros(counted.shape).masked_scatter(counted, values)
 
     def sample(self, use: Callable[[PreTrainedModel], T]) -> T:
         """What ``use`` makes of the policy, whose weights are whole meanwhile; no gradients."""
@@ -367,7 +378,7 @@ def head_input(
     mask: Tensor,
     counted: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """What the head gets or gives before each counted token, and all hidden states.
+    """What the head gets or gives before each counted token, and the hidden states there.
 
     Args:
         policy: the language model.
@@ -377,33 +388,30 @@ def head_input(
         counted: ``[B, T]`` bool, the n response tokens, in reading order.
 
     Returns:
-        Last hidden states ``[n, D]``, or logits ``[n, V]``; all last hidden states
-        ``[B, P + T, D]``.
+        Last hidden states ``[n, D]``, or logits ``[n, V]``; last hidden states ``[n, D]``.
     """
-    keep = response_positions(mask, counted)
+    trunk = trunk_of(policy)
     if head is not None:
-        hidden = hidden_states(trunk_of(policy), input_ids, mask)
-        return hidden[:, keep][counted], hidden
-    layout = laid_out(policy, input_ids, mask)
-    alone = layout.shift is None and takes(policy, "logits_to_keep")  # no logits but these
+        hidden = _layout(trunk, input_ids, mask, counted).hidden_states(trunk)
+        return hidden, hidden
+    layout = _layout(policy, input_ids, mask, counted)
     seen: list[Tensor] = []
-    hook = trunk_of(policy).register_forward_hook(
+    hook = trunk.register_forward_hook(
         lambda module, args, output: seen.append(output.last_hidden_state)
     )
     try:
-        logits = policy(**layout.inputs, **({"logits_to_keep": keep} if alone else {})).logits
+        logits = layout.logits(policy)
     finally:
         hook.remove()
-    logits = logits if alone else layout.back(logits, keep)
     if not seen:  # a model that calls its trunk's parts itself
-        return logits[counted], hidden_states(trunk_of(policy), input_ids, mask)
-    return logits[counted], layout.back(seen[0])
+        return logits, _layout(trunk, input_ids, mask, counted).hidden_states(trunk)
+    return logits, layout.pick(seen[0])
 
 
-def response_positions(mask: Tensor, counted: Tensor) -> Tensor:
-    """Columns whose outputs predict the T response tokens: each one's predecessor, ``[T]``."""
-    end = mask.shape[1] - 1
-    return torch.arange(end - counted.shape[1], end, device=mask.device)
+def _layout(model: nn.Module, ids: Tensor, mask: Tensor, counted: Tensor) -> Layout:
+    """For the outputs right before each of the n counted tokens, ``[B, T]``."""
+    prompt = ids.shape[1] - counted.shape[1]
+    return laid_out(model, ids, mask, before(counted, prompt), prompt)
 
 
 def load_config(args: PolicyArgs) -> PreTrainedConfig:
@@ -454,7 +462,7 @@ def checkpoint_gradients(model: PreTrainedModel) -> None:
     with warnings.catch_warnings():  # the name has a successor, which early 5.x releases lack
         warnings.simplefilter("ignore", FutureWarning)
         try:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": recomputing})
         except ValueError as error:
             raise ValueError(f"model.policy.gradient_checkpointing=true: {error}") from error
 

@@ -10,16 +10,18 @@ padding, mask, position ids and state.
 import inspect
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 
 from tre_lightning.common.errors import Refused
 from tre_lightning.policy.kv_cache import growing_cache
+from tre_lightning.policy.packing import Packed, can_pack
 from tre_lightning.policy.tokenizers import vocabulary_size
 
 # Relative difference of two outputs that are equal but for rounding.
@@ -39,11 +41,15 @@ class Reading:
     ``cached``: a decoding state, read and extended a token at a time, rows repeated and reordered;
     the others make a whole pass for each token.
 
+    ``packed``: rows side by side in one sequence, a shared prompt once, gradients included; see
+    :mod:`tre_lightning.policy.packing`.
+
     ``width``: numbers of an output.
     """
 
     padded: bool
     cached: bool
+    packed: bool
     width: int
 
 
@@ -63,29 +69,57 @@ def reading(model: nn.Module) -> Reading:
 
 @dataclass(frozen=True)
 class Layout:
-    """Rows in the layout that a model reads, and the way back to the original columns."""
+    """Rows in a layout that a model reads, and where n outputs of it are found."""
 
     inputs: dict[str, Any]
-    shift: Tensor | None = None  # [B, 1] columns by which each row was moved to the left
+    places: Tensor  # [n] int64, of these outputs among those of all rows, one row after another
+    # Columns that have all of them, [K], and places among those of these columns, [n].
+    kept: tuple[Tensor, Tensor] | None = None
+    packed: Packed | None = None
 
-    def back(self, values: Tensor, columns: Tensor | None = None) -> Tensor:
-        """Outputs ``[B, C, ...]`` at columns ``[K]`` (default: all) of the original rows."""
-        if self.shift is None:
-            return values if columns is None else values[:, columns]
-        if columns is None:
-            columns = torch.arange(values.shape[1], device=values.device)
-        return _at(values, columns - self.shift)
+    def run(self, model: nn.Module, **options: Any) -> Any:
+        """What the model makes of the rows."""
+        with nullcontext() if self.packed is None else self.packed.attended(model):
+            return model(**self.inputs, **options)
+
+    def pick(self, outputs: Tensor) -> Tensor:
+        """The n outputs, ``[n, ...]``, out of all, ``[b, c, ...]``."""
+        return outputs.flatten(0, 1).index_select(0, self.places)
+
+    def logits(self, model: nn.Module) -> Tensor:
+        """Logits ``[n, V]`` of a language model."""
+        if self.kept is None or not takes(model, "logits_to_keep"):
+            return self.pick(self.run(model).logits)
+        columns, places = self.kept
+        logits: Tensor = self.run(model, logits_to_keep=columns).logits
+        return logits.flatten(0, 1).index_select(0, places)
+
+    def hidden_states(self, trunk: nn.Module) -> Tensor:
+        """Last hidden states ``[n, D]`` of a trunk."""
+        return self.pick(self.run(trunk).last_hidden_state)
 
 
-def laid_out(model: nn.Module, ids: Tensor, mask: Tensor) -> Layout:
-    """Inputs for one forward pass over rows ``[B, C]``, in the layout that the model reads."""
-    return _padded(model, ids, mask) if reading(model).padded else _shifted(ids, mask)
+def laid_out(
+    model: nn.Module, ids: Tensor, mask: Tensor, asked: Tensor, prompt: int | None = None
+) -> Layout:
+    """Inputs for one forward pass, in the layout that costs the model least.
+
+    Args:
+        model: a language model or its trunk.
+        ids: ``[B, C]`` rows.
+        mask: ``[B, C]`` bool, True = a real token.
+        asked: ``[B, C]`` bool, the n tokens whose outputs are wanted, in reading order.
+        prompt: the first columns, which several rows may have in common; None = they do not.
+    """
+    found = reading(model)
+    if found.packed and prompt is not None and asked.any():
+        return _packed(ids, mask, asked, prompt)
+    return _padded(model, ids, mask, asked) if found.padded else _shifted(ids, mask, asked)
 
 
-def hidden_states(trunk: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
-    """Last hidden states ``[B, C, D]`` of rows ``[B, C]``."""
-    layout = laid_out(trunk, ids, mask)
-    return layout.back(trunk(**layout.inputs).last_hidden_state)
+def before(counted: Tensor, prompt: int) -> Tensor:
+    """The tokens right before the response tokens ``[B, T]``, ``[B, prompt + T]`` bool."""
+    return pad(counted, (prompt - 1, 1))
 
 
 def trunk_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -196,9 +230,9 @@ class Whole:
 
     @staticmethod
     def _last_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
-        layout = laid_out(model, ids, mask)
-        last = torch.tensor([ids.shape[1] - 1], device=ids.device)
-        return layout.back(model(**layout.inputs).logits, last)[:, 0]
+        last = torch.zeros_like(mask)
+        last[:, -1] = True
+        return laid_out(model, ids, mask, last).logits(model)
 
 
 def start_decoding(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Cached | Whole:
@@ -227,24 +261,30 @@ def _next_logits(
 # ----- layouts
 
 
-def _padded(model: nn.Module, ids: Tensor, mask: Tensor) -> Layout:
+def _padded(model: nn.Module, ids: Tensor, mask: Tensor, asked: Tensor) -> Layout:
     inputs = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": False}
     if takes(model, "position_ids"):
         inputs["position_ids"] = positions(mask)
-    return Layout(inputs)
+    rows, columns = asked.nonzero(as_tuple=True)
+    kept = asked.any(0)
+    number = kept.cumsum(0) - 1
+    of_kept = rows * kept.sum() + number[columns]
+    return Layout(inputs, rows * ids.shape[1] + columns, (kept.nonzero().squeeze(1), of_kept))
 
 
-def _shifted(ids: Tensor, mask: Tensor) -> Layout:
+def _shifted(ids: Tensor, mask: Tensor, asked: Tensor) -> Layout:
     """Rows shifted to the left: what follows a token does not change a causal model's output."""
-    shift = mask.int().argmax(1, keepdim=True)
-    columns = torch.arange(ids.shape[1], device=ids.device) + shift
-    return Layout({"input_ids": _at(ids, columns), "use_cache": False}, shift)
+    width, shift = ids.shape[1], mask.int().argmax(1, keepdim=True)
+    columns = (torch.arange(width, device=ids.device) + shift).clamp(max=width - 1)
+    rows, asked_columns = asked.nonzero(as_tuple=True)
+    places = rows * width + (asked_columns - shift[rows, 0]).clamp(min=0)
+    return Layout({"input_ids": ids.gather(1, columns), "use_cache": False}, places)
 
 
-def _at(values: Tensor, columns: Tensor) -> Tensor:
-    """Values ``[B, C, ...]`` at each row's columns, ``[B, K]``; beyond an end, that of the end."""
-    rows = torch.arange(len(values), device=values.device).unsqueeze(1)
-    return values[rows, columns.clamp(0, values.shape[1] - 1)]
+def _packed(ids: Tensor, mask: Tensor, asked: Tensor, prompt: int) -> Layout:
+    packed = Packed.of(ids, mask, asked, prompt)
+    n = torch.arange(len(packed.asked), device=ids.device)
+    return Layout(packed.inputs, packed.asked, (packed.asked, n), packed)
 
 
 # ----- the trial
@@ -263,24 +303,27 @@ def _tried(model: nn.Module) -> Reading:
         mask = torch.ones_like(pair, dtype=torch.bool)
         mask[0, :-_ROW] = False
 
-        shifted = _shifted(pair, mask)
-        whole = shifted.back(_plain(model, shifted.inputs["input_ids"]))
-        if not _agree(model, plain, whole[:1, -_ROW:]):
+        shifted = _shifted(pair, mask, mask)
+        whole = shifted.pick(_plain(model, shifted.inputs["input_ids"]))
+        if not _agree(model, plain[0], whole[:_ROW]):
             raise Refused(
                 f"{type(model).__name__} reads a token otherwise with others behind it or beside "
                 "it: it is no causal language model"
             )
-        padded = _works(
-            lambda: _agree(
-                model, plain, _values(model(**_padded(model, pair, mask).inputs))[:1, -_ROW:]
-            )
-        )
+        padded = _works(lambda: _pads(model, pair, mask, plain))
         cached = hasattr(model, "get_output_embeddings") and _works(
             lambda: _decodes(cast(PreTrainedModel, model), pair, mask, plain)
         )
         if versions != [parameter._version for parameter in model.parameters()]:
             raise Refused(f"{type(model).__name__} changes its weights in a forward pass")
-    return Reading(padded, cached, plain.shape[-1])
+    packed = can_pack(model) and _works(lambda: _packs(model))
+    return Reading(padded, cached, packed, plain.shape[-1])
+
+
+def _pads(model: nn.Module, pair: Tensor, mask: Tensor, plain: Tensor) -> bool:
+    """Whether the first of two rows is read with padding as it is alone."""
+    layout = _padded(model, pair, mask, mask)
+    return _agree(model, plain[0], layout.pick(_values(layout.run(model)))[:_ROW])
 
 
 def _decodes(model: PreTrainedModel, pair: Tensor, mask: Tensor, plain: Tensor) -> bool:
@@ -294,6 +337,52 @@ def _decodes(model: PreTrainedModel, pair: Tensor, mask: Tensor, plain: Tensor) 
         state.read(model, pair[rows, column], torch.ones_like(rows, dtype=torch.bool))
         found.append(state.logits[2])
     return _agree(model, plain[0, _PROMPT - 1 : -1], torch.stack(found))
+
+
+def _packs(model: nn.Module) -> bool:
+    """Whether packed rows have the outputs and gradients of rows by themselves.
+
+    In the model's present modes: with gradient checkpointing where that is on.
+    """
+    with _undisturbed(model), torch.inference_mode(False), torch.enable_grad():
+        tokens = _tokens(model)[0]
+        prompts = torch.stack([tokens[i : i + _PROMPT] for i in (0, 1, 0)])  # two are equal
+        ids = torch.cat([prompts, tokens[-3 * _PROMPT :].view(3, -1)], dim=1)
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        mask[1, 0] = mask[0, -2:] = False
+        asked = before(mask[:, _PROMPT:], _PROMPT)
+        layouts = _shifted(ids, mask, asked), _packed(ids, mask, asked, _PROMPT)
+        (plain, plain_gradients), (packed, gradients) = (
+            _differentiated(model, layout, tokens.unique()) for layout in layouts
+        )
+    return _agree(model, plain, packed) and _agree(model, plain_gradients, gradients)
+
+
+def _differentiated(model: nn.Module, layout: Layout, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs ``[n, W]``, and gradients ``[K * D]`` of a sum by the embeddings of K tokens."""
+    outputs, embeddings = _with_embeddings(model, layout)
+    weights = torch.arange(outputs.numel(), device=outputs.device).cos().view_as(outputs)
+    loss = (outputs.where(outputs > _MASKED, 0.0) * weights).sum()
+    gradients = torch.autograd.grad(loss, embeddings)[0].flatten(0, 1)
+    number = torch.searchsorted(tokens, layout.inputs["input_ids"].flatten())
+    summed = gradients.new_zeros(len(tokens), gradients.shape[-1])
+    return outputs.detach(), summed.index_add(0, number, gradients).flatten()
+
+
+def _with_embeddings(model: nn.Module, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Outputs ``[n, W]``, and the embeddings ``[b, c, D]`` that they come from."""
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        seen.append(output.detach().requires_grad_())
+        return seen[-1]
+
+    hook = cast(PreTrainedModel, model).get_input_embeddings().register_forward_hook(keep)
+    try:
+        outputs = layout.pick(_values(layout.run(model)))
+    finally:
+        hook.remove()
+    return outputs, seen[0]
 
 
 def _works(attempt: Callable[[], bool]) -> bool:

@@ -164,13 +164,15 @@ class UpdateMetrics(_Collection):
         batch: TrainingBatch,
         clip_eps_low: float | None,
         clip_eps_high: float | None,
+        *,
+        packed: bool = False,
     ) -> None:
         """Count a micro-batch of this rank: losses, how far the policy has moved, padding."""
         for name, part in losses.parts.items():
             self.add_loss(name, part)
         if not self.engine_known and self.steps == self.skipped == 0:
             self.update_engine(losses.logprobs, batch)
-        self["policy/padding_fraction"].update(batch.padding())
+        self["policy/padding_fraction"].update(batch.padding(packed=packed))
         self.update_policy(losses.logprobs, batch, clip_eps_low, clip_eps_high)
 
     def update_policy(
@@ -221,6 +223,8 @@ class UpdateMetrics(_Collection):
     def flush(self) -> dict[str, float]:
         """Values over all ranks, then reset. Collective."""
         values = super().flush()
+        if values.get("rollout/engine_ratio_max") == -math.inf:  # of no token
+            values["rollout/engine_ratio_max"] = math.nan
         for name, loss in self.losses.items():
             assert isinstance(loss, Total)
             # A tag once logged goes on: Lightning would repeat its last value.

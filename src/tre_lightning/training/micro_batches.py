@@ -4,10 +4,14 @@ A pass over some rows computes as many columns as the longest prompt and the lon
 them take. Rows are sorted by length and cut into passes so that the columns computed, plus a fixed
 price for each pass, are fewest. How rows are laid out changes memory and speed, and results by
 rounding alone.
+
+A model that reads packed rows (:mod:`tre_lightning.policy.packing`) computes no padding, and a
+prompt once for all its rows in a pass: there, rows of one prompt share a pass.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby, pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -31,7 +35,7 @@ class PassLimit:
     """The most that one forward pass takes; None = no limit. One row always fits.
 
     Args:
-        tokens: rows x columns, prompts, responses and padding.
+        tokens: rows x columns, prompts, responses and padding; of packed rows, the tokens alone.
         rows: responses.
     """
 
@@ -120,6 +124,87 @@ def _cut(
     return float(price[0]), parts
 
 
+def packed_plan(
+    prompt_lengths: Sequence[int],
+    response_lengths: Sequence[int],
+    prompts: Sequence[int],
+    limit: PassLimit,
+    ranks: int = 1,
+) -> list[list[list[int]]]:
+    """The same as :func:`plan` for packed rows: those of one prompt share a pass where they fit.
+
+    Args:
+        prompt_lengths: tokens of the prompt of each of B rows.
+        response_lengths: tokens of each row's response.
+        prompts: number of each row's prompt, equal where prompts are.
+        limit: of a pass.
+        ranks: among which the rows are shared.
+
+    Example:
+        >>> packed_plan([9, 9, 9, 9], [1, 2, 3, 4], [0, 1, 0, 1], PassLimit(tokens=20))
+        [[[0, 2], [1, 3]]]
+    """
+
+    def fits(rows: Sequence[int]) -> bool:
+        once = {prompts[row]: prompt_lengths[row] for row in rows}
+        tokens = sum(once.values()) + sum(response_lengths[row] for row in rows)
+        return (limit.tokens is None or tokens <= limit.tokens) and (
+            limit.rows is None or len(rows) <= limit.rows
+        )
+
+    order = sorted(range(len(prompts)), key=lambda row: prompts[row])
+    passes = []
+    for part in _shares(order, prompt_lengths, response_lengths, prompts, ranks):
+        filled: list[list[int]] = []
+        for _, rows in groupby(part, key=lambda row: prompts[row]):
+            group = list(rows)
+            whole = fits(group)
+            for start, row in enumerate(group):
+                more = group if whole and start == 0 else [row]
+                if not filled or not fits([*filled[-1], *more]):
+                    filled.append([])
+                filled[-1].append(row)
+        passes.append(filled)
+    count = max(map(len, passes))
+    return [[*filled, *[[] for _ in range(count - len(filled))]] for filled in passes]
+
+
+def _shares(
+    order: Sequence[int],
+    prompt_lengths: Sequence[int],
+    response_lengths: Sequence[int],
+    prompts: Sequence[int],
+    ranks: int,
+) -> list[Sequence[int]]:
+    """Rows, those of one prompt side by side, in consecutive parts of about equal tokens.
+
+    A cut among rows of one prompt has that computed twice, which counts against it.
+    """
+    again = np.array(
+        [
+            prompt_lengths[row] * (prompts[row] == prompts[before])
+            for before, row in pairwise(order)
+        ],
+        dtype=np.int64,
+    )
+    tokens = np.array([prompt_lengths[row] + response_lengths[row] for row in order])
+    tokens[1:] -= again
+    until, price, cuts = np.append(0, tokens.cumsum()), np.pad(again, 1), [0]
+    for rank in range(1, ranks):
+        off = np.abs(until - until[-1] * rank / ranks) + price[: len(until)]
+        cuts.append(max(cuts[-1], int(off.argmin())))
+    return [order[start:end] for start, end in zip(cuts, [*cuts[1:], len(order)], strict=True)]
+
+
+def passes_of(
+    rollout: Rollout, limit: PassLimit, *, packed: bool, ranks: int = 1
+) -> list[list[list[int]]]:
+    """Row numbers of each pass of each rank, for a model that reads ``packed`` rows or not."""
+    if packed:
+        return packed_plan(*rollout.lengths(), rollout.prompts(), limit, ranks)
+    return plan(*rollout.lengths(), limit, ranks)
+
+
 def passes_over(
     batch: Rows, passes: Sequence[Sequence[int]], some: Tensor
 ) -> Iterator[tuple[Tensor, Rows]]:
@@ -139,7 +224,7 @@ def passes_over(
 
 
 def local_micro_batches(
-    minibatch: TrainingBatch, wanted: Tensor, limit: PassLimit
+    minibatch: TrainingBatch, wanted: Tensor, limit: PassLimit, *, packed: bool = False
 ) -> list[TrainingBatch]:
     """This rank's part of a global minibatch, in micro-batches; equally many on all ranks.
 
@@ -149,7 +234,8 @@ def local_micro_batches(
         minibatch: B responses.
         wanted: those that are computed, ``[B]`` bool.
         limit: of a pass.
+        packed: as in :func:`passes_of`.
     """
     (rank, ranks), some = world(), wanted.nonzero().squeeze(1)
-    passes = plan(*minibatch[some].lengths(), limit, ranks)[rank]
+    passes = passes_of(minibatch[some], limit, packed=packed, ranks=ranks)[rank]
     return [micro for _, micro in passes_over(minibatch, passes or [[]], some)]

@@ -15,6 +15,7 @@ from tre_lightning.training.advantages import Estimator
 from tre_lightning.training.kl import KLEstimator, KLPlace, check_kl, next_kl_coef
 from tre_lightning.training.micro_batches import PassLimit
 
+MinibatchesBy: TypeAlias = Literal["response", "prompt"]
 OldLogprobs: TypeAlias = Literal["sampler", "recompute"]
 MICRO_BATCH_TOKENS = 2048  # of ppo.micro_batch_tokens, where nothing is given
 
@@ -29,9 +30,14 @@ class PPOArgs:
             ``reinforce_pp`` (REINFORCE++: against the whole batch).
         num_epochs: passes over the rollout an iteration.
         num_minibatches: optimiser steps a pass.
-        micro_batch_tokens: most tokens of one forward and backward pass on one device: responses x
-            the columns of prompt, response and padding that the longest of them take (one response
-            always fits); changes memory and speed, not the result; none = 2048, or any number where
+        minibatches_by: what is shuffled and dealt out to minibatches: each ``response``, or each
+            ``prompt`` with all its responses, which are then computed with one pass over the
+            prompt.
+        micro_batch_tokens: most tokens of one forward and backward pass on one device (one response
+            always fits): those of responses and, once, of their prompts; of a model that cannot
+            read rows side by side (docs/performance.md), responses x the columns of prompt,
+            response and padding that the longest of them take; changes memory and speed, not the
+            result; none = 2048, or any number where
             micro_batch_size is given.
         micro_batch_size: most responses of such a pass, whatever their length; none = any number.
         old_logprobs: log-probabilities by the policy before the update, and its entropies:
@@ -69,6 +75,7 @@ class PPOArgs:
     estimator: Estimator = "gae"
     num_epochs: int = 1
     num_minibatches: int = 4
+    minibatches_by: MinibatchesBy = "response"
     micro_batch_tokens: int | None = None
     micro_batch_size: int | None = None
     old_logprobs: OldLogprobs | None = None
@@ -91,6 +98,7 @@ class PPOArgs:
 
     def __post_init__(self) -> None:
         one_of("model.ppo.estimator", self.estimator, get_args(Estimator))
+        one_of("model.ppo.minibatches_by", self.minibatches_by, get_args(MinibatchesBy))
         counts = ("num_epochs", "num_minibatches", "logits_memory", "max_skipped_updates")
         for name in (*counts, "micro_batch_tokens", "micro_batch_size"):
             if getattr(self, name) is not None:

@@ -237,9 +237,11 @@ class PPOModule(LightningModule):
         self._update_metrics.update_targets(batch)
 
         # 6. Update policy and critic.
+        together = self.rollout_args.num_responses if ppo.minibatches_by == "prompt" else 1
         for epoch in range(ppo.num_epochs):
             key = ("minibatches", self.seed, self.iteration, epoch)
-            for number, minibatch in enumerate(minibatches(batch, ppo.num_minibatches, *key)):
+            parts = minibatches(batch, ppo.num_minibatches, *key, together=together)
+            for number, minibatch in enumerate(parts):
                 self._update(weighed(minibatch, methods, (*key, number)), methods, lr_fraction)
 
         # 7. Log, and set the KL coefficient of the next iteration.
@@ -295,7 +297,8 @@ class PPOModule(LightningModule):
         ppo, optim = self.ppo_args, self.optim_args
         count = minibatch.response_mask.sum().clamp(min=1)
         wanted = contributing(minibatch, ppo, acting(methods), self.kl_coef)
-        micros = local_micro_batches(minibatch, wanted, ppo.pass_limit)
+        packed = self.actor_critic.packs
+        micros = local_micro_batches(minibatch, wanted, ppo.pass_limit, packed=packed)
         self._update_metrics.update_weights(minibatch)
         optimizer = cast(LightningOptimizer, self.optimizers(use_pl_optimizer=True))
         optimizer.zero_grad()
@@ -326,7 +329,9 @@ class PPOModule(LightningModule):
         asked = asked_by(terms, self._head_options)
         policy, values = self.actor_critic.loss(micro, asked, objective)
         losses = objective.losses(policy, values, count)
-        self._update_metrics.update(losses, micro, ppo.clip_eps_low, ppo.clip_eps_high)
+        packed = self.actor_critic.packs
+        clips = ppo.clip_eps_low, ppo.clip_eps_high
+        self._update_metrics.update(losses, micro, *clips, packed=packed)
         return losses.total
 
     # ----- held-out prompts

@@ -22,7 +22,7 @@ from tre_lightning.policy.actor_critic import ActorCritic
 from tre_lightning.policy.head import HeadOptions, head_outputs
 from tre_lightning.policy.sharding import is_sharded
 from tre_lightning.sampling.options import RolloutArgs
-from tre_lightning.training.micro_batches import PassLimit, passes_over, plan
+from tre_lightning.training.micro_batches import PassLimit, passes_of, passes_over
 from tre_lightning.training.objective import asked_by
 from tre_lightning.training.options import PPOArgs
 from tre_lightning.training.reference import Reference
@@ -209,11 +209,11 @@ def evaluate_rollout(
         groups = [(torch.arange(len(rollout), device=device), None)] if again else []
     padding = [mask.new_zeros(0)]
     for some, asked in groups:
-        (passes,) = plan(*rollout[some].lengths(), limit)
+        (passes,) = passes_of(rollout[some], limit, packed=model.packs)
         if is_sharded(model):  # ranks need each other's weights equally often
             passes += [[]] * (highest(len(passes), device) - len(passes))
         for numbers, micro in passes_over(rollout, passes, some):
-            padding.append(micro.padding().flatten())
+            padding.append(micro.padding(packed=model.packs).flatten())
             outputs, values, seen = None, None, None
             if asked is None:
                 values = model.values(micro)

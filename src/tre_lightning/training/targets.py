@@ -90,8 +90,14 @@ def token_rewards(experience: Experience, kl_coef: float, kl_estimator: KLEstima
     return rewards.scatter_add(1, last, scores.to(rewards) * mask.any(1, keepdim=True))
 
 
-def minibatches(batch: TrainingBatch, number: int, *key: int | str) -> Iterator[TrainingBatch]:
-    """``number`` random minibatches of nearly equal size, shuffled by ``key``."""
-    order = permutation(len(batch), *key).to(batch.response_ids.device)
-    for rows in order.tensor_split(number):
-        yield batch[rows]
+def minibatches(
+    batch: TrainingBatch, number: int, *key: int | str, together: int = 1
+) -> Iterator[TrainingBatch]:
+    """``number`` random minibatches of nearly equal size, shuffled by ``key``.
+
+    So many rows that follow each other stay ``together``: the responses to a prompt.
+    """
+    order = permutation(len(batch) // together, *key).to(batch.response_ids.device)
+    one = torch.arange(together, device=order.device)
+    for groups in order.tensor_split(number):
+        yield batch[(groups.unsqueeze(1) * together + one).flatten()]
