@@ -92,13 +92,13 @@ def get_model(model: str, out: str | None = None) -> Path:
         ValueError: if it cannot be had, or the directory is another model's.
     """
     packaged = PACKAGED.get(model)
+    name = Path(model).stem if is_gguf(model) else Path(model).name
+    directory = Path(_DEFAULT_PARENT, name) if out is None else Path(out)
+    check_directory("out", str(directory))
     if packaged is None:
         check_can_convert(model)
     else:
         check_reader(model)
-    name = Path(model).stem if is_gguf(model) else Path(model).name
-    directory = Path(_DEFAULT_PARENT, name) if out is None else Path(out)
-    check_directory("out", str(directory))
     with locked(directory, beside=True, wait=True):
         source = _source(model, packaged)
         if directory.exists():
