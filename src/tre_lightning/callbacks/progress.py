@@ -72,7 +72,8 @@ class RunProgress(ProgressBar):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Say what is first to come, which with a large model takes a while."""
         super().setup(trainer, pl_module, stage)
-        if stage == "validate" and self._enabled:
+        validates = stage == "validate" and trainer.limit_val_batches != 0  # type: ignore[attr-defined]
+        if validates and self._enabled:
             print("loading the model, then the held-out prompts", flush=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
