@@ -72,7 +72,7 @@ class RunProgress(ProgressBar):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Say what is first to come, which with a large model takes a while."""
         super().setup(trainer, pl_module, stage)
-        validates = stage == "validate" and trainer.limit_val_batches != 0  # type: ignore[attr-defined]
+        validates = stage == "validate" and trainer.limit_val_batches != 0
         if validates and self._enabled:
             print("loading the model, then the held-out prompts", flush=True)
 
