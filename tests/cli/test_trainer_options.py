@@ -346,7 +346,7 @@ def test_a_number_that_is_none_is_refused_by_its_full_name(group: str) -> None:
     assert fields
     for name, default, bad in fields:
         bad: Any = (bad, bad) if isinstance(default, tuple) else bad
-        others = {"top_p": None} if group == "model.diagnostics" and name != "top_p" else {}
+        others = {"top_p": None} if name in ("top_k", "min_p") else {}
         with pytest.raises(ValueError, match=rf"^(give )?{group}\.{name}=") as error:
             GROUPS[group](**others, **{name: bad})
         assert str(bad) in str(error.value)
