@@ -4,10 +4,10 @@ BIN := .venv/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train train-math train-hh test test-slow lint format tensorboard docker docker-lint docker-test clean
+.PHONY: help train train-math train-hh train-smollm2 test test-slow lint format tensorboard docker docker-lint docker-test clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
 	@echo 'ARGS="..." goes on to train..., test... and tensorboard; PYTHON=... picks the interpreter.'
 
 train: .venv/.stamp ## train the smallest example
@@ -21,6 +21,13 @@ train-hh: .venv/.stamp runs/hh_reward_tiny/model ## train the smallest example o
 
 runs/hh_reward_tiny/model: | .venv/.stamp
 	$(BIN)/python -m tre_lightning reward fit --config configs/reward/hh_tiny.yaml
+
+train-smollm2: .venv/.stamp runs/models/smollm2 ## train a real language model, SmolLM2-135M-Instruct
+	$(BIN)/python -m tre_lightning fit --config configs/smollm2.yaml $(ARGS)
+
+runs/models/smollm2: | .venv/.stamp
+	$(BIN)/pip install -q -c constraints.txt -e '.[gguf]'
+	$(BIN)/python -m tre_lightning model smollm2 --out $@
 
 test: .venv/.dev ## run the tests on all cores; fails under 90 % line coverage
 	$(BIN)/python -m pytest -n logical --dist worksteal --cov --cov-report=term-missing:skip-covered --cov-fail-under=90 $(ARGS)

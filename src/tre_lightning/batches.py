@@ -28,6 +28,7 @@ class PromptBatch:
     index: int
     first_row: int
     total_rows: int
+    questions: tuple[str, ...] = ()  # the same B prompts without what a chat template adds
 
     def __len__(self) -> int:
         return len(self.texts)

@@ -1,6 +1,7 @@
 """Tests of what TensorBoard shows beside the curves."""
 
 import io
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -184,20 +185,25 @@ def test_tokens_as_the_font_can_show_them(token: str, shown: str) -> None:
     assert printable(token) == shown
 
 
-def test_heat_map_colours_entropy_and_size() -> None:
+@pytest.mark.parametrize("vocabulary", [16, 49_152])
+def test_heat_map_colours_entropy_and_size_up_to_those_of_the_vocabulary(vocabulary: int) -> None:
     def colors(entropy: float, size: int) -> set[tuple[int, ...]]:
-        drawn = heat_map([Sample("", ["w" * 9], [entropy], [size])])
+        drawn = heat_map([Sample("", ["w" * 9], [entropy], [size])], vocabulary)
         cells = drawn[40:, :100].reshape(-1, 3).tolist()  # below the legend
         return {(red, green, blue) for red, green, blue in cells}
 
-    assert (140, 0, 30) in colors(3.0, 1) and (140, 0, 30) in colors(7.0, 1)
-    assert (253, 174, 97) in colors(1.5, 1) and (253, 174, 97) not in colors(0.0, 1)
-    assert (30, 40, 120) in colors(0.0, 4000) and (30, 40, 120) not in colors(3.0, 2)
+    most = math.log(vocabulary)
+    assert (140, 0, 30) in colors(most, 1) and (140, 0, 30) not in colors(most / 2, 1)
+    assert (253, 174, 97) in colors(most / 4, 1) and (253, 174, 97) not in colors(0.0, 1)
+    root = round(vocabulary**0.5)
+    assert (30, 40, 120) in colors(0.0, vocabulary) and (30, 40, 120) not in colors(most, root)
+    assert {(255, 255, 255)} <= colors(-1e-9, 1) - {(140, 0, 30)}
     assert (128, 128, 128) in colors(float("nan"), 1)
 
 
 def test_heat_map_wraps_and_ends() -> None:
     def height(tokens: int) -> int:
-        return len(heat_map([Sample("prompt", ["token"] * tokens, [0.0] * tokens, [1] * tokens)]))
+        sample = Sample("prompt", ["token"] * tokens, [0.0] * tokens, [1] * tokens)
+        return len(heat_map([sample], 50))
 
     assert height(2) == height(3) < height(100) < height(256) < height(257) == height(100_000)

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 
 import runs
 from tre_lightning import methods
+from tre_lightning.cli.checks import warn_of_slow_bfloat16
 from tre_lightning.cli.main import PPOCLI, main
 from tre_lightning.cli.warm_start import WarmStart
 from tre_lightning.methods import LinearSchedule, Method
@@ -345,9 +346,7 @@ def test_a_number_that_is_none_is_refused_by_its_full_name(group: str) -> None:
     assert fields
     for name, default, bad in fields:
         bad: Any = (bad, bad) if isinstance(default, tuple) else bad
-        others = (
-            {"top_p": None} if group == "model.diagnostics" and name in ("top_k", "min_p") else {}
-        )
+        others = {"top_p": None} if name in ("top_k", "min_p") else {}
         with pytest.raises(ValueError, match=rf"^(give )?{group}\.{name}=") as error:
             GROUPS[group](**others, **{name: bad})
         assert str(bad) in str(error.value)
@@ -416,3 +415,43 @@ def supervised(command: str, directory: Path) -> list[str]:
     file.write_text(json.dumps(config))
     run_dir = f"--trainer.default_root_dir={directory / 'run'}"
     return [command, "fit", "--config", str(file), run_dir]
+
+
+@pytest.mark.parametrize(
+    ("precision", "flags", "warned"),
+    [
+        ("bf16-mixed", "fpu avx512f", True),
+        ("bf16-true", "fpu avx512f", True),
+        ("bf16-mixed", "fpu avx512_bf16 avx512f", False),
+        ("bf16-mixed", "fp asimd bf16", False),  # of ARM
+        ("bf16-mixed", None, False),  # nothing is known
+        ("32-true", "fpu avx512f", False),
+    ],
+)
+def test_bfloat16_without_instructions_for_it_is_a_warning(
+    precision: Any,
+    flags: str | None,
+    warned: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    if flags is not None:
+        cpuinfo.write_text(f"processor\t: 0\nflags\t\t: {flags}\n\n")
+    trainer = Trainer(accelerator="cpu", precision=precision, logger=False, barebones=True)
+    capsys.readouterr()
+    warn_of_slow_bfloat16(trainer, cpuinfo)
+    line = capsys.readouterr().err
+    assert line.startswith(f"warning: trainer.precision={precision} is slower") == warned
+    assert line.count("\n") == int(warned)
+
+
+def test_a_pretrained_model_is_warmed_up_gently() -> None:
+    task: dict[str, Any] = {"class_path": "x.Task", "init_args": {}}
+    scratch = {"model": None, "architecture": {"model_type": "llama"}, "tokenizer": None}
+    pretrained = {"model": "some/model", "architecture": None, "tokenizer": None}
+    for policy, rate in ((scratch, 4e-3), (pretrained, 2e-5)):
+        by_default, said = WarmStart(), WarmStart(lr=rate)
+        assert by_default.config(Path(), policy, task, 1)["model"]["lr"] == rate
+        assert by_default.directory(policy, task, 1) == said.directory(policy, task, 1)
+        assert WarmStart(lr=1e-3).directory(policy, task, 1) != said.directory(policy, task, 1)

@@ -22,6 +22,7 @@ import runs
 import tre_lightning.sampling.in_process
 import tre_lightning.training.objective
 from tre_lightning.batches import PromptBatch
+from tre_lightning.callbacks import checkpoint
 from tre_lightning.callbacks.checkpoint import IterationCheckpoint, find_checkpoint
 from tre_lightning.callbacks.progress import RunProgress
 from tre_lightning.common.distributed import world
@@ -178,7 +179,7 @@ class FakeTrainer(SimpleNamespace):
 def save(tmp_path: Path) -> Callable[[], None]:
     """Write the next ``last.ckpt``."""
     trainer, callback = FakeTrainer(default_root_dir=tmp_path), IterationCheckpoint()
-    return lambda: callback._save(trainer, "last.ckpt")  # type: ignore[arg-type]
+    return lambda: callback._save(trainer, ["last.ckpt"])  # type: ignore[arg-type]
 
 
 def names(run_dir: Path) -> list[str]:
@@ -216,6 +217,88 @@ def test_there_is_always_a_good_checkpoint(
     assert moments == 4
 
 
+def test_one_file_has_all_the_names_of_a_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, callback = FakeTrainer(default_root_dir=tmp_path), IterationCheckpoint()
+    folder = tmp_path / "checkpoints"
+    callback._save(trainer, ["last.ckpt", "best.ckpt", "iteration=1.ckpt"])  # type: ignore[arg-type]
+    assert names(tmp_path) == ["best.ckpt", "iteration=1.ckpt", "last.ckpt"]
+    assert len({path.stat().st_ino for path in folder.iterdir()}) == 1
+    callback._save(trainer, ["last.ckpt"])  # type: ignore[arg-type]
+    assert runs.saved_iteration(tmp_path, "best") == 1  # it stays when the last one goes on
+    monkeypatch.setattr(os, "link", no_links)
+    callback._save(trainer, ["last.ckpt", "best.ckpt"])  # type: ignore[arg-type]
+    assert runs.saved_iteration(tmp_path, "best") == runs.saved_iteration(tmp_path) == 3
+    assert not [path for path in folder.iterdir() if path.suffix == ".partial"]
+
+
+def saves(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, *flags: str
+) -> list[tuple[int, Sequence[str]]]:
+    """The iteration and the names of every save of the tiny run, taken for one of a large model."""
+    made = []
+    original = IterationCheckpoint._save
+
+    def noted(self: IterationCheckpoint, trainer: Any, names: Sequence[str]) -> None:
+        made.append((trainer.lightning_module.iteration, names))
+        original(self, trainer, names)
+
+    monkeypatch.setattr(IterationCheckpoint, "_save", noted)
+    monkeypatch.setattr(checkpoint, "_LARGE", 0)
+    runs.run(run_dir, *flags)
+    return made
+
+
+def test_a_large_model_is_saved_when_it_is_better_and_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = saves(tmp_path / "run", monkeypatch)
+    others = [iteration for iteration, names in made if "best.ckpt" not in names]
+    assert set(others) <= {runs.ITERATIONS} and made[-1][0] == runs.ITERATIONS
+    assert any("best.ckpt" in names for _, names in made)
+    assert "previous.ckpt" not in names(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "flag", ["--checkpoint.every_n_minutes=0", "--checkpoint.every_n_iterations=1"]
+)
+def test_a_large_model_is_saved_as_often_as_is_said(
+    flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = saves(tmp_path / "run", monkeypatch, flag)
+    # The last iteration of an epoch before its validation, and after it.
+    assert [iteration for iteration, _ in made] == [1, 2, 2, 3, 4, 4]
+
+
+def test_no_more_is_lost_than_the_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock of iterations that take 50 s each, and one that takes 400 s."""
+    now = 0.0
+    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(checkpoint, "_LARGE", 0)
+    progress = SimpleNamespace(current=SimpleNamespace(ready=1))
+    trainer: Any = FakeTrainer(
+        received_sigterm=False,
+        should_stop=False,
+        is_last_batch=False,
+        max_epochs=9,
+        max_steps=-1,
+        global_step=0,
+        fit_loop=SimpleNamespace(epoch_progress=progress),
+        strategy=SimpleNamespace(broadcast=lambda value: value),
+    )
+    module: Any = SimpleNamespace(iteration=0, parameters=lambda: [torch.zeros(1)])
+    callback = IterationCheckpoint(every_n_minutes=2.0)
+    saved = []
+    monkeypatch.setattr(callback, "_save", lambda trainer, names: saved.append(now))
+    callback.on_train_start(trainer, module)
+    for seconds in (50.0, 50.0, 50.0, 50.0, 400.0, 50.0, 50.0):
+        now += seconds
+        module.iteration += 1
+        callback.on_train_batch_end(trainer, module, None, None, 0)
+    assert saved == [100.0, 200.0, 600.0, 700.0]
+
+
 def truncate(file: Path) -> None:
     os.truncate(file, file.stat().st_size * 2 // 3)
 
@@ -250,14 +333,14 @@ def test_a_damaged_checkpoint_does_not_replace_the_good_one(tmp_path: Path) -> N
     for iteration in (1, 2):
         trainer = FakeTrainer(default_root_dir=tmp_path, saves=iteration - 1)
         callback = IterationCheckpoint()
-        callback._save(trainer, "last.ckpt")  # type: ignore[arg-type]
+        callback._save(trainer, ["last.ckpt"])  # type: ignore[arg-type]
     truncate(tmp_path / "checkpoints" / "last.ckpt")
     trainer = FakeTrainer(default_root_dir=tmp_path, saves=2)
     callback = IterationCheckpoint()  # of the resumed run
-    callback._save(trainer, "last.ckpt")  # type: ignore[arg-type]
+    callback._save(trainer, ["last.ckpt"])  # type: ignore[arg-type]
     assert runs.saved_iteration(tmp_path) == 3
     assert runs.saved_iteration(tmp_path, "previous") == 1
-    callback._save(trainer, "last.ckpt")  # type: ignore[arg-type]
+    callback._save(trainer, ["last.ckpt"])  # type: ignore[arg-type]
     assert runs.saved_iteration(tmp_path, "previous") == 3
 
 

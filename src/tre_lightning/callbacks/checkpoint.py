@@ -3,7 +3,9 @@
 import math
 import os
 import re
+import shutil
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
@@ -23,49 +25,69 @@ from tre_lightning.common.errors import CheckpointError
 from tre_lightning.common.validation import at_least
 
 FOLDER = "checkpoints"
-LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
+_LARGE = 256 * 2**20  # bytes; a larger checkpoint is not written after every iteration
 _OF_THE_RUN = ("iterations_an_epoch", "prompts", "slurm_job")
 
 
 class IterationCheckpoint(Checkpoint):
-    """Writes ``last.ckpt`` every few iterations and ``best.ckpt`` after a better validation.
+    """Writes ``last.ckpt`` now and then, and ``best.ckpt`` after a better validation.
 
     Lightning's own ModelCheckpoint counts optimiser steps, of which an iteration has many. Only
-    whole iterations are saved, so an error inside an update loses that iteration and no more; a
-    checkpoint is written beside its target and then renamed, so a kill never leaves half a file.
-    The ``last.ckpt`` before it stays as ``previous.ckpt``.
+    whole iterations are saved, so an error inside an update loses no more than what was done since
+    the last save; a checkpoint is written beside its target and then renamed, so a kill never
+    leaves half a file. Unless checkpoints are large, the ``last.ckpt`` before it stays as
+    ``previous.ckpt``. What has several names is one file, where the file system knows hard links.
 
     The last iteration of an epoch is saved when the epoch's validation begins, in the state in
     which Lightning repeats the whole validation on resume, and again after it.
     """
 
     def __init__(
-        self, every_n_iterations: int = 1, monitor: str = "val/pass@1", keep_all: bool = False
+        self,
+        every_n_iterations: int | None = None,
+        every_n_minutes: float = 5.0,
+        monitor: str = "val/pass@1",
+        keep_all: bool = False,
     ) -> None:
         """Keep the options.
 
         Args:
             every_n_iterations: PPO iterations between two checkpoints; the end of an epoch is
-                always saved.
+                always saved. none = 1 where a checkpoint takes less than 256 MiB, else by
+                every_n_minutes.
+            every_n_minutes: of a large model, an iteration is saved if the next one would end so
+                long after the last save; a better validation and the end of the run are saved too.
             monitor: metric of which ``best.ckpt`` holds the highest value.
             keep_all: also keep ``iteration=N.ckpt`` of every save.
         """
-        at_least("checkpoint.every_n_iterations", every_n_iterations, 1)
+        if every_n_iterations is not None:
+            at_least("checkpoint.every_n_iterations", every_n_iterations, 1)
+        at_least("checkpoint.every_n_minutes", every_n_minutes, 0)
         self.every_n_iterations = every_n_iterations
+        self.every_n_minutes = every_n_minutes
         self.monitor = monitor
         self.keep_all = keep_all
         self.best_score = -math.inf
+        self.saved = 0  # the last iteration that was saved
         self._wrote_last = False
+        self._large = False
+        self._saved_at = self._ended_at = 0.0  # clock after the last save, and the last iteration
+        self._improved = False  # a best that is not saved yet
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See how large a checkpoint is; start the clock."""
+        self._large = _checkpoint_bytes(pl_module) >= _LARGE
+        self.saved = cast(int, pl_module.iteration)  # a resumed run comes from there
+        self._saved_at = self._ended_at = time.monotonic()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save the iteration that has just ended, unless the epoch ends with it."""
-        iteration = cast(int, pl_module.iteration)
-        stops = trainer.received_sigterm or trainer.should_stop
-        due = iteration % self.every_n_iterations == 0 or stops
-        if due and not trainer.is_last_batch:
+        if not trainer.is_last_batch and self._is_due(trainer, pl_module):
             self._save_last(trainer, pl_module)
+        self._ended_at = time.monotonic()
 
     def on_validation_batch_start(
         self,
@@ -80,6 +102,8 @@ class IterationCheckpoint(Checkpoint):
             return
         if _stops_within_epoch(trainer):
             return  # saved already, and a resumed run has no validation here
+        if not self._is_due(trainer, pl_module, epoch_ends=True):
+            return
         # Lightning repeats a validation that looks cut off: one step started, none finished.
         progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
         counts = [cast(Any, progress.total), cast(Any, progress.current)]
@@ -91,18 +115,23 @@ class IterationCheckpoint(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last iteration of the epoch, unless the epoch was cut short and will go on."""
-        if not _stops_within_epoch(trainer):
+        if _stops_within_epoch(trainer):
+            return
+        if self._improved or self._is_due(trainer, pl_module, epoch_ends=True):
             self._save_last(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the best so far."""
+        """Save the best so far, with the epoch that ends with this validation."""
         if not self._fits(trainer):
             return
         self.check_monitor(trainer)
         score = float(trainer.callback_metrics[self.monitor])
         if score > self.best_score:
             self.best_score = score
-            self._save(trainer, "best.ckpt")
+            self._improved = True
+            if _stops_within_epoch(trainer):  # the iteration was saved when it ended
+                self._save(trainer, [BEST])
+                self._improved = False
 
     def check_monitor(self, trainer: Trainer) -> None:
         """Refuse a ``monitor`` that the last validation did not log."""
@@ -130,13 +159,34 @@ class IterationCheckpoint(Checkpoint):
     def _fits(trainer: Trainer) -> bool:
         return trainer.state.fn == "fit" and not trainer.sanity_checking
 
-    def _save_last(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._save(trainer, LAST)
-        if self.keep_all:
-            self._save(trainer, f"iteration={pl_module.iteration}.ckpt")
+    def _is_due(
+        self, trainer: Trainer, pl_module: LightningModule, *, epoch_ends: bool = False
+    ) -> bool:
+        """Whether the last iteration is to be saved; all ranks say the same."""
+        if _run_ends(trainer, epoch_ends=epoch_ends):
+            return True
+        every = self.every_n_iterations or (None if self._large else 1)
+        if every is not None:
+            return epoch_ends or cast(int, pl_module.iteration) % every == 0
+        now = time.monotonic()
+        until_next = (now - self._saved_at) + (now - self._ended_at)
+        due = trainer.strategy.broadcast(until_next >= 60.0 * self.every_n_minutes)
+        return bool(due)
 
-    def _save(self, trainer: Trainer, name: str) -> None:
-        target = folder(trainer.default_root_dir) / name
+    def _save_last(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        names = [LAST]
+        if self.keep_all:
+            names.append(f"iteration={pl_module.iteration}.ckpt")
+        if self._improved:
+            names.append(BEST)
+        self._save(trainer, names)
+        self.saved = cast(int, pl_module.iteration)
+        self._saved_at = time.monotonic()
+        self._improved = False
+
+    def _save(self, trainer: Trainer, names: Sequence[str]) -> None:
+        """Write the state of the run once, under the first name, and give it the others."""
+        target = folder(trainer.default_root_dir) / names[0]
         partial = target.with_suffix(".partial")
         with agreed(), _as_checkpoint_error(target, partial):
             try:
@@ -147,7 +197,9 @@ class IterationCheckpoint(Checkpoint):
                 raise
             if trainer.is_global_zero:
                 self._read_back(trainer, partial)
-                if name == LAST:
+                for name in names[1:]:
+                    _also_named(partial, target.with_name(name))
+                if names[0] == LAST and not self._large:
                     self._keep_previous(target)
                 partial.replace(target)
 
@@ -165,14 +217,34 @@ class IterationCheckpoint(Checkpoint):
         good = self._wrote_last or damage(last) is None
         self._wrote_last = True
         if good and last.exists():
-            previous, link = last.with_name(PREVIOUS), last.with_name("previous.partial")
-            link.unlink(missing_ok=True)
-            try:
-                os.link(last, link)
-            except OSError:  # a file system without hard links: for a moment there is no last.ckpt
-                last.replace(previous)
-            else:
-                link.replace(previous)
+            _also_named(last, last.with_name(PREVIOUS))
+
+
+def _also_named(file: Path, name: Path) -> None:
+    """Let a file have another name; a copy where the file system has no hard links."""
+    partial = name.with_name(f"{name.stem}.link.partial")
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(file, partial)
+    except OSError:
+        shutil.copyfile(file, partial)
+    partial.replace(name)
+
+
+def _run_ends(trainer: Trainer, *, epoch_ends: bool) -> bool:
+    """Whether nothing is trained after this iteration, as far as it is known by now."""
+    epochs = trainer.fit_loop.epoch_progress.current.ready
+    last = trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epochs
+    steps = 0 <= trainer.max_steps <= trainer.global_step
+    return trainer.received_sigterm or trainer.should_stop or steps or (epoch_ends and last)
+
+
+def _checkpoint_bytes(module: LightningModule) -> int:
+    """About how large a checkpoint is: the weights, and two moments of what is trained."""
+    return sum(
+        parameter.numel() * parameter.element_size() * (3 if parameter.requires_grad else 1)
+        for parameter in module.parameters()
+    )
 
 
 def _stops_within_epoch(trainer: Trainer) -> bool:

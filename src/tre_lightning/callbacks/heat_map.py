@@ -1,8 +1,9 @@
 """A picture of responses: each token's text on the colour of its entropy, region size beneath."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -13,7 +14,7 @@ Color = tuple[int, int, int]
 # White to dark, by share of the scale.
 _ENTROPY: Sequence[Color] = ((255, 255, 255), (253, 174, 97), (140, 0, 30))
 _SIZE: Sequence[Color] = ((255, 255, 255), (116, 173, 209), (30, 40, 120))
-_TOP = 3.0  # nats: the darkest colour; a region of e^3 = 20 tokens has that of its logarithm
+_STEPS = 6  # of the legend, from white to the darkest
 
 _WIDTH, _MARGIN, _PAD = 840, 12, 4
 _TOKEN_HEIGHT, _SIZE_HEIGHT, _LINE_GAP = 24, 18, 6
@@ -21,6 +22,25 @@ _LONGEST_TOKEN, _LONGEST_TITLE, _MOST_TOKENS = 24, 100, 256
 
 _TEXT = ImageFont.load_default(16)
 _SMALL = ImageFont.load_default(13)
+
+
+class _Scales(NamedTuple):
+    """Shares of the colour scales; both end where a vocabulary of this many tokens does."""
+
+    vocabulary: int
+
+    @property
+    def top(self) -> float:
+        """The largest entropy, nats, and the logarithm of the largest region."""
+        return math.log(max(self.vocabulary, 2))
+
+    def entropy(self, nats: float) -> float:
+        """The square root of the share, so that the small ones, which most are, can be told."""
+        return math.sqrt(max(nats, 0.0) / self.top)
+
+    def size(self, tokens: float) -> float:
+        """The share of the logarithm."""
+        return math.log(max(tokens, 1)) / self.top
 
 
 @dataclass(frozen=True)
@@ -33,15 +53,20 @@ class Sample:
     sizes: Sequence[int]  # n, tokens in the region
 
 
-def heat_map(samples: Sequence[Sample]) -> Tensor:
+def heat_map(samples: Sequence[Sample], vocabulary: int) -> Tensor:
     """Draw responses one below the other, ``[H, W, 3]`` uint8.
 
-    Tokens flow like text. The colour scales are fixed, so pictures of different iterations compare.
-    Of a long response only the beginning is drawn.
+    Tokens flow like text. The colour scales are those of the vocabulary, so pictures of different
+    iterations compare. Of a long response only the beginning is drawn.
+
+    Args:
+        samples: the responses.
+        vocabulary: tokens that the policy knows.
     """
-    height = _draw(None, samples)
+    scales = _Scales(vocabulary)
+    height = _draw(None, samples, scales)
     image = Image.new("RGB", (_WIDTH, height), "white")
-    _draw(ImageDraw.Draw(image), samples)
+    _draw(ImageDraw.Draw(image), samples, scales)
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(height, _WIDTH, 3)
 
 
@@ -58,15 +83,15 @@ def printable(text: str) -> str:
     return _shortened(escaped, _LONGEST_TOKEN)
 
 
-def _draw(draw: ImageDraw.ImageDraw | None, samples: Sequence[Sample]) -> int:
+def _draw(draw: ImageDraw.ImageDraw | None, samples: Sequence[Sample], scales: _Scales) -> int:
     """Draw everything, or with None only measure; the height in pixels."""
-    y = _legend(draw, _MARGIN)
+    y = _legend(draw, _MARGIN, scales)
     for sample in samples:
         y += 2 * _LINE_GAP
         title = _shortened(" ".join(printable_words(sample.title)), _LONGEST_TITLE)
         _write(draw, (_MARGIN, y), title, _TEXT, (0, 0, 0))
         y += _TOKEN_HEIGHT
-        y = _tokens(draw, y, sample)
+        y = _tokens(draw, y, sample, scales)
     return y + _MARGIN
 
 
@@ -75,7 +100,7 @@ def printable_words(text: str) -> list[str]:
     return [printable(word) for word in text.split()]
 
 
-def _tokens(draw: ImageDraw.ImageDraw | None, y: int, sample: Sample) -> int:
+def _tokens(draw: ImageDraw.ImageDraw | None, y: int, sample: Sample, scales: _Scales) -> int:
     x = _MARGIN
     rows = zip(sample.tokens, sample.entropies, sample.sizes, strict=True)
     for token, entropy, size in list(rows)[:_MOST_TOKENS]:
@@ -84,9 +109,11 @@ def _tokens(draw: ImageDraw.ImageDraw | None, y: int, sample: Sample) -> int:
         if x + width > _WIDTH - _MARGIN and x > _MARGIN:
             x, y = _MARGIN, y + _TOKEN_HEIGHT + _SIZE_HEIGHT + _LINE_GAP
         below = y + _TOKEN_HEIGHT
-        _cell(draw, (x, y, x + width, below), text, _TEXT, _color(_ENTROPY, entropy))
+        _cell(
+            draw, (x, y, x + width, below), text, _TEXT, _color(_ENTROPY, scales.entropy(entropy))
+        )
         box = (x, below, x + width, below + _SIZE_HEIGHT)
-        _cell(draw, box, number, _SMALL, _color(_SIZE, math.log(max(size, 1))))
+        _cell(draw, box, number, _SMALL, _color(_SIZE, scales.size(size)))
         x += width + 1
     y += _TOKEN_HEIGHT + _SIZE_HEIGHT + _LINE_GAP
     left = len(sample.tokens) - _MOST_TOKENS
@@ -96,20 +123,26 @@ def _tokens(draw: ImageDraw.ImageDraw | None, y: int, sample: Sample) -> int:
     return y
 
 
-def _legend(draw: ImageDraw.ImageDraw | None, y: int) -> int:
-    scales: list[tuple[str, Sequence[Color], Callable[[float], str]]] = [
-        ("entropy, nats", _ENTROPY, lambda value: f"{value:g}"),
-        ("region size, tokens", _SIZE, lambda value: f"{math.exp(value):.0f}"),
-    ]
-    for x, (name, colors, label) in zip((_MARGIN, _WIDTH // 2), scales, strict=True):
+def _legend(draw: ImageDraw.ImageDraw | None, y: int, scales: _Scales) -> int:
+    shares = [step / _STEPS for step in range(_STEPS + 1)]
+    entropies = [scales.top * share**2 for share in shares]
+    sizes = [math.exp(scales.top * share) for share in shares]
+    both = (
+        ("entropy, nats", _ENTROPY, [f"{value:.2g}" for value in entropies]),
+        ("region size, tokens", _SIZE, [_short(value) for value in sizes]),
+    )
+    for x, (name, colors, labels) in zip((_MARGIN, _WIDTH // 2), both, strict=True):
         _write(draw, (x, y), name, _SMALL, (0, 0, 0))
         x += 140
-        for step in range(7):
-            value = _TOP * step / 6
-            text = label(value) + ("+" if step == 6 else "")
-            _cell(draw, (x, y, x + 36, y + _SIZE_HEIGHT), text, _SMALL, _color(colors, value))
+        for share, label in zip(shares, labels, strict=True):
+            _cell(draw, (x, y, x + 36, y + _SIZE_HEIGHT), label, _SMALL, _color(colors, share))
             x += 36
     return y + _SIZE_HEIGHT
+
+
+def _short(number: float) -> str:
+    """A number in four characters."""
+    return f"{number:.0f}" if number < 1000 else f"{number / 1000:.{int(number < 9950)}f}k"
 
 
 def _cell(
@@ -137,15 +170,15 @@ def _write(
         draw.text(place, text, fill=color, font=font)
 
 
-def _color(colors: Sequence[Color], value: float) -> Color:
-    """The colour of a value in nats; grey for NaN."""
-    if math.isnan(value):
+def _color(colors: Sequence[Color], share: float) -> Color:
+    """The colour at a share of the scale; grey for NaN."""
+    if math.isnan(share):
         return (128, 128, 128)
-    place = min(max(value / _TOP, 0.0), 1.0) * (len(colors) - 1)
+    place = min(max(share, 0.0), 1.0) * (len(colors) - 1)
     low = min(int(place), len(colors) - 2)
-    share = place - low
     red, green, blue = (
-        round(a + (b - a) * share) for a, b in zip(colors[low], colors[low + 1], strict=True)
+        round(a + (b - a) * (place - low))
+        for a, b in zip(colors[low], colors[low + 1], strict=True)
     )
     return red, green, blue
 

@@ -86,7 +86,8 @@ class Inspection(Callback):
         samples = _samples(trainer, module, batch, outputs["rollout"][rows], scores)
         if not trainer.is_global_zero:
             return
-        picture = heat_map(samples)
+        config = module.actor_critic.policy.config
+        picture = heat_map(samples, config.get_text_config().vocab_size)
         # The step at which Lightning logs this validation's scores.
         step = max(module.iteration - 1, 0)
         for writer in writers:
@@ -110,7 +111,8 @@ def _samples(
     with torch.no_grad(), trainer.precision_plugin.val_step_context():
         stats = module.entropies(rollout)
     samples = []
-    for row, (prompt, score) in enumerate(zip(batch.texts, scores, strict=False)):
+    titles = batch.questions or batch.texts
+    for row, (prompt, score) in enumerate(zip(titles, scores, strict=False)):
         mask = rollout.response_mask[row]
         ids = rollout.response_ids[row][mask].tolist()
         samples.append(

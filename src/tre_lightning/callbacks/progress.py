@@ -69,6 +69,13 @@ class RunProgress(ProgressBar):
         """Show the bar."""
         self._enabled = True
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Say what is first to come, which with a large model takes a while."""
+        super().setup(trainer, pl_module, stage)
+        validates = stage == "validate" and trainer.limit_val_batches != 0
+        if validates and self._enabled:
+            print("loading the model, then the held-out prompts", flush=True)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the bar where the run starts or goes on."""
         self._total = total_batches(trainer)

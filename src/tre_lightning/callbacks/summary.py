@@ -2,11 +2,14 @@
 
 import json
 import re
+import resource
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -32,6 +35,7 @@ class RunSummary(Callback):
         self.after: dict[str, float] = {}
         self.validated = 0  # iterations before the last validation
         self.seconds = 0.0
+        self.tokens = 0.0  # sampled in training, over all devices
         self._started = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -48,6 +52,13 @@ class RunSummary(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self._started = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the tokens of the iteration that has just ended."""
+        responses = batch.total_rows * cast(PPOModule, pl_module).rollout_args.num_responses
+        self.tokens += float(trainer.callback_metrics["rollout/response_length"]) * responses
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock and export the policy."""
@@ -77,20 +88,22 @@ class RunSummary(Callback):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The scores, and the seconds trained so far."""
+        """The scores, and the seconds and tokens so far."""
         running = time.perf_counter() - self._started
         return {
             "before": self.before,
             "after": self.after,
             "seconds": self.seconds + running,
+            "tokens": self.tokens,
             "validated": self.validated,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the scores and seconds of the resumed run."""
+        """Restore what the resumed run has counted."""
         self.before = state_dict["before"]
         self.after = state_dict["after"]
         self.seconds = state_dict["seconds"]
+        self.tokens = state_dict.get("tokens", 0.0)
         self.validated = state_dict.get("validated", 0)
 
     @staticmethod
@@ -113,9 +126,12 @@ class RunSummary(Callback):
         trained = f"trained {self.seconds:.0f} s"
         if warm_start_seconds is not None:
             trained += f" after a warm start of {warm_start_seconds:.0f} s"
+        speed = self.tokens / max(self.seconds, 1e-9)
+        trained += f"\ncost         {speed:.0f} response tokens/s, peak memory {_peak_memory()}"
         run_dir = trainer.default_root_dir
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return console.print(f"{trained}\ntrainer.fast_dev_run: nothing was kept")
+            nothing = f"{trained}\ntrainer.fast_dev_run: nothing was kept"
+            return console.print(nothing, soft_wrap=True, highlight=False)
         console.print(f"{trained}\nlogs         {run_dir}", soft_wrap=True, highlight=False)
         if not trainer.checkpoint_callbacks:
             console.print("checkpoints  none (trainer.enable_checkpointing=false)", soft_wrap=True)
@@ -127,6 +143,16 @@ class RunSummary(Callback):
             console.print(
                 f"look at it   tensorboard --logdir {run_dir}", soft_wrap=True, highlight=False
             )
+
+
+def _peak_memory() -> str:
+    """The most that this process has held at a time, and its GPU."""
+    unit = 1 if sys.platform == "darwin" else 2**10
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    text = f"{largest / 1e9:.1f} GB"
+    if torch.cuda.is_available():
+        text += f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB on the GPU"
+    return text
 
 
 class PredictionWriter(BasePredictionWriter):

@@ -7,6 +7,8 @@ A leading ``sft`` trains on demonstrations instead: ``python -m tre_lightning sf
 A leading ``reward`` trains a reward model on pairs of responses. ``fit`` alone does so too where
 the last ``data.class_path`` that is given, in a file or as a flag, is ``PreferencePairs``: the data
 say what is trained.
+
+A leading ``model`` gets a language model to train (:mod:`tre_lightning.cli.model`).
 """
 
 import logging
@@ -49,6 +51,7 @@ from tre_lightning.callbacks.monitors import MonitorCheck, monitors, others_log,
 from tre_lightning.callbacks.progress import RunProgress
 from tre_lightning.callbacks.stop import LAUNCHER, GracefulStop
 from tre_lightning.callbacks.summary import PredictionWriter, RunSummary
+from tre_lightning.cli import model as model_command
 from tre_lightning.cli import trainer_options
 from tre_lightning.cli.checks import (
     check_devices,
@@ -57,6 +60,7 @@ from tre_lightning.cli.checks import (
     check_resumed,
     check_run,
     check_seed,
+    warn_of_slow_bfloat16,
 )
 from tre_lightning.cli.config_files import read_config, with_layers
 from tre_lightning.cli.dry_run import report, shorten
@@ -118,7 +122,9 @@ def main(args: Sequence[str] | None = None) -> LightningCLI:
 def run() -> None:
     """Console entry point, with the exit codes of :func:`main` for Ctrl-C during imports too."""
     try:
-        if main().trainer.received_sigterm:
+        if sys.argv[1:2] == ["model"]:
+            model_command.main(sys.argv[2:])
+        elif main().trainer.received_sigterm:
             sys.exit(143)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
@@ -438,6 +444,7 @@ class _CLI(LightningCLI):
         """Run the command; an expected failure becomes one line and an exit code."""
         if "LOCAL_RANK" not in os.environ:  # else started by that process, or by another launcher
             os.environ[LAUNCHER] = str(os.getpid())
+        warn_of_slow_bfloat16(self.trainer)
         requeue = Requeue(self.trainer, wanted=subcommand == "fit")
         try:
             with requeue:
@@ -605,7 +612,7 @@ class ServerErrorCheckpoint(Callback):
             not isinstance(exception, RewardServerError)
             or not trainer.training
             or progress.current.completed == 0  # saved at the end of the epoch before
-            or iteration % checkpoint.every_n_iterations == 0
+            or checkpoint.saved == iteration
         ):
             return
         # The state in which Lightning saves at the end of a batch, which it counts a moment later.

@@ -24,6 +24,7 @@ _IRRELEVANT = (
     "workers",
     "strict",
 )
+_LR_FROM_SCRATCH, _LR_PRETRAINED = 4e-3, 2e-5
 _WAIT_SECONDS = 3600.0
 
 
@@ -34,7 +35,8 @@ class WarmStart:
     Args:
         steps: optimiser steps.
         batch_size: demonstrations a step.
-        lr: learning rate at the start.
+        lr: learning rate at the start; none = 4e-3 for a model from scratch, and 2e-5 for a
+            pretrained one, which a large rate would make forget what it knows.
         final_lr_fraction: rate at the last step as a fraction of lr; linear decay in between.
         misleading_fraction: fraction of the demonstrations whose steps end elsewhere than the
             target, in [0, 1]; they teach the format without the search and leave room to improve.
@@ -43,7 +45,7 @@ class WarmStart:
 
     steps: int = 900
     batch_size: int = 128
-    lr: float = 4e-3
+    lr: float | None = None
     final_lr_fraction: float = 0.1
     misleading_fraction: float = 0.5
     cache_dir: str = "runs/warm_starts"
@@ -51,17 +53,24 @@ class WarmStart:
     def __post_init__(self) -> None:
         at_least("warm_start.steps", self.steps, 1)
         at_least("warm_start.batch_size", self.batch_size, 1)
-        positive("warm_start.lr", self.lr)
+        if self.lr is not None:
+            positive("warm_start.lr", self.lr)
         at_least("warm_start.final_lr_fraction", self.final_lr_fraction, 0)
         unit_fraction("warm_start.misleading_fraction", self.misleading_fraction)
 
     def directory(self, policy: dict[str, Any], data: dict[str, Any], seed: int) -> Path:
         """Folder of the warm start of this model on this task, named by a hash of both."""
         options = {k: v for k, v in data["init_args"].items() if k not in _IRRELEVANT}
-        own = {k: v for k, v in vars(self).items() if k != "cache_dir"}
+        own = {k: v for k, v in vars(self).items() if k != "cache_dir"} | {"lr": self.rate(policy)}
         key = [own, policy["model"], policy["architecture"], policy["tokenizer"], seed]
         text = json.dumps([key, data["class_path"], options], sort_keys=True, default=str)
         return Path(self.cache_dir) / hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+    def rate(self, policy: dict[str, Any]) -> float:
+        """The learning rate for this model."""
+        if self.lr is not None:
+            return self.lr
+        return _LR_FROM_SCRATCH if policy["model"] is None else _LR_PRETRAINED
 
     def config(
         self, directory: Path, policy: dict[str, Any], data: dict[str, Any], seed: int
@@ -73,7 +82,7 @@ class WarmStart:
                 "output_dir": str(directory / "model"),
                 # Adapters come after it, and one device has nothing to shard.
                 "policy": {**policy, "lora": None, "cpu_offload": False},
-                "lr": self.lr,
+                "lr": self.rate(policy),
                 "final_lr_fraction": self.final_lr_fraction,
             },
             "data": {

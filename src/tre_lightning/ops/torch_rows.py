@@ -15,7 +15,7 @@ from torch import Tensor
 from tre_lightning.entropy import Region, min_p_threshold
 from tre_lightning.ops.region import BLOCK, STEP, RegionRows, Summary, batches, compute_dtype
 
-_BINS, _BINS_A_NAT = 4096, 64  # the last bin takes all that lies lower
+_BINS, _BINS_A_NAT = 1024, 48  # the last bin takes all that lies lower
 _FLOOR = -1e30  # stands for a logit of -inf where it meets a factor of 0
 
 

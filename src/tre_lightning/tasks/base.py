@@ -491,6 +491,7 @@ class PromptDataModule(LightningDataModule, ABC):
             index=index,
             first_row=first_row,
             total_rows=total_rows,
+            questions=tuple(prompt.text for prompt in prompts),
         )
 
     def _encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
