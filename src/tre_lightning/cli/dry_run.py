@@ -23,8 +23,9 @@ def shorten(options: Namespace) -> dict[str, Any]:
     ppo, trainer, data = options.model.ppo, options.trainer, options.data.init_args
     devices = device_count(trainer)
     parts = ppo.num_minibatches * devices
-    by_prompt = ppo.minibatches_by == "prompt"
-    needed = parts if by_prompt else math.ceil(parts / options.model.rollout.num_responses)
+    needed = math.ceil(parts / options.model.rollout.num_responses)
+    if ppo.minibatches_by == "prompt":
+        needed = max(needed, ppo.num_minibatches)
     prompts = min(max(PROMPTS, devices, needed), data.batch_size)
     trainer.fast_dev_run = 1
     data.batch_size = data.eval_batch_size = prompts
