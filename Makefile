@@ -4,11 +4,11 @@ BIN := .venv/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train train-math train-hh train-smollm2 test test-slow lint format tensorboard docker docker-lint docker-test clean
+.PHONY: help train train-math train-hh train-smollm2 test test-slow gpu-check lint format tensorboard docker docker-lint docker-test clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
-	@echo 'ARGS="..." goes on to train..., test... and tensorboard; PYTHON=... picks the interpreter.'
+	@echo 'ARGS="..." goes on to train..., test..., gpu-check and tensorboard; PYTHON=... picks the interpreter.'
 
 train: .venv/.stamp ## train the smallest example
 	$(BIN)/python -m tre_lightning fit --config configs/countdown_tiny.yaml $(ARGS)
@@ -34,6 +34,9 @@ test: .venv/.dev ## run the tests on all cores; fails under 90 % line coverage
 
 test-slow: .venv/.dev ## run the shipped examples in full; fails where their score does not rise
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+gpu-check: .venv/.dev ## check and time everything on a GPU, in at most 8 minutes (docs/gpu.md)
+	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
 lint: .venv/.dev ## check style, format and types
 	$(BIN)/ruff check

@@ -11,9 +11,12 @@ all of them. Times are in units of one read of the logits (a maximum over each r
   log-probability; for the entropy a softmax over the top k logits, the 256 most probable tokens cut
   at mass P, or ``logsumexp - sum(p * logits)``. Its nucleus is not exact beyond 256 tokens.
 * trl: ``selective_log_softmax`` and ``entropy_from_logits`` of the installed trl, if any.
+* Liger: the fused linear cross-entropy with entropy of the installed liger-kernel, only where
+  benchmarks/gpu_check.py asks for it; that takes the first two tables to a GPU.
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -97,6 +100,27 @@ def ours(logits: Tensor, labels: Tensor, region: Region) -> tuple[Tensor, Tensor
     return out.logprobs, out.entropy
 
 
+def liger_full(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy of liger-kernel, from hidden states."""
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as Function
+
+    temperature, ignored, tiles, with_entropy = 1.0, -100, 1, True
+    nll, entropy = Function.apply(hidden, weight, labels, temperature, ignored, tiles, with_entropy)
+    return -nll, entropy
+
+
+def why_no_liger(step: Callable[[], None]) -> str | None:
+    """Why a step with :func:`liger_full` cannot be done here, or None."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        return "liger-kernel is not installed"
+    try:
+        step()
+    except Exception as error:  # what a kernel raises depends on the card and on other packages
+        said = str(error).strip().splitlines() or ["no reason given"]
+        return f"liger-kernel does not run here: {type(error).__name__}: {said[0]}"
+    return None
+
+
 def once(function: Callable[..., tuple[Tensor, Tensor]], logits: Tensor, *args: Any) -> None:
     """Forward and backward."""
     leaf = logits.detach().requires_grad_()
@@ -104,24 +128,44 @@ def once(function: Callable[..., tuple[Tensor, Tensor]], logits: Tensor, *args: 
     torch.autograd.backward([logprobs.sum() + entropy.sum()])
 
 
-def medians(competitors: dict[str, Callable[[], Any]], repetitions: int) -> dict[str, float]:
-    """Median seconds of each; they take turns."""
+def medians(
+    competitors: dict[str, Callable[[], Any]], repetitions: int, device: str = "cpu"
+) -> dict[str, float]:
+    """Median seconds of each; they take turns. On a GPU the first, which compiles, is left out."""
     seconds: dict[str, list[float]] = {name: [] for name in competitors}
-    for _ in range(repetitions):
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    warm_up = int(device == "cuda")
+    for _ in range(warm_up + repetitions):
         for name, run in competitors.items():
+            wait()
             started = time.perf_counter()
             run()
+            wait()
             seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+    return {name: statistics.median(times[warm_up:]) for name, times in seconds.items()}
+
+
+def gpu_peaks(competitors: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Most MiB of GPU memory of each, above what is held before it."""
+    peaks = {}
+    for name, run in competitors.items():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    return peaks
 
 
 # ----- from logits
 
 
-def time_logits(count: int, vocabulary: int, dtype: str, kind: str, repetitions: int) -> Fields:
+def time_logits(
+    count: int, vocabulary: int, dtype: str, kind: str, repetitions: int, device: str = "cpu"
+) -> Fields:
     """Units of one read of the logits, forward and backward."""
-    logits = make_logits(kind, count, vocabulary, DTYPES[dtype])
-    labels = torch.randint(vocabulary, (count,))
+    with torch.device(device):
+        logits = make_logits(kind, count, vocabulary, DTYPES[dtype])
+        labels = torch.randint(vocabulary, (count,))
     # Ours overwrites the logits with their gradient, so it gets a copy, made outside the clock.
     work, spare = logits.clone(), logits.clone()
     sizes = logprobs_and_entropy(logits, labels, top_p=0.99).region_size.float()
@@ -136,15 +180,19 @@ def time_logits(count: int, vocabulary: int, dtype: str, kind: str, repetitions:
         )
     if has_trl():
         competitors["trl full"] = lambda: once(trl_full, logits, labels)
-    seconds = medians(competitors, repetitions)
+    seconds = medians(competitors, repetitions, device)
     unit = seconds["read"]
+    copies = [value for name, value in seconds.items() if name.startswith("refill")]
+    fields = {} if device == "cpu" else {"peak_mib": gpu_peaks(competitors)}
     return {
+        **fields,
         "N": count,
         "V": vocabulary,
         "dtype": dtype,
         "logits": kind,
-        "nucleus": sizes.quantile(torch.tensor([0.5, 0.9, 1.0])).tolist(),
+        "nucleus": sizes.quantile(sizes.new_tensor([0.5, 0.9, 1.0])).tolist(),
         "read_ms": 1e3 * unit,
+        "copy_ms": 1e3 * statistics.median(copies),
         "units": {n: s / unit for n, s in seconds.items() if not n.startswith(("read", "refill"))},
     }
 
@@ -161,15 +209,26 @@ def has_trl() -> bool:
 # ----- from hidden states
 
 
-def time_linear(count: int, vocabulary: int, dtype: str, repetitions: int) -> Fields:
-    """Fused head beside its matrix products alone, forward and backward."""
+def time_linear(
+    count: int,
+    vocabulary: int,
+    dtype: str,
+    repetitions: int,
+    *,
+    width: int = HIDDEN,
+    region: Region = REGIONS["TRE-P"],
+    device: str = "cpu",
+    liger: bool = False,
+) -> Fields:
+    """Fused head beside its matrix products alone, forward and backward; with Liger where asked."""
     torch.manual_seed(0)
-    # Logits of standard deviation 9: some nuclei of a few tokens, some of thousands.
-    hidden = (9.0 * torch.randn(count, HIDDEN)).to(DTYPES[dtype]).requires_grad_()
-    weight = (torch.randn(vocabulary, HIDDEN) / HIDDEN**0.5).to(DTYPES[dtype]).requires_grad_()
-    labels = torch.randint(vocabulary, (count,))
-    given = torch.randn(count, vocabulary).to(DTYPES[dtype])
-    region = REGIONS["TRE-P"]
+    kind = DTYPES[dtype]
+    with torch.device(device):
+        # Logits of standard deviation 9: some nuclei of a few tokens, some of thousands.
+        hidden = (9.0 * torch.randn(count, width)).to(kind).requires_grad_()
+        weight = (torch.randn(vocabulary, width) / width**0.5).to(kind).requires_grad_()
+        labels = torch.randint(vocabulary, (count,))
+        given = torch.randn(count, vocabulary, dtype=kind)
 
     def step(function: Callable[[], Any]) -> Callable[[], None]:
         def run() -> None:
@@ -179,7 +238,9 @@ def time_linear(count: int, vocabulary: int, dtype: str, repetitions: int) -> Fi
         return run
 
     def tuple_form() -> None:
-        out = fused_linear_logprobs_and_entropy(hidden, weight, labels, top_p=0.99)
+        out = fused_linear_logprobs_and_entropy(
+            hidden, weight, labels, top_k=region.top_k, top_p=region.top_p
+        )
         (out.logprobs.sum() + out.entropy.sum()).backward()
 
     def loss_form() -> None:
@@ -195,21 +256,30 @@ def time_linear(count: int, vocabulary: int, dtype: str, repetitions: int) -> Fi
         logprobs, entropy = published(functional.linear(hidden, weight), labels, region)
         (logprobs.sum() + entropy.sum()).backward()
 
-    seconds = medians(
-        {
-            "head alone": step(lambda: functional.linear(hidden, weight).backward(given)),
-            "fused, loss inside": step(loss_form),
-            "fused": step(tuple_form),
-            "published": step(plain),
-        },
-        repetitions,
-    )
+    def with_liger() -> None:
+        logprobs, entropy = liger_full(hidden, weight, labels)
+        (logprobs.sum() + entropy.sum()).backward()
+
+    competitors = {
+        "head alone": step(lambda: functional.linear(hidden, weight).backward(given)),
+        "fused, loss inside": step(loss_form),
+        "fused": step(tuple_form),
+        "published": step(plain),
+    }
+    fields: Fields = {"N": count, "V": vocabulary, "D": width, "dtype": dtype}
+    if liger:
+        fields["no Liger"] = why_no_liger(step(with_liger))
+        if fields["no Liger"] is None:
+            competitors["Liger"] = step(with_liger)
+    seconds = medians(competitors, repetitions, device)
+    if device == "cuda":
+        fields["peak_mib"] = gpu_peaks(competitors)
     with torch.no_grad():
         found = fused_linear_logprobs_and_entropy(hidden, weight, labels, top_p=0.99)
-    nucleus = found.region_size.float().quantile(torch.tensor([0.5, 0.9, 1.0])).tolist()
+    sizes = found.region_size.float()
+    fields["nucleus"] = sizes.quantile(sizes.new_tensor([0.5, 0.9, 1.0])).tolist()
     base = seconds["head alone"]
     shares = {name: value / base for name, value in seconds.items()}
-    fields = {"N": count, "V": vocabulary, "D": HIDDEN, "dtype": dtype, "nucleus": nucleus}
     return {**fields, "head_s": base, "of the head": shares}
 
 
