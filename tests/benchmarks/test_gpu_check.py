@@ -156,3 +156,41 @@ def test_bad_options_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for words in (["--device=cuda"], ["--minutes=0"]):
         with pytest.raises(SystemExit, match="2"):
             gpu_check.options_of(words)
+
+
+def test_on_a_gpu_the_first_turn_is_left_out_and_memory_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda, now, spent = gpu_check.torch.cuda, [0.0], iter([50.0, 1.0, 3.0, 2.0])
+
+    def run() -> None:
+        now[0] += next(spent)
+
+    monkeypatch.setattr(gpu_check.entropy_op.time, "perf_counter", lambda: now[0])
+    waits: list[float] = []
+    monkeypatch.setattr(cuda, "synchronize", lambda: waits.append(now[0]))
+    assert gpu_check.entropy_op.medians({"it": run}, 3, "cuda") == {"it": 2.0}
+    assert waits == [0.0, 50.0, 50.0, 51.0, 51.0, 54.0, 54.0, 56.0]
+    monkeypatch.setattr(cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(cuda, "memory_allocated", lambda: 10 * 2**20)
+    monkeypatch.setattr(cuda, "max_memory_allocated", lambda: 14 * 2**20)
+    assert gpu_check.entropy_op.gpu_peaks({"it": lambda: None}) == {"it": 4.0}
+
+
+def test_the_table_has_times_memory_and_who_was_missing() -> None:
+    where: dict[str, Any] = {"N": 8192, "V": 151_936, "dtype": "bf16"}
+    logits = {"units": {"ours full": 3.0, "published full": 9.0}, "read_ms": 2.0, "copy_ms": 2.0}
+    logits |= {"copy_gb_s": 2490.0, "of the roofline": {"full": 0.5}}
+    logits |= {"peak_mib": {"ours full": 1.0, "published full": 30_000.0}}
+    linear = {"D": 4096, "of the head": {"head alone": 1.0, "fused": 1.5}, "head_s": 0.02}
+    linear |= {"peak_mib": {"head alone": 0.0, "fused": 512.0}, "no Liger": "not installed"}
+    results = {"logits": [where | logits], "linear": [where | linear]}
+    first, second = "from logits, 8192 x 151,936 bf16", "from hidden states, 8192 x 4,096 x 151,936"
+    assert list(gpu_check.op_rows(results)) == [
+        (f"{first}: a copy", "2.00 ms, 2,490 GB/s"),
+        (f"{first}: ours full", "6.00 ms, 1 MiB, 50% of the roofline"),
+        (f"{first}: published full", "18.00 ms, 30,000 MiB"),
+        (f"{second} bf16, full: head alone", "20.00 ms, 0 MiB"),
+        (f"{second} bf16, full: fused", "30.00 ms, 512 MiB"),
+        (f"{second} bf16, full: Liger", "not installed"),
+    ]
