@@ -5,17 +5,23 @@ That of a free T4 runs here with a tiny model and a few questions, and has no ou
 
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nbformat
 import pytest
+import torch
 from ipykernel.kernelspec import write_kernel_spec
 from nbclient import NotebookClient
 
 import runs
 import small_models
 import tre_lightning
+from tre_lightning.cli.checks import check_memory
+from tre_lightning.cli.main import PPOCLI, main
+from tre_lightning.training.memory_model import GIB, SHAPES, Device, Run, device_seconds, run_of
 
 NOTEBOOKS = {file.stem: file for file in sorted((runs.ROOT / "notebooks").glob("*.ipynb"))}
 ON_A_T4 = "colab_gpu"
@@ -107,6 +113,32 @@ def test_the_notebook_for_a_t4_runs_on_a_cpu_with_a_tiny_model(
     assert sum("image/png" in x.get("data", {}) for x in outputs) == 3  # curves, two heat maps
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
     assert (tmp_path / "run" / "model.zip").exists()
+
+
+def test_the_run_for_a_t4_fits_it_and_is_the_one_that_is_estimated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names: dict[str, Any] = {"CONFIGS": runs.CONFIGS, "SHAPES": SHAPES, "Device": Device}
+    names |= {"Run": Run, "device_seconds": device_seconds}
+    for cell in code_cells(read(ON_A_T4)):
+        if cell.source.startswith(("REPOSITORY =", "layers =", "t4, shape =")):
+            exec(cell.source, names)
+    monkeypatch.setattr(PPOCLI, "_run_subcommand", lambda self, subcommand: None)
+    cli: Any = main([*names["words"], "--trainer.accelerator=cpu"])
+    config = cli.options.as_dict()
+    assert config["trainer"]["precision"] == "32-true"
+    assert not config["model"]["policy"]["lora"]["bfloat16_base"]
+    run = run_of(config)
+    assert run == replace(names["typical"], prompt_tokens=256, new_tokens=512)
+    data, evaluation = config["data"]["init_args"], config["model"]["evaluation"]
+    assert config["trainer"]["max_epochs"] * data["iterations_per_epoch"] == 30
+    assert data["batch_size"] == 16 and run.rows == 128
+    assert data["eval_split"] == "test[:128]" and 128 * evaluation["num_responses"] == 8 * run.rows
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    card = SimpleNamespace(total_memory=int(14.5 * GIB))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    config["trainer"]["accelerator"] = "auto"
+    check_memory(config)
 
 
 def test_the_notebook_for_a_t4_has_no_outputs_and_says_so() -> None:
