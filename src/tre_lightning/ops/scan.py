@@ -91,7 +91,12 @@ def d_logits(
 
 
 def _backend(logits: Tensor) -> ModuleType:
-    """Triton's kernels on CUDA, where Triton is installed; else plain torch."""
-    if logits.is_cuda and find_spec("triton") is not None:
+    """Triton's kernels on a CUDA device that they can run on; else plain torch."""
+    if logits.is_cuda and _has_triton(logits.device):
         return import_module("tre_lightning.ops.triton_rows")
     return torch_rows
+
+
+def _has_triton(device: torch.device) -> bool:
+    """Whether Triton is installed and supports the device: from Ampere (capability 8.0) on."""
+    return find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -94,10 +94,11 @@ class PolicyRecord:
         self.methods, self.region, self.looked_at = methods, region, looked_at
         # Of the reference, only what is asked for: mostly log-probabilities alone.
         self.of_reference = asked_by([m for m in methods if m.needs_reference], options)
-        self._asked = {
-            True: asked_by(methods, options, region, *observed),
-            False: asked_by(methods, options, *observed),
-        }
+        others = asked_by(methods, options, *observed)
+        self._asked = {True: asked_by(methods, options, region, *observed), False: others}
+        # Of which rows the region is asked: of all, where a method does so anyway.
+        of_all = torch.ones_like(looked_at)
+        self._with_region = of_all if region in others.regions else looked_at
         self._scales = {t.name: MaskedMean().to(looked_at.device) for t in loss_terms(methods)}
         self._parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
         self._steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # not looked at so far
@@ -109,7 +110,10 @@ class PolicyRecord:
 
     def groups(self) -> list[tuple[Tensor, HeadOptions]]:
         """Row numbers, and what the head is asked of them; each row is in one of the two."""
-        return [((self.looked_at == is_).nonzero().squeeze(1), a) for is_, a in self._asked.items()]
+        return [
+            ((self._with_region == with_region).nonzero().squeeze(1), asked)
+            for with_region, asked in self._asked.items()
+        ]
 
     def step(self, rows: Tensor, column: int, tokens: Tensor, logits: Tensor) -> None:
         """Take a step of the sampler; the arguments are a ``Recorder``'s."""
@@ -122,8 +126,8 @@ class PolicyRecord:
         """Steps are looked at together: towards a rollout's end each has few rows."""
         steps = [torch.cat(parts) for parts in zip(*self._steps, strict=True)]
         self._steps = []
-        for is_looked_at, asked in self._asked.items():
-            chosen = self.looked_at[steps[0]] == is_looked_at
+        for with_region, asked in self._asked.items():
+            chosen = self._with_region[steps[0]] == with_region
             if chosen.any():
                 rows, columns, tokens, logits = (
                     steps if chosen.all() else [s[chosen] for s in steps]
