@@ -151,6 +151,12 @@ def test_smollm2_is_that_of_the_directory_or_of_its_package_or_skipped(
     assert not none.exists()
 
 
+def test_the_kernels_are_skipped_where_triton_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check.scan, "_has_triton", lambda device: False)
+    with pytest.raises(gpu_check.Skipped, match="Triton"):
+        gpu_check.run_tests(Namespace(device="cuda"))
+
+
 def test_bad_options_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check.torch.cuda, "is_available", lambda: False)
     for words in (["--device=cuda"], ["--minutes=0"]):
