@@ -178,11 +178,11 @@ def test_epochs_without_validation(tmp_path: Path, stop_at: Callable[[str, int],
 
 def test_a_failing_update_loses_its_iteration_only(tmp_path: Path) -> None:
     term: dict[str, Any] = {"class_path": "runs.FailingBonus", "init_args": {"fail_at": None}}
-    runs.run(tmp_path / "whole", changes={"trainer.callbacks": [term]})
+    micro = {"model.ppo": {**runs.TINY["model"]["ppo"], "micro_batch_size": 16}}
+    runs.run(tmp_path / "whole", changes={**micro, "trainer.callbacks": [term]})
     # In the second of the four updates of iteration 2.
     term["init_args"]["fail_at"] = 2 * runs.STEPS_AN_ITERATION + 2
     run_dir = tmp_path / "run"
-    micro = {"model.ppo": {**runs.TINY["model"]["ppo"], "micro_batch_size": 16}}
     with pytest.raises(RuntimeError, match="the update fails"):
         runs.run(run_dir, changes={**micro, "trainer.callbacks": [term]})
     assert runs.saved_iteration(run_dir) == 2

@@ -186,6 +186,7 @@ def test_kl_cov_does_nothing_in_the_first_update(tmp_path: Path) -> None:
     unclipped = [f"--model.ppo.{name}=null" for name in ("clip_eps_low", "clip_eps_high")]
     # All rows in one micro-batch: other padding could leave rounding, whose sign would count.
     flags = (*once, *unclipped, "--model.ppo.micro_batch_size=16")
+    flags += ("--model.ppo.old_logprobs=recompute",)
     kl_cov = {"class_path": "tre_lightning.methods.KLCov", "init_args": {"fraction": 0.3}}
     plain = trained(tmp_path / "plain", flags=flags)
     made = trained(tmp_path / "kl_cov", kl_cov, flags=flags)

@@ -296,7 +296,9 @@ def test_switched_off_it_is_plain_ppo(name: str, plain: Path, tmp_path: Path) ->
     case = CASES[name]
     assert case.off is not None
     off = train(tmp_path / "off", case.spec(name, **case.off), epochs=1)
-    assert runs.distance(runs.weights(off), runs.weights(plain, "iteration=2")) == 0.0
+    # For a method that needs the reference the old log-probabilities are computed once more.
+    rounding = 1e-14 if name == "tre_of_reference" else 0.0
+    assert runs.distance(runs.weights(off), runs.weights(plain, "iteration=2")) <= rounding
     if case.kind == "ForkingTokens":
         assert curves(off)["policy/active_fraction"] == [1.0] * 2
 

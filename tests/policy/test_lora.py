@@ -397,7 +397,7 @@ def test_the_reference_is_the_policy_without_adapters(
     done: tuple[Path, PreTrainedModel], tmp_path: Path
 ) -> None:
     kl = [value for _, value in runs.scalars(done[0])["rollout/ref_kl"]]
-    assert kl[0] == 0.0 and min(kl[1:]) > 1e-4
+    assert kl[0] < 1e-9 and min(kl[1:]) > 1e-4  # the sampler and a pass round otherwise
     # The logits and the reference path say the same.
     runs.run(tmp_path / "plain", KL, "--model.ppo.fused=false", changes=POLICY)
     others = [value for _, value in runs.scalars(tmp_path / "plain")["rollout/ref_kl"]]

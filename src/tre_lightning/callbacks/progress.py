@@ -74,7 +74,7 @@ class RunProgress(ProgressBar):
         super().setup(trainer, pl_module, stage)
         validates = stage == "validate" and trainer.limit_val_batches != 0
         if validates and self._enabled:
-            print("loading the model, then the held-out prompts", flush=True)
+            print("loading the model, then its first scores", flush=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the bar where the run starts or goes on."""
