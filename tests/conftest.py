@@ -6,7 +6,7 @@ import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -84,9 +84,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         seen.add(test)
 
 
+@pytest.fixture(scope="session")
+def traced_exit() -> Callable[[int], NoReturn]:
+    """``os._exit`` as coverage makes it, which saves what it has traced."""
+    return os._exit
+
+
 @pytest.fixture(autouse=True)
-def _untraced_children(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def _untraced_children(
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    traced_exit: Callable[[int], NoReturn],
+) -> None:
     """The processes that an untraced test starts are not traced either."""
+    # Coverage wraps it again after every untraced test: a thousand calls deep, it would raise in a
+    # forked child, which would go on with the tests.
+    monkeypatch.setattr(os, "_exit", traced_exit)
     if request.node.get_closest_marker("no_cover"):
         monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
 
