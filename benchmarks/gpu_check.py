@@ -27,7 +27,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -46,6 +45,7 @@ import torch
 
 from tre_lightning.cli.main import main as tre_lightning
 from tre_lightning.cli.model import PACKAGED, get_model
+from tre_lightning.common.memory import peak_memory
 from tre_lightning.ops import scan
 
 ROOT = Path(__file__).parents[1]
@@ -220,7 +220,7 @@ def run_smollm2(options: argparse.Namespace) -> Fields:
         trainer = tre_lightning([*command, *SIZES[options.device].smollm2]).trainer
     wanted = ("rollout/seconds", "policy/update_seconds", "rollout/score_mean", "val/pass@1")
     logged = {tag: float(v) for tag, v in trainer.callback_metrics.items() if tag in wanted}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = peak_memory() / MIB
     if options.device == "cuda":
         peak = torch.cuda.max_memory_allocated() / MIB
     return {"iterations": trainer.fit_loop.total_batch_idx + 1, "last": logged, "peak_mib": peak}

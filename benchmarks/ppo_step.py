@@ -64,7 +64,6 @@ import importlib.util
 import json
 import math
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -94,6 +93,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from tre_lightning.common.memory import peak_memory
 from tre_lightning.common.seeding import generator
 
 KL_COEF = 0.05  # of PPO; PPOTrainer's default
@@ -336,7 +336,7 @@ class Clock:
         """The most bytes that were held so far."""
         if self.device == "cuda":
             return torch.cuda.max_memory_allocated()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return peak_memory()
 
     def results(self) -> Fields:
         """Of every iteration but the first: wall and processor seconds, and those of its parts."""

@@ -2,8 +2,6 @@
 
 import json
 import re
-import resource
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tre_lightning.callbacks.model_card import describe, hub_name, model_card
+from tre_lightning.common.memory import peak_memory
 from tre_lightning.methods import find_methods
 from tre_lightning.training.ppo import PPOModule
 
@@ -147,9 +146,7 @@ class RunSummary(Callback):
 
 def _peak_memory() -> str:
     """The most that this process has held at a time, and its GPU."""
-    unit = 1 if sys.platform == "darwin" else 2**10
-    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    text = f"{largest / 1e9:.1f} GB"
+    text = f"{peak_memory() / 1e9:.1f} GB"
     if torch.cuda.is_available():
         text += f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB on the GPU"
     return text

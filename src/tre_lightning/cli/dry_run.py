@@ -1,7 +1,6 @@
 """``fit --dry_run``: one iteration of two prompts, and what the whole run would take by it."""
 
 import math
-import resource
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from jsonargparse import Namespace
 from transformers import PreTrainedConfig
 
+from tre_lightning.common.memory import peak_memory
 from tre_lightning.training.memory_model import GIB, Model, device_count, peak_bytes, run_of, shown
 
 PROMPTS = 2
@@ -53,8 +53,7 @@ def report(
     if device.type == "cuda":
         measured = f"{torch.cuda.max_memory_allocated(device) / GIB:.1f} GiB measured"
     else:
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        measured = f"{peak / GIB:.1f} GiB measured, libraries included"
+        measured = f"{peak_memory() / GIB:.1f} GiB measured, libraries included"
     shape = shape_of(config)
     if shape is None:
         yield f"memory       {measured}; there is no estimate for a {config.model_type}"

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tre_lightning.batches import PromptBatch, Rollout
 from tre_lightning.policy.encoding import textless_tokens
-from tre_lightning.training.responses import invalid_responses, response_texts
+from tre_lightning.training.responses import invalid_responses
 
 if TYPE_CHECKING:
     from tre_lightning.training.ppo import PPOModule
@@ -54,8 +54,7 @@ def _textless(tokenizer: PreTrainedTokenizerBase, own_text: str) -> list[int]:
 
 def _answer(module: "PPOModule", prompts: PromptBatch) -> tuple[Rollout, list[str], Tensor]:
     rollout = module.sample(prompts, module.evaluation_args)
-    prefix = getattr(module.task, "response_prefix", "")
-    texts = response_texts(rollout, module.tokenizer, prefix)
+    texts = module.texts(rollout)
     scores = module.score(texts, prompts)
     module.task.scorer_timeouts()  # not those of the next iteration
     return rollout, texts, scores

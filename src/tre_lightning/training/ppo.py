@@ -204,8 +204,7 @@ class PPOModule(LightningModule):
         rollout = self.sample(prompts, self.rollout_args, record.step if exact else None)
 
         # 2. Score them.
-        prefix = getattr(self.task, "response_prefix", "")
-        scores = self.score(response_texts(rollout, self.tokenizer, prefix), prompts)
+        scores = self.score(self.texts(rollout), prompts)
         sampled = time.perf_counter()
 
         # 3. Evaluate the rollout: log-probabilities, values, entropies, what methods observe.
@@ -281,6 +280,11 @@ class PPOModule(LightningModule):
         )
         engine = self._engine
         return self.actor_critic.sample(lambda policy: engine.sample(policy, prompts, sampling))
+
+    def texts(self, rollout: Rollout) -> list[str]:
+        """The responses as the task gets them, with the prefix that it gave each."""
+        prefix = getattr(self.task, "response_prefix", "")
+        return response_texts(rollout, self.tokenizer, prefix)
 
     def score(self, responses: Sequence[str], prompts: PromptBatch) -> Tensor:
         """The task's scores, float32 ``[len(responses)]``; NaN = could not be scored."""
