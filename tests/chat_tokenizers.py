@@ -21,6 +21,7 @@ SMOL = (  # a system message of its own where none is given
     "+ m.content + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+SMOL_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 CORPUS = ["Combine the numbers 3 4 5 into 17.", "user assistant model system", "end im start |"] * 9
 
@@ -47,15 +48,20 @@ def chatml() -> PreTrainedTokenizerBase:
 
 
 @cache
-def smol(template: str = SMOL) -> PreTrainedTokenizerBase:
-    """Bytes by the rules of SmolLM2: pad = eos, bos starts every turn, a default system message."""
+def smol(
+    template: str = SMOL, corpus: tuple[str, ...] = tuple(CORPUS), vocabulary: int = 350
+) -> PreTrainedTokenizerBase:
+    """Bytes by the rules of SmolLM2: pad = eos, bos starts every turn, a default system message.
+
+    Ids 0, 1 and 2 are the special tokens.
+    """
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    names = [*SMOL_SPECIAL]
     options = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
-    trainer = trainers.BpeTrainer(vocab_size=350, special_tokens=names, **options)
-    core.train_from_iterator(CORPUS, trainer)
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=names, **options)
+    core.train_from_iterator(corpus, trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
         bos_token="<|im_start|>",

@@ -5,18 +5,17 @@ the embeddings, and the vocabulary is wider than what the tokenizer can write.
 """
 
 import json
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
+
+from chat_tokenizers import SMOL_SPECIAL, smol
 
 VOCABULARY = 352
 DEFAULT_SYSTEM = "You are a helpful AI assistant named Tiny"
@@ -26,34 +25,12 @@ TEMPLATE = (
     "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-_CORPUS = ["What is the sum? The answer is system user assistant How many are there now?"] * 9
+_CORPUS = ("What is the sum? The answer is system user assistant How many are there now?",) * 9
 
 
-@cache
 def tokenizer() -> PreTrainedTokenizerBase:
     """Bytes and a few words; 0, 1 and 2 are the special tokens."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    core.train_from_iterator(
-        _CORPUS,
-        trainers.BpeTrainer(
-            vocab_size=VOCABULARY - 20,
-            special_tokens=_SPECIAL,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-        unk_token="<|endoftext|>",
-    )
-    made.chat_template = TEMPLATE
-    return made
+    return smol(TEMPLATE, _CORPUS, VOCABULARY - 20)
 
 
 def model() -> LlamaForCausalLM:
@@ -105,7 +82,7 @@ def write_gguf(file: Path, *, quantised: bool = False, spoil: float | None = Non
     by_id = {number: token for token, number in core.items()}
     tokens = [by_id.get(number, f"[PAD{number}]") for number in range(VOCABULARY)]
     control, unused, normal = gguf.TokenType.CONTROL, gguf.TokenType.UNUSED, gguf.TokenType.NORMAL
-    kinds = [control if t in _SPECIAL else normal if t in core else unused for t in tokens]
+    kinds = [control if t in SMOL_SPECIAL else normal if t in core else unused for t in tokens]
     written.add_tokenizer_model("gpt2")
     written.add_tokenizer_pre("smollm")
     written.add_token_list(tokens)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_reading import ATTENTION, CACHED, EXPERTS, OLD, WHOLE, build
+from test_reading import ATTENTION, CACHED, EXPERTS, OLD, WHOLE, build, tried
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -17,7 +17,7 @@ import runs
 from tre_lightning.batches import Rollout
 from tre_lightning.ops import PolicyOutputs, Region
 from tre_lightning.policy import reading as readings
-from tre_lightning.policy.actor_critic import ActorCritic, PolicyArgs
+from tre_lightning.policy.actor_critic import ActorCritic
 from tre_lightning.policy.head import HeadOptions
 from tre_lightning.policy.lora import LoraArgs
 from tre_lightning.policy.packing import Packed
@@ -58,16 +58,6 @@ def unpacked(model: ActorCritic) -> ActorCritic:
     for part in filter(None, (other.policy, trunk_of(other.policy), other.critic)):
         vars(part)["_reading"] = replace(reading(part), packed=False)
     return other
-
-
-def tried(policy: PreTrainedModel, critic: Any, **options: Any) -> ActorCritic:
-    """Ready for training, with a value head that shows what it reads."""
-    args = PolicyArgs(model="m", critic=critic, **options)
-    model = ActorCritic.build(args, policy, None)
-    if model.value_head is not None:
-        nn.init.normal_(model.value_head.weight, generator=torch.manual_seed(1))
-    model.try_out(args)
-    return model
 
 
 def loss(model: ActorCritic, batch: Rollout) -> Tensor:
